@@ -1,0 +1,109 @@
+"""The operator library ``vitq`` and what every op shares: the flat arguments of a quantizing epilogue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native, backends
+from ..formats import ActQuant, QTensor
+
+library = torch.library.Library("vitq", "DEF")
+
+QUANT_ARGS = (
+    "Tensor? q_scale, int q_zero_point, int qmin, int qmax, int groups, "
+    "Tensor? row_qmax, Tensor? q_lut, Tensor? lora_down, bool subspace"
+)
+
+
+def define(name: str, args: str, returns: str, ref, fake, layouts: tuple[str, ...] = ()) -> None:
+    """Define ``vitq::name``, its fake, its plain-torch default, and the two CPU-side rows of the back-end table.
+
+    The default kernel serves any device, so that the op exists (for export, opcheck, ``ref`` installs) without native
+    code; a compiled kernel takes precedence for its own dispatch key.
+    """
+    library.define(f"{name}({args}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, ref, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vitq::{name}", fake, lib=library)
+    op = getattr(torch.ops.vitq, name).default
+    backends.register(
+        name, backends.Implementation("cpu", op, _native.unavailable, tuple(f"{x}_n16k4" for x in layouts))
+    )
+    backends.register(name, backends.Implementation("ref", ref, lambda device: None, _ref_layouts(layouts)))
+
+
+def _ref_layouts(layouts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(layouts) + tuple(f"{x}_n16k4" for x in layouts)
+
+
+def flatten(quant: ActQuant) -> tuple:
+    """``quant`` in the order of ``QUANT_ARGS``."""
+    return (
+        quant.scale,
+        quant.zero_point,
+        quant.qmin,
+        quant.qmax,
+        quant.groups,
+        quant.row_qmax,
+        quant.lut,
+        quant.lora_down,
+        quant.subspace,
+    )
+
+
+def expect(name: str, tensor: Tensor, *, dtype=None, shape=None, device=None) -> None:
+    """TypeError/ValueError naming ``name`` unless dtype, shape (None matches any size) and device fit."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
+    if dtype is not None:
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if shape is not None and (
+        tensor.dim() != len(shape) or any(w is not None and w != s for s, w in zip(tensor.shape, shape))
+    ):
+        want = ", ".join("any" if w is None else str(w) for w in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({want})")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_quant(quant: ActQuant, m: int, k: int, device: torch.device) -> None:
+    """Check an epilogue's tensors against the [M, K] values that it will quantize."""
+    if k % quant.groups:
+        raise ValueError(f"groups is {quant.groups}, expected a divisor of the {k} columns")
+    if quant.scale is not None:
+        shape = (m, quant.groups) if quant.scale.dim() == 2 else (quant.groups,)
+        expect("quant.scale", quant.scale, dtype=torch.float32, shape=shape, device=device)
+    if quant.row_qmax is not None:
+        expect("quant.row_qmax", quant.row_qmax, dtype=torch.int32, shape=(m,), device=device)
+    if quant.lut is not None:
+        expect("quant.lut", quant.lut, dtype=torch.int8, shape=(256,), device=device)
+    if quant.lora_down is not None:
+        expect("quant.lora_down", quant.lora_down, dtype=FLOATS, shape=(None, k), device=device)
+
+
+def wrap(quant: ActQuant, out: tuple[Tensor, Tensor, Tensor]) -> QTensor:
+    """The op's three results (absent ones are empty) as a QTensor."""
+    q, scale, t = out
+    return QTensor(
+        q,
+        scale if quant.scale is None else quant.scale,
+        quant.zero_point,
+        None if quant.lora_down is None else t,
+    )
+
+
+def fake_quant_outputs(x: Tensor, shape, q_scale, groups: int, lora_down) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake results of a quantizing epilogue over values of ``shape``: codes, dynamic scales, t."""
+    m = 1
+    for size in shape[:-1]:
+        m = m * size
+    f32 = torch.float32
+    q = x.new_empty(shape, dtype=torch.int8)
+    scale = x.new_empty((m, groups) if q_scale is None else (0,), dtype=f32)
+    t = x.new_empty((m, lora_down.shape[0]) if lora_down is not None else (0,), dtype=f32)
+    return q, scale, t

@@ -1,0 +1,142 @@
+"""Integer attention with a dynamic-focusing softmax quantizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...formats import ActQuant, FocusSpec, QTensor
+from .. import _schema
+from . import ref
+
+_ARGS = (
+    "Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, float softmax_scale, "
+    "Tensor levels, float step, float offset, float b1, float b2, float power, bool row_anchor, bool renormalize, "
+    "Tensor? bias, Tensor? mask"
+)
+
+
+def _out_shape(q):
+    return q.shape[0], q.shape[2], q.shape[1] * q.shape[3]
+
+
+def _fake(q, *rest):
+    return q.new_empty(_out_shape(q), dtype=rest[-1])
+
+
+def _fake_quantize(q, *rest):
+    q_scale, _, _, _, groups, _, _, lora_down, _ = rest[-9:]
+    return _schema.fake_quant_outputs(q, _out_shape(q), q_scale, groups, lora_down)
+
+
+_schema.define("qattention", f"{_ARGS}, ScalarType out_dtype", "Tensor", ref.qattention, _fake)
+_schema.define(
+    "qattention_quantize",
+    f"{_ARGS}, {_schema.QUANT_ARGS}",
+    "(Tensor, Tensor, Tensor)",
+    ref.qattention_quantize,
+    _fake_quantize,
+)
+
+_levels_cache: dict[tuple[FocusSpec, torch.device], tuple[Tensor, float, float]] = {}
+
+
+def focus_args(focus: FocusSpec, device: torch.device) -> tuple:
+    """``focus`` as the flat arguments levels .. renormalize."""
+    key = (focus, device)
+    if key not in _levels_cache:
+        levels, step, offset = focus.decode()
+        _levels_cache[key] = (levels.to(device=device, dtype=torch.uint8), step, offset)
+    shape = (focus.b1, focus.b2, focus.power, focus.anchor == "row", focus.renormalize)
+    return (*_levels_cache[key], *shape)
+
+
+def _check_scale(name: str, scale: Tensor, b: int, h: int, n: int, device: torch.device) -> None:
+    _schema.expect(name, scale, dtype=torch.float32, device=device)
+    if tuple(scale.shape) not in ((), (1,), (h,), (b, h, n)):
+        raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected (1), ({h}) or ({b}, {h}, {n})")
+
+
+def _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask) -> tuple:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _schema.expect(name, x, dtype=torch.int8, shape=(None,) * 4, device=q.device)
+    b, h, nq, d = q.shape
+    nk = k.shape[2]
+    _schema.expect("k", k, shape=(b, h, None, d))
+    _schema.expect("v", v, shape=(b, h, nk, d))
+    _check_scale("q_scale", q_scale, b, h, nq, q.device)
+    _check_scale("k_scale", k_scale, b, h, nk, q.device)
+    _check_scale("v_scale", v_scale, b, h, nk, q.device)
+    if bias is not None:
+        _schema.expect("bias", bias, dtype=_schema.FLOATS, shape=(h, nq, nk), device=q.device)
+    if mask is not None:
+        _schema.expect("mask", mask, dtype=_schema.FLOATS, shape=(None, None, nk), device=q.device)
+        if mask.shape[0] == 0 or b % mask.shape[0] or mask.shape[1] not in (1, nq):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (a divisor of {b}, 1 or {nq}, {nk})")
+    if not isinstance(focus, FocusSpec):
+        raise TypeError(f"focus is {type(focus).__name__}, expected a FocusSpec")
+    scale = d**-0.5 if softmax_scale is None else float(softmax_scale)
+    return (q, k, v, q_scale, k_scale, v_scale, scale, *focus_args(focus, q.device), bias, mask)
+
+
+def qattention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    focus: FocusSpec,
+    softmax_scale: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """o = dequant(focus(softmax(s)))·V with s = (q·kᵀ)·s_q·s_k·softmax_scale + bias + mask.
+
+    Notation: B images (or windows), H heads, Nq queries, Nk keys, d head_dim, n = 2^bits − 1 of ``focus``.
+    Math:     e = exp(s − max_j s), Σ = Σ_j e; u = e (row anchor) or e/Σ (absolute);
+              c = rne(n·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power)), P = levels[c]·step + offset;
+              V' = rne(V·s_v[j]/S), S = max_j s_v[j] (V' = V where all tokens share a scale);
+              o = S·(step·Σ_j levels[c]·V' + offset·Σ_j V') / denom,
+              denom = Σ_j P if renormalize, else Σ (row anchor) or 1 (absolute).
+    Args:     q ([B, H, Nq, d] int8), k, v ([B, H, Nk, d] int8): any strides with a contiguous last dimension, so views
+              of a fused QKV result need no copy. *_scale: float32 (1), (H) or (B, H, N); zero points are 0.
+              focus: FocusSpec. softmax_scale: d^-½ if None.
+              bias ([H, Nq, Nk] float): added to the scores (relative position).
+              mask ([G, Nq or 1, Nk] float): added; image b uses mask[b mod G] (G divides B). A key of score −inf is
+              excluded from every term (also from ``offset``); a query without keys yields 0.
+    Returns:  [B, Nq, H·d] out_dtype, contiguous, newly allocated.
+    Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.
+    Numerics: both products exact in int32 (Nk ≤ 65,793, d ≤ 131,071); softmax in float32; NaN scores make a NaN row.
+    Backends: ref any | cpu
+    Source:   AIQViT (arXiv 2502.04628) for the focusing quantizer; anchors, powers, renormalization: see FocusSpec.
+    """
+    args = _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask)
+    return backends.resolve("qattention", q.device.type).fn(*args, out_dtype)
+
+
+def qattention_quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    focus: FocusSpec,
+    out: ActQuant,
+    softmax_scale: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> QTensor:
+    """q = quantize(qattention(…), out) over rows of all heads [B·Nq, H·d]; arguments as :func:`qattention`.
+
+    Returns:  QTensor of [B, Nq, H·d] codes, with the projection's t if ``out.lora_down`` is given.
+    Backends: ref any | cpu
+    """
+    args = _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask)
+    _schema.check_quant(out, q.shape[0] * q.shape[2], q.shape[1] * q.shape[3], q.device)
+    return _schema.wrap(out, backends.resolve("qattention_quantize", q.device.type).fn(*args, *_schema.flatten(out)))
