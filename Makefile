@@ -1,0 +1,47 @@
+# make demo | test | lint | bench: each sets up .venv by itself on a machine with Python >= 3.11, a C++ compiler and make.
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "vitq needs Python 3.11 or newer on the PATH (or make PYTHON=...)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the extension builds against it (--no-build-isolation).
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(PY) -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(PY) -m pip install -q "torch>=2.11" torchvision timm "pybind11>=2.13" "cmake>=3.24" ninja
+	touch $@
+
+$(STAMP): $(VENV)/.torch $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint]"
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m vitq.cli demo --output build/demo
+
+test: $(STAMP)
+	$(PY) -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+
+bench: $(STAMP)
+	$(PY) bench/run.py
+
+clean:
+	rm -rf build $(VENV)
