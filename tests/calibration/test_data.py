@@ -371,8 +371,8 @@ def test_class_count_must_match_to_test(folder):
 
 
 def test_model_without_preprocessing(folder):
-    with pytest.raises(ValueError, match="model must be a timm model.*got Linear"):
+    with pytest.raises(ValueError, match=r"model must be a timm model.*got Linear"):
         load_data(folder, "test", torch.nn.Linear(2, 2))
+    odd = vit_digits_patch4_32(pretrained_cfg_overlay={"input_size": (1, 32, 32)})
     with pytest.raises(ValueError, match="square 3-channel"):
-        odd = vit_digits_patch4_32(pretrained_cfg_overlay={"input_size": (1, 32, 32)})
         load_data("digits", "test", odd)

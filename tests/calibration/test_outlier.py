@@ -104,7 +104,7 @@ def test_refusals():
         TypeError, match="model must be a timm VisionTransformer or SwinTransformer, got Linear"
     ):
         outlier_variant(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="channels must be between 1 and 192.*got 193"):
+    with pytest.raises(ValueError, match=r"channels must be between 1 and 192.*got 193"):
         outlier_variant(model, channels=193)
     with pytest.raises(ValueError, match="channels must be"):
         outlier_variant(model, channels=0)
