@@ -99,11 +99,10 @@ def test_pixels_lie_on_the_8_bit_grid():
 
 
 def test_size_and_normalisation():
-    images = load_digits("test", size=48, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0)).tensors[0]
+    mean, std = (0.1, 0.2, 0.3), (1.0, 2.0, 4.0)
+    images = load_digits("test", size=48, mean=mean, std=std).tensors[0]
     assert images.shape == (700, 3, 48, 48)
-    pixels = images * torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(
-        3, 1, 1
-    )
+    pixels = images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     assert torch.allclose(pixels[:, 0], pixels[:, 2], atol=1e-6)
     # The mean grey of an image survives resampling.
     assert (pixels.mean() - (load_digits("test").tensors[0] * 0.5 + 0.5).mean()).abs() < 5e-3
