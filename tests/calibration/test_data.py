@@ -287,6 +287,9 @@ def test_limit_is_a_seeded_subset_in_order(folder, model):
     assert some.indices == load_data(folder, "train", model, 12, seed=1).indices
     assert some.indices != load_data(folder, "train", model, 12, seed=2).indices
     assert len({everything[i] for i in some.indices}) > 3
+    whole, part = load_digits("hard").tensors[0], load_digits("hard", limit=20, seed=1).tensors[0]
+    assert len(rows(part)) == 20
+    assert torch.equal(torch.stack([x for x in whole if x.numpy().tobytes() in rows(part)]), part)
     images, labels = next(iter(DataLoader(load_data("digits", "hard", model, 7), batch_size=7)))
     assert images.shape == (7, 3, SIZE, SIZE)
     assert labels.shape == (7,)

@@ -40,10 +40,9 @@ def load_data(
         ImportError: the digits without scikit-learn.
     """
     if source == "digits":
-        data = load_digits(split, **_digits_format(model))
-    else:
-        data = load_folder(source, split, model)
-    return data if limit is None else _draw(data, limit, seed, f"split {split!r} of '{source}'")
+        return load_digits(split, limit=limit, seed=seed, **_digits_format(model))
+    data = load_folder(source, split, model)
+    return Subset(data, digits.draw(len(data), limit, seed, f"split {split!r} of '{source}'").tolist())
 
 
 def load_calibration(
@@ -80,10 +79,3 @@ def _digits_format(model: nn.Module) -> dict:
     if channels != 3 or height != width:
         raise ValueError(f"the digits are square 3-channel images, the model expects {config['input_size']}")
     return {"size": height, "mean": config["mean"], "std": config["std"]}
-
-
-def _draw(data: Dataset, limit: int, seed: int, what: str) -> Subset:
-    if not 1 <= limit <= len(data):
-        raise ValueError(f"limit must be between 1 and {len(data)}, the images in {what}; got {limit}")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return Subset(data, order[:limit].sort().values.tolist())
