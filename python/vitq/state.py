@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -57,3 +57,14 @@ class ModelState:
             else:
                 out[path] = state
         return out
+
+    def to(self, device: torch.device | str) -> ModelState:
+        """The state with every tensor on ``device``."""
+        sites = {path: _moved(state, device) for path, state in self.sites.items()}
+        return replace(self, sites=sites, floats={name: t.to(device) for name, t in self.floats.items()})
+
+
+def _moved(state: SiteState, device: torch.device | str) -> SiteState:
+    values = {f.name: getattr(state, f.name) for f in fields(state)}
+    nested = {k: _moved(v, device) for k, v in values.items() if isinstance(v, LinearState)}
+    return replace(state, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}, **nested)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ..formats import QTensor
+from .base import QModule
 
 _OUTSIDE = -100.0  # additive score between regions that a cyclic shift made neighbours: Swin's own value
 
@@ -92,3 +95,53 @@ class Window:
             region[length - self.size[axis] :] = 1
             region[length - self.shift[axis] :] = 2
         return region
+
+
+class WindowMap(QModule):
+    """Gathers tokens (or their codes, scales and low-rank parts) into windows and back.
+
+    Attributes: mask: [nW, N, N] float32 additive scores, or None.
+    """
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+        self.register_buffer("partition_index", window.partition_index())
+        self.register_buffer("reverse_index", window.reverse_index())
+        self.register_buffer("mask", window.mask())
+
+    def partition(self, x: Tensor | QTensor, zero_code: int = 0) -> Tensor | QTensor:
+        """[B, H, W, C] to [B·nW, N, C]; ``zero_code``: the code of 0.0, which padded slots hold.
+
+        Raises: ValueError if x is not on the window's grid.
+        """
+        codes = x.q if isinstance(x, QTensor) else x
+        if tuple(codes.shape[1:-1]) != self.window.resolution:
+            raise ValueError(f"x has shape {tuple(codes.shape)}, expected (B, *{self.window.resolution}, C)")
+        b = codes.shape[0]
+        if not isinstance(x, QTensor):
+            return self._gather(x, b, 0).unflatten(1, (-1, self.window.tokens)).flatten(0, 1)
+        q = self._gather(x.q, b, zero_code).unflatten(1, (-1, self.window.tokens)).flatten(0, 1)
+        rows = {} if x.scale.dim() < 2 else {"scale": self._gather(x.scale, b, 1).flatten(0, 1)}
+        if x.t is not None:
+            rows["t"] = self._gather(x.t, b, 0).flatten(0, 1)
+        return replace(x, q=q, **rows)
+
+    def _gather(self, x: Tensor, b: int, pad: float) -> Tensor:
+        x = x.reshape(b, -1, x.shape[-1])
+        if self.window.padded:
+            x = torch.nn.functional.pad(x, (0, 0, 0, 1), value=pad)
+        return x.index_select(1, self.partition_index)
+
+    def reverse(self, x: Tensor | QTensor) -> Tensor | QTensor:
+        """[B·nW, N, C] to [B, H, W, C]."""
+        back = {"q": x.q, "scale": x.scale, "t": x.t} if isinstance(x, QTensor) else {"q": x}
+        for name, value in back.items():
+            if value is not None and value.dim() >= 2:
+                rows = value.reshape(-1, self.partition_index.numel(), value.shape[-1])
+                rows = rows.index_select(1, self.reverse_index)
+                back[name] = rows.unflatten(1, self.window.resolution) if name == "q" else rows.flatten(0, 1)
+        return replace(x, **back) if isinstance(x, QTensor) else back["q"]
+
+    def extra_repr(self) -> str:
+        return f"size={self.window.size}, shift={self.window.shift}, resolution={self.window.resolution}"

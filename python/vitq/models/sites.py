@@ -66,7 +66,7 @@ class AttentionSite:
         qkv, proj: linear layers; qkv's N is [3, H, d].
         heads, head_dim: H, d.
         softmax_scale: factor on q·kᵀ.
-        layer_scale: state-dict name of the [C] factor on the branch, or None.
+        layer_scale: state-dict name of γ [C], the factor on the branch, or None.
         bias_table: state-dict name of the relative position bias, or None (see ``Family.attention_bias``).
         window: the windows that attention stays within, or None for all tokens.
     """
@@ -114,6 +114,15 @@ class MlpSite:
 
 
 @dataclass(frozen=True)
+class BranchSite:
+    """x + γ·module(norm(x)): module paths, and the state-dict name of γ or None."""
+
+    norm: str
+    module: str
+    layer_scale: str | None = None
+
+
+@dataclass(frozen=True)
 class BlockSite:
     """A transformer block.
 
@@ -121,12 +130,14 @@ class BlockSite:
         path: module path; the module maps the residual stream to the residual stream.
         attention, mlp: None where ``Family.refused`` says why; their linear layers then are sites of their own.
         linears: every linear layer of the block, in execution order.
+        branches: what the block sums up, attention then MLP, whether convertible or not; empty if not of this form.
     """
 
     path: str
     attention: AttentionSite | None
     mlp: MlpSite | None
     linears: tuple[LinearSite, ...]
+    branches: tuple[BranchSite, ...] = ()
 
 
 class Family(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 
 from timm.layers import DropPath, PatchDropout, PatchEmbed, attention_pool, mlp, norm
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from vitq_kernels.nn.window import Window
 
-from .sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite, Role
+from .sites import AttentionSite, BlockSite, BranchSite, Family, LinearSite, MlpSite, NormSite, Role
 
 _LAYER_NORMS = (nn.LayerNorm, norm.LayerNorm, norm.LayerNormFp32)
 _FUSED = {act.GELU: "gelu_erf", act.GELUTanh: "gelu_tanh"}
@@ -91,17 +92,24 @@ class _TimmFamily(Family):
                     )
 
     def _layer_scale(self, path: str) -> str | None:
-        return f"{path}.gamma" if isinstance(self.model.get_submodule(path), vit.LayerScale) else None
+        """γ's name if there is a LayerScale at ``path`` (Swin's blocks have none)."""
+        block, _, name = path.rpartition(".")
+        return (
+            f"{path}.gamma"
+            if isinstance(getattr(self.model.get_submodule(block), name, None), vit.LayerScale)
+            else None
+        )
 
-    def _mlp(self, path: str, norm_path: str, layer_scale: str | None) -> MlpSite | None:
+    def _mlp(self, branch: BranchSite) -> MlpSite | None:
+        path = branch.module
         module = self.model.get_submodule(path)
-        if type(module) is not mlp.Mlp or not isinstance(module.fc1, nn.Linear):
+        if type(module) is not mlp.Mlp or type(module.fc1) is not nn.Linear:
             self._refuse(path, f"is a {type(module).__name__}, expected an Mlp: its layers are not fused")
             return None
-        fc1 = self._linear(f"{path}.fc1", "fc1", self._norm(norm_path))
         inner = self._norm(f"{path}.norm")
         if inner is None and not isinstance(module.norm, nn.Identity):
             return None
+        fc1 = self._linear(f"{path}.fc1", "fc1", self._norm(branch.norm))
         fc2 = self._linear(f"{path}.fc2", "fc2", inner)
         kind = type(module.act)
         name = _FUSED.get(kind, "module")
@@ -109,18 +117,30 @@ class _TimmFamily(Family):
             name = "gelu_tanh" if module.act.approximate == "tanh" else "gelu_erf"
         if name == "module":
             self._refuse(f"{path}.act", f"is a {kind.__name__}, no GELU: runs in float between fc1 and fc2")
-        return MlpSite(path, fc1, fc2, name, f"{path}.act", layer_scale)
+        return MlpSite(path, fc1, fc2, name, f"{path}.act", branch.layer_scale)
 
-    def _block(
-        self, path: str, attention: AttentionSite | None, mlp: MlpSite | None
-    ) -> Iterator[BlockSite | LinearSite]:
-        attn = () if attention is None else (attention.qkv, attention.proj)
-        tail = () if mlp is None else (mlp.fc1, mlp.fc2)
-        others = tuple(self._others(path, {site.path for site in attn + tail}))
-        inside = f"{path}.mlp."
-        front = tuple(site for site in others if not site.path.startswith(inside))
-        back = tuple(site for site in others if site.path.startswith(inside))
-        yield BlockSite(path, attention, mlp, front + attn + tail + back)
+    def _block(self, path: str) -> BlockSite:
+        """The block at ``path``: attention first, both branches behind a norm."""
+        branches = (
+            BranchSite(f"{path}.norm1", f"{path}.attn", self._layer_scale(f"{path}.ls1")),
+            BranchSite(f"{path}.norm2", f"{path}.mlp", self._layer_scale(f"{path}.ls2")),
+        )
+        attention, mlp = self._attention(path, branches[0]), self._mlp(branches[1])
+        front = () if attention is None else (attention.qkv, attention.proj)
+        back = () if mlp is None else (mlp.fc1, mlp.fc2)
+        others = tuple(self._others(path, {site.path for site in front + back}))
+        front += tuple(site for site in others if site.path.startswith(f"{branches[0].module}."))
+        back += tuple(site for site in others if site not in front)
+        return BlockSite(path, attention, mlp, front + back, branches)
+
+    def _unknown_block(self, path: str, expected: str) -> BlockSite:
+        kind = type(self.model.get_submodule(path)).__name__
+        self._refuse(path, f"is a {kind}, expected a {expected}: its layers are not fused")
+        return BlockSite(path, None, None, tuple(self._others(path, set())))
+
+    @abstractmethod
+    def _attention(self, block: str, branch: BranchSite) -> AttentionSite | None:
+        """The attention of a known block, or None with a reason in ``refused``."""
 
 
 class TimmViT(_TimmFamily):
@@ -130,15 +150,8 @@ class TimmViT(_TimmFamily):
         yield from self._patch_embed("patch_embed")
         for index, block in enumerate(self.model.blocks):
             path = f"blocks.{index}"
-            if type(block) is vit.Block:
-                yield from self._block(
-                    path,
-                    self._attention(path),
-                    self._mlp(f"{path}.mlp", f"{path}.norm2", self._layer_scale(f"{path}.ls2")),
-                )
-            else:
-                self._refuse(path, f"is a {type(block).__name__}, expected a pre-norm Block: its layers are not fused")
-                yield from self._block(path, None, None)
+            known = type(block) is vit.Block
+            yield self._block(path) if known else self._unknown_block(path, "pre-norm Block")
         if self.model.attn_pool is not None:
             kind = type(self.model.attn_pool).__name__
             self._refuse("attn_pool", f"is a {kind}: its attention runs in float")
@@ -147,8 +160,8 @@ class TimmViT(_TimmFamily):
             if hasattr(self.model, head) and (site := self._linear(head, "head")):
                 yield site
 
-    def _attention(self, block: str) -> AttentionSite | None:
-        path = f"{block}.attn"
+    def _attention(self, block: str, branch: BranchSite) -> AttentionSite | None:
+        path = branch.module
         module = self.model.get_submodule(path)
         if type(module) is not vit.Attention:
             reason = f"is a {type(module).__name__}, expected timm's Attention"
@@ -157,13 +170,13 @@ class TimmViT(_TimmFamily):
         elif getattr(module, "gate", None) is not None:
             reason = "gates its output, which the integer attention does not"
         else:
-            norm1, inner = self._norm(f"{block}.norm1"), self._norm(f"{path}.norm")
+            norm1, inner = self._norm(branch.norm), self._norm(f"{path}.norm")
             plain = inner is not None or isinstance(module.norm, nn.Identity)
             if norm1 is not None and plain:
                 qkv = self._linear(f"{path}.qkv", "qkv", norm1)
                 proj = self._linear(f"{path}.proj", "proj", inner)
-                gamma = self._layer_scale(f"{block}.ls1")
-                return AttentionSite(path, qkv, proj, module.num_heads, module.head_dim, module.scale, gamma)
+                heads, head_dim = module.num_heads, module.head_dim
+                return AttentionSite(path, qkv, proj, heads, head_dim, module.scale, branch.layer_scale)
             reason = "is surrounded by norms that are no LayerNorm"
         self._refuse(path, f"{reason}: it runs in float, its linear layers can be integer")
         return None
@@ -180,25 +193,20 @@ class TimmSwin(_TimmFamily):
                 yield self._linear(f"{path}.reduction", "reduction", self._norm(f"{path}.norm"))
             for index, block in enumerate(stage.blocks):
                 path = f"layers.{depth}.blocks.{index}"
-                if type(block) is swin.SwinTransformerBlock:
-                    yield from self._block(
-                        path, self._attention(path, block), self._mlp(f"{path}.mlp", f"{path}.norm2", None)
-                    )
-                else:
-                    self._refuse(path, f"is a {type(block).__name__}, expected a SwinTransformerBlock: stays float")
-                    yield from self._block(path, None, None)
+                known = type(block) is swin.SwinTransformerBlock
+                yield self._block(path) if known else self._unknown_block(path, "SwinTransformerBlock")
         if (site := self._linear("head.fc", "head")) is not None:
             yield site
 
-    def _attention(self, block: str, module: swin.SwinTransformerBlock) -> AttentionSite | None:
-        path = f"{block}.attn"
+    def _attention(self, block: str, branch: BranchSite) -> AttentionSite | None:
+        path, module = branch.module, self.model.get_submodule(block)
         attn = module.attn
         if type(attn) is not swin.WindowAttention:
             reason = f"is a {type(attn).__name__}, expected timm's WindowAttention"
         elif module.dynamic_mask:
             reason = "builds its windows for each input size (strict_img_size=False)"
         else:
-            norm1 = self._norm(f"{block}.norm1")
+            norm1 = self._norm(branch.norm)
             if norm1 is not None:
                 qkv = self._linear(f"{path}.qkv", "qkv", norm1)
                 proj = self._linear(f"{path}.proj", "proj")
