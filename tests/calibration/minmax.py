@@ -172,9 +172,9 @@ class SimConv(nn.Module):
 
 
 class SimAttention(nn.Module):
-    def __init__(self, state: AttentionState):
+    def __init__(self, state: AttentionState, norm: nn.Module):
         super().__init__()
-        self.s, self.qkv, self.proj = state, SimLinear(state.qkv), SimLinear(state.proj)
+        self.s, self.norm, self.qkv, self.proj = state, norm, SimLinear(state.qkv), SimLinear(state.proj)
 
     def forward(self, x, attn_mask=None, is_causal=False, mask=None):
         s, (b, n, _) = self.s, x.shape
@@ -206,7 +206,7 @@ class SimAttention(nn.Module):
         levels, step, offset = f.decode()
         p_hat = (levels.double()[code.long()] * step + offset) * (p > 0)
         norm = p_hat.sum(-1, keepdim=True) if f.renormalize else 1.0 / top
-        return self.proj((p_hat / norm @ v).transpose(1, 2).reshape(b, n, -1))
+        return self.proj(self.norm((p_hat / norm @ v).transpose(1, 2).reshape(b, n, -1)))
 
 
 def simulated(model: nn.Module, state: ModelState) -> nn.Module:
@@ -218,7 +218,8 @@ def simulated(model: nn.Module, state: ModelState) -> nn.Module:
     for path, site_state in state.sites.items():
         site = family.find(path)
         if isinstance(site_state, AttentionState):
-            out.set_submodule(path, SimAttention(site_state))
+            norm = getattr(out.get_submodule(path), "norm", nn.Identity())
+            out.set_submodule(path, SimAttention(site_state, norm))
         elif site.patch is not None:
             out.set_submodule(path, SimConv(site_state, site.patch))
         else:

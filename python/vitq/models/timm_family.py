@@ -20,7 +20,7 @@ from .sites import AttentionSite, BlockSite, BranchSite, Family, LinearSite, Mlp
 _LAYER_NORMS = (nn.LayerNorm, norm.LayerNorm, norm.LayerNormFp32)
 _FUSED = {act.GELU: "gelu_erf", act.GELUTanh: "gelu_tanh"}
 # Modules that only ever *call* their linear layers, so that these can be swapped one by one.
-_HOLDERS = (vit.Attention, attention_pool.AttentionPoolLatent, mlp.Mlp, mlp.GluMlp, mlp.SwiGLU)
+_HOLDERS = (vit.Attention, swin.WindowAttention, attention_pool.AttentionPoolLatent, mlp.Mlp, mlp.GluMlp, mlp.SwiGLU)
 
 
 def adapter_for(model: nn.Module) -> Family:
