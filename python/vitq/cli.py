@@ -114,14 +114,22 @@ def parser() -> argparse.ArgumentParser:
     _model_arguments(p)
     p.add_argument("--recipe", default="vitq-w4a8", help="a shipped recipe (see vitq info) or a YAML file")
     p.add_argument(
-        "--set", dest="overrides", type=_key_value, action="append", default=[], metavar="K=V", help="override a recipe field"
+        "--set",
+        dest="overrides",
+        type=_key_value,
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="override a recipe field",
     )
     p.add_argument("--data", default="digits", help='"digits" or an image folder (default: digits)')
     p.add_argument("--images", type=_positive, help="calibration images (default: the recipe's)")
     p.add_argument("--eval-images", type=_positive, help="evaluate on so many test images (default: all)")
     p.add_argument("--no-eval", action="store_true", help="write the checkpoint only")
     p.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    p.add_argument("--work-dir", help="where progress is kept, so that an interrupted run resumes (default: OUTPUT.work)")
+    p.add_argument(
+        "--work-dir", help="where progress is kept, so that an interrupted run resumes (default: OUTPUT.work)"
+    )
     p.add_argument("--force", action="store_true", help="replace an existing checkpoint")
 
     p = command("eval", run.evaluate, "Top-1, agreement and SQNR of the float, simulated and integer model.")
@@ -134,7 +142,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=_positive, default=64)
 
     p = command("bench", run.bench, "Latency, throughput, memory and size against the float model, in one run.")
-    p.add_argument("model", help="checkpoint folder, or timm architecture to be quantized with --recipe on random images")
+    p.add_argument(
+        "model", help="checkpoint folder, or timm architecture to be quantized with --recipe on random images"
+    )
     _model_arguments(p)
     p.add_argument("--recipe", default="vitq-w4a8,vitq-w8a8", help="comma-separated; for a timm architecture")
     p.add_argument("--batch", type=_positives, default=[1, 8], metavar="B,B", help="batch sizes (default: 1,8)")
@@ -144,7 +154,9 @@ def parser() -> argparse.ArgumentParser:
     p = command("info", run.info, "What is built, what is live, and why not; or what a checkpoint holds.")
     p.add_argument("checkpoint", nargs="?")
 
-    p = command("demo", run.demo, "The main job on the shipped model and real handwriting: a table, JSON and a picture.")
+    p = command(
+        "demo", run.demo, "The main job on the shipped model and real handwriting: a table, JSON and a picture."
+    )
     p.add_argument("--output", default="build/demo")
     return top
 
