@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 
@@ -17,7 +18,10 @@ from vitq_kernels.ops import qattention, qattention_quantize, quantize
 from vitq_kernels.ops.qattention import ref
 
 native = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason=str(_native.unavailable("cpu")))
-BACKENDS = ["ref", pytest.param("cpu", marks=native)]
+ISAS = [] if _native.extension() is None else _native.extension().available_isas()
+# The C++ kernel once per instruction set; one skipped entry where it is not built.
+NATIVE = ISAS or [pytest.param("cpu", marks=native)]
+BACKENDS = ["ref", *NATIVE]
 
 FOCUSES = {
     "dfq8": FocusSpec(),
@@ -87,9 +91,23 @@ def oracle_args(data, focus):
     return (*data[:6], focus, *data[6:])
 
 
+@contextlib.contextmanager
+def pinned(name):
+    """``ref``, ``cpu`` (the best instruction set) or the C++ kernel of one instruction set."""
+    extension = _native.extension()
+    with backends.backend("ref" if name == "ref" else "cpu"):
+        if name in ISAS:
+            extension.set_cpu_isa(name)
+        try:
+            yield
+        finally:
+            if extension is not None:
+                extension.set_cpu_isa("auto")
+
+
 def call(data, focus, backend="cpu", **kw):
     *operands, softmax_scale, bias, mask = data
-    with backends.backend(backend):
+    with pinned(backend):
         return qattention(*operands, focus=focus, softmax_scale=softmax_scale, bias=bias, mask=mask, **kw)
 
 
@@ -102,7 +120,7 @@ def ref64(data, focus):
     return ref.qattention(q, k, v, *scales, softmax_scale, *flat, bias, mask, torch.float32)
 
 
-# --- the reference itself ---------------------------------------------------------------------------------------------
+# --- the reference itself --------------------------------------------------------------------------------------------
 
 
 def test_by_hand_uniform():
@@ -146,7 +164,7 @@ def test_by_hand_offset_excludes_masked_keys():
 
 
 def live():
-    return ["ref"] if _native.unavailable("cpu") else ["ref", "cpu"]
+    return ["ref", *ISAS]
 
 
 VARIANTS = [
@@ -167,7 +185,7 @@ def test_float64_ref_is_exact(focus, variant):
     assert_attention(got, *oracle_args(data, FOCUSES[focus]), unit=2.0**-53)
 
 
-# --- every back end against the bound ---------------------------------------------------------------------------------
+# --- every back end against the bound --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", range(len(VARIANTS)))
@@ -195,8 +213,9 @@ def test_head_dims(backend, d):
 
 
 @native
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
+    st.sampled_from(ISAS or ["cpu"]),
     focuses,
     st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(0, 40), st.integers(0, 70)),
     st.integers(1, 70),
@@ -205,12 +224,12 @@ def test_head_dims(backend, d):
     st.sampled_from([None, (1, False), (1, True), (2, True)]),
     st.integers(0, 99),
 )
-def test_any_shape_and_focus(focus, size, d, scales, bias, mask, seed):
+def test_any_shape_and_focus(isa, focus, size, d, scales, bias, mask, seed):
     b, h, nq, nk = size
     mask = None if mask and b % mask[0] else mask
     data = make(b, h, nq, nk, d, scales, bias, mask, seed)
     # A row of a few keys may sit on a tie altogether; such elements are no evidence of a vacuous bound.
-    assert_attention(call(data, focus), *oracle_args(data, focus), vacuous=1.0)
+    assert_attention(call(data, focus, isa), *oracle_args(data, focus), vacuous=1.0)
 
 
 @pytest.mark.parametrize("focus", ["dfq8", "row8", "row4", "row_floor"])
@@ -347,7 +366,7 @@ def test_per_token_values_are_aligned_to_the_largest_scale(backend):
     torch.testing.assert_close(got, want.reshape(1, n, d), rtol=4 * 2**-24, atol=0)
 
 
-# --- the planted bugs that the bound must reject -----------------------------------------------------------------------
+# --- the planted bugs that the bound must reject ---------------------------------------------------------------------
 
 BUGS = {
     "truncated codes": lambda d, f: ref64(d, f) * (1 - 0.5 / f.n),
@@ -368,7 +387,7 @@ def test_planted_bugs_are_rejected(bug):
         assert_attention(BUGS[bug](data, focus), *oracle_args(data, focus))
 
 
-# --- quantized output ---------------------------------------------------------------------------------------------------
+# --- quantized output ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -387,7 +406,7 @@ def test_quantize_is_the_quantizer_after_attention(backend, out):
     """Bitwise: the fused op returns what ``quantize`` makes of the same back end's float result."""
     *operands, softmax_scale, bias, mask = make(b=2, h=2, nq=21, nk=30, d=16, bias=True)
     kw = {"focus": FOCUSES["row8"], "softmax_scale": softmax_scale, "bias": bias, "mask": mask}
-    with backends.backend(backend):
+    with pinned(backend):
         got = qattention_quantize(*operands, out=out, **kw)
         want = quantize(qattention(*operands, **kw), out)
     assert torch.equal(got.q, want.q)
@@ -398,7 +417,7 @@ def test_quantize_is_the_quantizer_after_attention(backend, out):
         assert torch.equal(got.t, want.t)
 
 
-# --- how an op behaves ----------------------------------------------------------------------------------------------------
+# --- how an op behaves -----------------------------------------------------------------------------------------------
 
 
 def flat_args(data, focus):
@@ -438,16 +457,16 @@ def test_export():
     assert all(torch.equal(a, b) for a, b in zip(program.module()(*data), Attention()(*data)))
 
 
-@native
 @pytest.mark.parametrize("focus", ["dfq4", "row8_renorm"])
-def test_bitwise_repeatable_for_any_thread_count(focus):
+@pytest.mark.parametrize("backend", NATIVE)
+def test_bitwise_repeatable_for_any_thread_count(backend, focus):
     data = make(b=3, h=3, nq=130, nk=130, d=32, scales="per_token", bias=True)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
-            results.append(call(data, FOCUSES[focus]))
+            results.append(call(data, FOCUSES[focus], backend))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], r) for r in results[1:])
@@ -469,7 +488,7 @@ def test_every_output_element_is_written(backend):
 
 
 def arguments(**kw):
-    q, k, v, qs, ks, vs, scale, _, _ = make()
+    q, k, v, qs, ks, vs = make()[:6]
     args = {"q": q, "k": k, "v": v, "q_scale": qs, "k_scale": ks, "v_scale": vs, "focus": FocusSpec()}
     return args | kw
 
