@@ -166,9 +166,7 @@ def test_calibration_images_refuses(n, augment, message):
 
 def test_no_distortion_only_rounds():
     images = torch.rand(4, 3, 12, 20, generator=seeded())
-    assert torch.equal(
-        distort(images, Distortion(), seeded()), (images.double() * 255).round().div(255).float()
-    )
+    assert torch.equal(distort(images, Distortion(), seeded()), (images.double() * 255).round().div(255).float())
 
 
 def test_shift_moves_by_the_drawn_fraction():
@@ -346,9 +344,7 @@ def test_unreadable_image_is_named(tmp_path, model, damage):
     write_digits(tmp_path, "test", 30)
     victim = next((tmp_path / "3").iterdir())
     content = victim.read_bytes()
-    victim.write_bytes(
-        {"truncated": content[: len(content) // 2], "text": b"not a picture", "empty": b""}[damage]
-    )
+    victim.write_bytes({"truncated": content[: len(content) // 2], "text": b"not a picture", "empty": b""}[damage])
     data = load_data(tmp_path, "test", model)
     with pytest.raises(ValueError, match=re.escape(f"image '{victim}' cannot be read: ")):
         for _ in data:

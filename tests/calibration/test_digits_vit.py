@@ -81,9 +81,7 @@ def test_script_writes_what_it_trained(model, monkeypatch, tmp_path, capsys):
     out = tmp_path / "new" / "weights.safetensors"
     monkeypatch.setattr(train_digits, "train", lambda *arguments: model)
     monkeypatch.setattr(train_digits, "top1", lambda model, split: 12.5)
-    monkeypatch.setattr(
-        "sys.argv", ["train_digits", "--out", str(out), "--threads", str(torch.get_num_threads())]
-    )
+    monkeypatch.setattr("sys.argv", ["train_digits", "--out", str(out), "--threads", str(torch.get_num_threads())])
     train_digits.main()
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     stored = load_file(WEIGHTS)

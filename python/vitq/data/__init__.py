@@ -21,9 +21,7 @@ __all__ = [
 ]
 
 
-def load_data(
-    source: str | Path, split: str, model: nn.Module, limit: int | None = None, *, seed: int = 0
-) -> Dataset:
+def load_data(source: str | Path, split: str, model: nn.Module, limit: int | None = None, *, seed: int = 0) -> Dataset:
     """A split as a data set of (image [C, H, W] float32, label) pairs, preprocessed as `model` expects.
 
     Args:
@@ -45,9 +43,7 @@ def load_data(
     return Subset(data, digits.draw(len(data), limit, seed, f"split {split!r} of '{source}'").tolist())
 
 
-def load_calibration(
-    source: str | Path, model: nn.Module, n: int, *, seed: int = 0, augment: float = 0.0
-) -> Tensor:
+def load_calibration(source: str | Path, model: nn.Module, n: int, *, seed: int = 0, augment: float = 0.0) -> Tensor:
     """`n` training images in random order, preprocessed as `model` expects, a fraction of them augmented.
 
     Args:
