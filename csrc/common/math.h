@@ -1,5 +1,5 @@
-// exp and GELU on native float vectors. Errors are bounded in tests/kernels against float64 (at most twice torch's own
-// float32 error). Polynomials: our own minimax fits (relative error of the fit in brackets).
+// exp and GELU on native float vectors. Errors are bounded in tests/kernels against float64 (at most twice
+// torch's own float32 error). Polynomials: our own minimax fits (relative error of the fit in brackets).
 #pragma once
 
 #include "common/simd.h"
