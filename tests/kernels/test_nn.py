@@ -93,7 +93,7 @@ def dequantized(state: LinearState, x: torch.Tensor) -> torch.Tensor:
 
 
 def agree(got: torch.Tensor, want: torch.Tensor, k: int) -> None:
-    """float32 rounding of K products and an epilogue; a code that rounds the other way costs one row a step (1 in 200)."""
+    """float32 rounding of K products and an epilogue; a code that rounds the other way costs a row a step (1 in 200)."""
     error, top = (got.double() - want).abs().flatten(0, -2), want.abs().amax()
     bad = (error > (k + 8) * 2.0**-22 * top).any(-1)
     assert bad.sum() <= max(1, bad.numel() // 200), f"{int(bad.sum())} of {bad.numel()} rows differ"
@@ -303,9 +303,8 @@ def test_windows_refuse_what_does_not_fit():
 # QAttention
 
 
-def attention_state(
-    c=16, heads=2, operands=None, focus=None, bias=None, act=STATIC, proj_act=DYNAMIC
-) -> AttentionState:
+def attention_state(operands=None, bias=None, act=STATIC, proj_act=DYNAMIC) -> AttentionState:
+    c, heads, focus = 16, 2, FocusSpec(8, power=2.0, anchor="row")
     operands = operands or QuantSpec(8, granularity="per_head")
     groups = 3 if operands.granularity == "per_tensor" else 3 * heads
     scale = None if operands.dynamic else torch.linspace(0.03, 0.06, groups)
