@@ -12,7 +12,7 @@ from torch import nn
 
 import vitq_kernels as vk
 from vitq_kernels import backends
-from vitq_kernels.formats import AttentionState, LevelTable, LinearState, LowRankSpec, QTensor, QuantSpec
+from vitq_kernels.formats import AttentionState, FocusSpec, LevelTable, LinearState, LowRankSpec, QTensor, QuantSpec
 from vitq_kernels.nn import (
     FloatBranch,
     QAttention,
@@ -93,7 +93,7 @@ def dequantized(state: LinearState, x: torch.Tensor) -> torch.Tensor:
 
 
 def agree(got: torch.Tensor, want: torch.Tensor, k: int) -> None:
-    """float32 rounding of K products and an epilogue; a code that rounds the other way costs a row a step (1 in 200)."""
+    """float32 rounding of K products and an epilogue; a code rounding the other way costs a row a step (1 in 200)."""
     error, top = (got.double() - want).abs().flatten(0, -2), want.abs().amax()
     bad = (error > (k + 8) * 2.0**-22 * top).any(-1)
     assert bad.sum() <= max(1, bad.numel() // 200), f"{int(bad.sum())} of {bad.numel()} rows differ"
