@@ -51,6 +51,9 @@ class LevelTable:
     levels: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        for v in self.levels:
+            if isinstance(v, bool) or v != int(v):
+                raise TypeError(f"levels has {v!r} ({type(v).__name__}), expected ints")
         levels = tuple(int(v) for v in self.levels)
         object.__setattr__(self, "levels", levels)
         n = len(levels)
@@ -355,9 +358,11 @@ class LinearState:
     lora_up: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n, k = self.codes.shape
         if self.codes.dtype != torch.int8:
             raise TypeError(f"codes has dtype {self.codes.dtype}, expected torch.int8")
+        if self.codes.dim() != 2:
+            raise ValueError(f"codes has shape {tuple(self.codes.shape)}, expected [N, K]")
+        n, k = self.codes.shape
         if tuple(self.weight_scale.shape) != (n,):
             raise ValueError(f"weight_scale has shape {tuple(self.weight_scale.shape)}, expected ({n},)")
         if self.bias is not None and tuple(self.bias.shape) != (n,):
@@ -367,6 +372,8 @@ class LinearState:
         static = self.act is not None and not self.act.dynamic
         if static != (self.act_scale is not None):
             raise ValueError(f"act_scale is {self.act_scale}, expected a [1] tensor exactly for a static act")
+        if self.act_zero_point != 0 and (self.act is None or self.act.symmetric):
+            raise ValueError(f"act_zero_point is {self.act_zero_point}, expected 0 unless act is asymmetric")
         side = self.lora.rank > 0 and self.lora.kind != "merged"
         for name, p, shape in (
             ("lora_down", self.lora_down, (self.lora.rank, k)),
@@ -411,8 +418,12 @@ class AttentionState:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _int_in("heads", self.heads, 1, 1 << 16)
+        if not math.isfinite(self.softmax_scale):
+            raise ValueError(f"softmax_scale is {self.softmax_scale}, expected a finite number")
         if not self.operands.symmetric:
             raise ValueError("operands is asymmetric, expected a symmetric QuantSpec")
+        _one_of("operands.granularity", self.operands.granularity, ("per_tensor", "per_token", "per_head"))
         if self.operands.dynamic != (self.operand_scale is None):
             raise ValueError("operand_scale must be None exactly for dynamic operands")
         if self.operand_scale is not None and self.operand_scale.numel() != self.groups:

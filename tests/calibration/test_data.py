@@ -99,11 +99,10 @@ def test_pixels_lie_on_the_8_bit_grid():
 
 
 def test_size_and_normalisation():
-    images = load_digits("test", size=48, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0)).tensors[0]
+    mean, std = (0.1, 0.2, 0.3), (1.0, 2.0, 4.0)
+    images = load_digits("test", size=48, mean=mean, std=std).tensors[0]
     assert images.shape == (700, 3, 48, 48)
-    pixels = images * torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(
-        3, 1, 1
-    )
+    pixels = images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     assert torch.allclose(pixels[:, 0], pixels[:, 2], atol=1e-6)
     # The mean grey of an image survives resampling.
     assert (pixels.mean() - (load_digits("test").tensors[0] * 0.5 + 0.5).mean()).abs() < 5e-3
@@ -167,9 +166,7 @@ def test_calibration_images_refuses(n, augment, message):
 
 def test_no_distortion_only_rounds():
     images = torch.rand(4, 3, 12, 20, generator=seeded())
-    assert torch.equal(
-        distort(images, Distortion(), seeded()), (images.double() * 255).round().div(255).float()
-    )
+    assert torch.equal(distort(images, Distortion(), seeded()), (images.double() * 255).round().div(255).float())
 
 
 def test_shift_moves_by_the_drawn_fraction():
@@ -288,6 +285,9 @@ def test_limit_is_a_seeded_subset_in_order(folder, model):
     assert some.indices == load_data(folder, "train", model, 12, seed=1).indices
     assert some.indices != load_data(folder, "train", model, 12, seed=2).indices
     assert len({everything[i] for i in some.indices}) > 3
+    whole, part = load_digits("hard").tensors[0], load_digits("hard", limit=20, seed=1).tensors[0]
+    assert len(rows(part)) == 20
+    assert torch.equal(torch.stack([x for x in whole if x.numpy().tobytes() in rows(part)]), part)
     images, labels = next(iter(DataLoader(load_data("digits", "hard", model, 7), batch_size=7)))
     assert images.shape == (7, 3, SIZE, SIZE)
     assert labels.shape == (7,)
@@ -344,9 +344,7 @@ def test_unreadable_image_is_named(tmp_path, model, damage):
     write_digits(tmp_path, "test", 30)
     victim = next((tmp_path / "3").iterdir())
     content = victim.read_bytes()
-    victim.write_bytes(
-        {"truncated": content[: len(content) // 2], "text": b"not a picture", "empty": b""}[damage]
-    )
+    victim.write_bytes({"truncated": content[: len(content) // 2], "text": b"not a picture", "empty": b""}[damage])
     data = load_data(tmp_path, "test", model)
     with pytest.raises(ValueError, match=re.escape(f"image '{victim}' cannot be read: ")):
         for _ in data:
@@ -371,8 +369,8 @@ def test_class_count_must_match_to_test(folder):
 
 
 def test_model_without_preprocessing(folder):
-    with pytest.raises(ValueError, match="model must be a timm model.*got Linear"):
+    with pytest.raises(ValueError, match=r"model must be a timm model.*got Linear"):
         load_data(folder, "test", torch.nn.Linear(2, 2))
+    odd = vit_digits_patch4_32(pretrained_cfg_overlay={"input_size": (1, 32, 32)})
     with pytest.raises(ValueError, match="square 3-channel"):
-        odd = vit_digits_patch4_32(pretrained_cfg_overlay={"input_size": (1, 32, 32)})
         load_data("digits", "test", odd)

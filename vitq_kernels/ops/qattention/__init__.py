@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,8 @@ def _check_scale(name: str, scale: Tensor, b: int, h: int, n: int, device: torch
 
 
 def _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask, levels) -> tuple:
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    _schema.expect("q", q, dtype=torch.int8, shape=(None,) * 4)
+    for name, x in (("k", k), ("v", v)):
         _schema.expect(name, x, dtype=torch.int8, shape=(None,) * 4, device=q.device)
     b, h, nq, d = q.shape
     nk = k.shape[2]
@@ -85,6 +88,8 @@ def _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask, 
     if levels is not None:
         _schema.expect("levels", levels, dtype=torch.uint8, shape=(focus.n + 1,), device=q.device)
     scale = d**-0.5 if softmax_scale is None else float(softmax_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale is {softmax_scale}, expected a finite number")
     return (q, k, v, q_scale, k_scale, v_scale, scale, *focus_args(focus, q.device, levels), bias, mask)
 
 
@@ -125,6 +130,8 @@ def qattention(
     Source:   AIQViT (arXiv 2502.04628) for the focusing quantizer; anchors, powers, renormalization: see FocusSpec.
     """
     args = _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask, levels)
+    if out_dtype not in _schema.FLOATS:
+        raise TypeError(f"out_dtype is {out_dtype}, expected {' or '.join(map(str, _schema.FLOATS))}")
     return backends.resolve("qattention", q.device.type).fn(*args, out_dtype)
 
 
