@@ -298,8 +298,7 @@ def test_windows_and_masks_are_timms(name):
 # Graphs.
 
 
-@pytest.mark.parametrize("name", ["distilled", "swin"])
-@pytest.mark.parametrize("backend", [None, "ref"])
+@pytest.mark.parametrize(("name", "backend"), [("distilled", None), ("swin", "ref")])
 def test_compile_export_deepcopy(name, backend):
     model = MODELS[name]()
     x = minmax.images(model)
