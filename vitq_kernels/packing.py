@@ -25,6 +25,8 @@ nibble of code 0 (of the level nearest to 0, which contributes nothing: the acti
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     unsigned = codes.to(torch.int16) + half
     stream = (unsigned.unsqueeze(-1) >> torch.arange(bits, dtype=torch.int16, device=codes.device)) & 1
     stream = stream.reshape(n, k * bits).to(torch.uint8)
-    stream = torch.nn.functional.pad(stream, (0, -(k * bits) % 8)).reshape(n, _ceil(k * bits, 8), 8)
+    n_bytes = _ceil(k * bits, 8)
+    stream = torch.nn.functional.pad(stream, (0, n_bytes * 8 - k * bits)).reshape(n, n_bytes, 8)
     weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
     return (stream * weights).sum(-1, dtype=torch.uint8)
 
@@ -93,7 +96,7 @@ def pack_int4(nibbles: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor, k: int) -> Tensor:
     """Inverse of :func:`pack_int4`."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[:, :k]
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :k]
 
 
 def pack_n16k4(codes: Tensor, pad: int = 0) -> Tensor:
@@ -105,7 +108,7 @@ def pack_n16k4(codes: Tensor, pad: int = 0) -> Tensor:
 
 def unpack_n16k4(packed: Tensor, n: int, k: int) -> Tensor:
     """Inverse of :func:`pack_n16k4`."""
-    return packed.transpose(1, 2).reshape(packed.shape[0] * 16, packed.shape[1] * 4)[:n, :k].contiguous()
+    return packed.transpose(1, 2).flatten(0, 1).flatten(1)[:n, :k].contiguous()
 
 
 def pack_int4_n16k4(nibbles: Tensor, pad: int = 8) -> Tensor:
@@ -162,12 +165,13 @@ def pack_weight(codes: Tensor, bits: int, layout: str, table: LevelTable | None 
         zero = 8 if table is None else int(table.indices()[128])
         nibbles = _nibbles(codes, table)
         data = pack_int4(nibbles) if layout == "int4" else pack_int4_n16k4(nibbles, zero)
-    return PackedWeight(data, layout, bits, n, k, codes.sum(1, dtype=torch.int32), table)
+    packed = PackedWeight(data, layout, bits, n, k, codes.sum(1, dtype=torch.int32), table)
+    return replace(packed, lut=weight_lut(packed))
 
 
 def unpack_weight(weight: PackedWeight) -> Tensor:
     """Inverse of :func:`pack_weight`: the codes (or levels) [N, K] int8."""
-    return unpack_codes(weight.data, weight.layout, weight.n, weight.k, weight_lut(weight))
+    return unpack_codes(weight.data, weight.layout, weight.n, weight.k, weight.lut)
 
 
 def weight_lut(weight: PackedWeight) -> Tensor | None:

@@ -13,8 +13,8 @@ from ..formats import ActQuant, QTensor
 library = torch.library.Library("vitq", "DEF")
 
 QUANT_ARGS = (
-    "Tensor? q_scale, int q_zero_point, int qmin, int qmax, int groups, "
-    "Tensor? row_qmax, Tensor? q_lut, Tensor? lora_down, bool subspace"
+    "Tensor? scale, int zero_point, int qmin, int qmax, int groups, "
+    "Tensor? row_qmax, Tensor? lut, Tensor? lora_down, bool subspace"
 )
 
 

@@ -10,8 +10,8 @@ from .. import _schema
 from . import ref
 
 
-def _fake(x, weight, bias, eps, q_scale, q_zero_point, qmin, qmax, groups, row_qmax, q_lut, lora_down, subspace):
-    return _schema.fake_quant_outputs(x, x.shape, q_scale, groups, lora_down)
+def _fake(x, weight, bias, eps, scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, subspace):
+    return _schema.fake_quant_outputs(x, x.shape, scale, groups, lora_down)
 
 
 _schema.define(

@@ -10,8 +10,8 @@ from .. import _schema
 from . import ref
 
 
-def _fake(x, q_scale, q_zero_point, qmin, qmax, groups, row_qmax, q_lut, lora_down, subspace):
-    return _schema.fake_quant_outputs(x, x.shape, q_scale, groups, lora_down)
+def _fake(x, scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, subspace):
+    return _schema.fake_quant_outputs(x, x.shape, scale, groups, lora_down)
 
 
 _schema.define("quantize", f"Tensor x, {_schema.QUANT_ARGS}", "(Tensor, Tensor, Tensor)", ref.quantize, _fake)
