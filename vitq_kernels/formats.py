@@ -106,6 +106,8 @@ class QuantSpec:
         _one_of("scale_rule", self.scale_rule, ("absmax_qmax", "absmax_half_range"))
         if self.dynamic and not self.symmetric:
             raise ValueError("symmetric is False with dynamic=True, expected dynamic scales to be symmetric")
+        if self.dynamic and self.scale_rule != "absmax_qmax":
+            raise ValueError(f"scale_rule is {self.scale_rule!r} with dynamic=True, expected 'absmax_qmax'")
         if self.granularity == "per_token" and not self.dynamic:
             raise ValueError("granularity is 'per_token' with dynamic=False, expected dynamic=True")
         if self.table is not None and self.table.bits != self.bits:

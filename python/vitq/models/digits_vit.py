@@ -41,7 +41,8 @@ def vit_digits_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransforme
     Returns:
         Model of images [N, 3, 32, 32] normalised by mean and std 0.5, giving logits [N, 10].
     """
-    arguments = dict(img_size=SIZE, patch_size=4, embed_dim=192, depth=6, num_heads=3, mlp_ratio=2)
+    arguments = {"img_size": SIZE, "patch_size": 4}
+    arguments |= {"embed_dim": 192, "depth": 6, "num_heads": 3, "mlp_ratio": 2}
     return build_model_with_cfg(
         VisionTransformer,
         NAME,

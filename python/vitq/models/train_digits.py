@@ -1,7 +1,7 @@
 """Train the shipped digits transformer: `python -m vitq.models.train_digits --out FILE.safetensors`.
 
 AdamW, linear warm-up and cosine decay, label smoothing, stochastic depth, and the `TRAIN` distortion drawn
-anew for every image of every epoch. The last weights are stored, as float16; the test splits are only reported.
+anew for every image of every epoch. The last weights are stored, as float16; test accuracy is only reported.
 """
 
 import argparse

@@ -1,0 +1,173 @@
+"""The ``vitq`` command: quantize, eval, bench, info, demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, eq, value = text.partition("=")
+    if not eq or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _positives(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", metavar="FILE", help="local state dict (.safetensors, .pth) instead of timm's")
+    parser.add_argument("--random-weights", action="store_true", help="no weights at all (latency only)")
+    parser.add_argument("--outlier", action="store_true", help="the function-preserving outlier variant of the model")
+    parser.add_argument(
+        "--model-arg", type=_key_value, action="append", default=[], metavar="K=V", help="argument of timm.create_model"
+    )
+
+
+def _source(args: argparse.Namespace):
+    from .sources import ModelSource
+
+    if args.weights and args.random_weights:
+        raise ValueError("--weights and --random-weights are both given, expected at most one")
+    return ModelSource(
+        args.model,
+        pretrained=not args.random_weights,
+        weights=args.weights,
+        outlier=args.outlier,
+        kwargs=dict(args.model_arg),
+    )
+
+
+def _console(args: argparse.Namespace) -> Console:
+    """Tables and progress; with --json they go to stderr, so that stdout holds the JSON alone."""
+    return Console(stderr=args.json)
+
+
+def _print_rows(console: Console, title: str, rows: list[dict], columns: dict[str, str]) -> None:
+    table = Table(title=title, title_justify="left")
+    for heading in columns.values():
+        table.add_column(heading, justify="left" if heading in ("recipe", "split", "model", "mode") else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in columns))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _emit(args: argparse.Namespace, record: dict) -> None:
+    if args.json:
+        print(json.dumps(record, indent=2))
+
+
+def _set_threads(args: argparse.Namespace) -> None:
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, as argparse sees it."""
+    top = _Parser(prog="vitq", description="Quantize vision transformers and run them on integer kernels.")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="figures as JSON on stdout")
+        sub.add_argument("--threads", type=_positive, help="torch threads (default: torch's own choice)")
+        return sub
+
+    from . import commands as run
+
+    p = command("quantize", run.quantize, "Calibrate a float model; write, evaluate and time its integer form.")
+    p.add_argument("model", help="timm architecture")
+    p.add_argument("output", help="checkpoint folder to write")
+    _model_arguments(p)
+    p.add_argument("--recipe", default="vitq-w4a8", help="a shipped recipe (see vitq info) or a YAML file")
+    p.add_argument(
+        "--set", dest="overrides", type=_key_value, action="append", default=[], metavar="K=V", help="override a recipe field"
+    )
+    p.add_argument("--data", default="digits", help='"digits" or an image folder (default: digits)')
+    p.add_argument("--images", type=_positive, help="calibration images (default: the recipe's)")
+    p.add_argument("--eval-images", type=_positive, help="evaluate on so many test images (default: all)")
+    p.add_argument("--no-eval", action="store_true", help="write the checkpoint only")
+    p.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    p.add_argument("--work-dir", help="where progress is kept, so that an interrupted run resumes (default: OUTPUT.work)")
+    p.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+
+    p = command("eval", run.evaluate, "Top-1, agreement and SQNR of the float, simulated and integer model.")
+    p.add_argument("checkpoint")
+    p.add_argument("--data", default="digits", help='"digits" or an image folder (default: digits)')
+    p.add_argument("--split", default="test", help="test (default), hard (digits), train")
+    p.add_argument("--modes", default="float,simulated,integer", help="which of them, comma-separated")
+    p.add_argument("--backend", help="run the integer model on this back end (see vitq info)")
+    p.add_argument("--limit", type=_positive, help="so many images only")
+    p.add_argument("--batch-size", type=_positive, default=64)
+
+    p = command("bench", run.bench, "Latency, throughput, memory and size against the float model, in one run.")
+    p.add_argument("model", help="checkpoint folder, or timm architecture to be quantized with --recipe on random images")
+    _model_arguments(p)
+    p.add_argument("--recipe", default="vitq-w4a8,vitq-w8a8", help="comma-separated; for a timm architecture")
+    p.add_argument("--batch", type=_positives, default=[1, 8], metavar="B,B", help="batch sizes (default: 1,8)")
+    p.add_argument("--bench-threads", type=_positives, metavar="T,T", help="thread counts (default: torch's choice)")
+    p.add_argument("--seconds", type=float, default=3.0, help="per model and setting (default: 3)")
+
+    p = command("info", run.info, "What is built, what is live, and why not; or what a checkpoint holds.")
+    p.add_argument("checkpoint", nargs="?")
+
+    p = command("demo", run.demo, "The main job on the shipped model and real handwriting: a table, JSON and a picture.")
+    p.add_argument("--output", default="build/demo")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 on success, 2 with one line on stderr for bad input, 130 when interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        _set_threads(args)
+        args.run(args)
+    except KeyboardInterrupt:
+        print("vitq: interrupted; the same command resumes where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        print(f"vitq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
