@@ -67,19 +67,38 @@ class SimAttention(nn.Module):
         qkv, proj: SimLinear.
         operands: ActivationQuantizer of the fused [3, H, d] output of qkv; no spec leaves Q, K, V float.
         focus: FocusQuantizer, or None for float probabilities.
+        norm: float module between the product with V and proj (timm's scale_norm), nothing in most models.
         bias: [H, N, N] additive scores, or None.
     """
 
-    def __init__(self, qkv: SimLinear, proj: SimLinear, heads: int, softmax_scale: float, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        qkv: SimLinear,
+        proj: SimLinear,
+        heads: int,
+        softmax_scale: float,
+        bias: Tensor | None = None,
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.qkv, self.proj, self.heads, self.softmax_scale = qkv, proj, heads, float(softmax_scale)
+        self.norm = nn.Identity() if norm is None else norm
         self.operands = ActivationQuantizer(3 * heads)
         self.focus: FocusQuantizer | None = None
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, N, C] to [B, N, C']; mask ([G, N, N] or None) is added to the scores, image b uses mask[b mod G]."""
-        return self.proj(self.attend(self.qkv(x), mask))
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, N, C] to [B, N, C']; mask ([G, N, N] or None) is added to the scores, image b uses mask[b mod G].
+
+        ``attn_mask`` and ``is_causal`` are the arguments of timm's ViT attention, which image models leave unused.
+
+        Raises: ValueError if they are used.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask or is_causal is given, the integer attention takes neither")
+        return self.proj(self.norm(self.attend(self.qkv(x), mask)))
 
     def scores(self, q: Tensor, k: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> Tensor:
         """[B, H, N, N] softmax inputs."""
