@@ -212,6 +212,7 @@ class PackedWeight:
         n, k: out and in features.
         col_sum: [N] int32, Σ_k code[n, k] of the *decoded* codes: it takes activation zero points out exactly.
         table: the weight's levels where codes are table indices, else None.
+        lut: [16] int8, what each nibble of a 4-bit layout with a table decodes to; None for every other weight.
     """
 
     data: Tensor
@@ -221,6 +222,7 @@ class PackedWeight:
     k: int
     col_sum: Tensor
     table: LevelTable | None = None
+    lut: Tensor | None = None
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import backends
 from ...formats import ActQuant, PackedWeight, QTensor
-from ...packing import LAYOUT_IDS, weight_lut
+from ...packing import LAYOUT_IDS
 from .. import _schema
 from . import ref
 
@@ -91,7 +91,7 @@ def _flat(x, weight, weight_scale, bias, lora_up, activation, layer_scale, resid
     t = x.t if lora_up is not None else None
     tail = _tail(x.q, m, weight.n, t, bias, lora_up, activation, layer_scale, residual)
     packed = (weight.data, LAYOUT_IDS[weight.layout], weight.n, weight.k, weight.col_sum)
-    return (x.q, x.scale, x.zero_point, t, *packed, weight_lut(weight), weight_scale, *tail)
+    return (x.q, x.scale, x.zero_point, t, *packed, weight.lut, weight_scale, *tail)
 
 
 def qlinear(
@@ -174,5 +174,5 @@ def qlinear_weight_only(
     m = x.numel() // weight.k if weight.k else 0
     tail = _tail(x, m, weight.n, lora_t, bias, lora_up, activation, layer_scale, residual)
     impl = backends.resolve("qlinear_weight_only", x.device.type, weight.layout)
-    packed = (weight.data, LAYOUT_IDS[weight.layout], weight.n, weight.k, weight_lut(weight))
+    packed = (weight.data, LAYOUT_IDS[weight.layout], weight.n, weight.k, weight.lut)
     return impl.fn(x, lora_t, *packed, weight_scale, *tail, x.dtype if out_dtype is None else out_dtype)
