@@ -99,11 +99,10 @@ def test_pixels_lie_on_the_8_bit_grid():
 
 
 def test_size_and_normalisation():
-    images = load_digits("test", size=48, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0)).tensors[0]
+    mean, std = (0.1, 0.2, 0.3), (1.0, 2.0, 4.0)
+    images = load_digits("test", size=48, mean=mean, std=std).tensors[0]
     assert images.shape == (700, 3, 48, 48)
-    pixels = images * torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(
-        3, 1, 1
-    )
+    pixels = images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     assert torch.allclose(pixels[:, 0], pixels[:, 2], atol=1e-6)
     # The mean grey of an image survives resampling.
     assert (pixels.mean() - (load_digits("test").tensors[0] * 0.5 + 0.5).mean()).abs() < 5e-3
@@ -371,8 +370,8 @@ def test_class_count_must_match_to_test(folder):
 
 
 def test_model_without_preprocessing(folder):
-    with pytest.raises(ValueError, match="model must be a timm model.*got Linear"):
+    with pytest.raises(ValueError, match=r"model must be a timm model.*got Linear"):
         load_data(folder, "test", torch.nn.Linear(2, 2))
+    odd = vit_digits_patch4_32(pretrained_cfg_overlay={"input_size": (1, 32, 32)})
     with pytest.raises(ValueError, match="square 3-channel"):
-        odd = vit_digits_patch4_32(pretrained_cfg_overlay={"input_size": (1, 32, 32)})
         load_data("digits", "test", odd)

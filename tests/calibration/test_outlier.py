@@ -32,14 +32,14 @@ def build(name):
 
 def norm_ranges(model, images):
     """Per LayerNorm of a block, each channel's largest magnitude over tokens and images."""
-    ranges = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda m, i, y, n=name: ranges.update({n: y.abs().flatten(0, -2).amax(0)})
-        )
-        for name, module in model.named_modules()
-        if name.endswith(("norm1", "norm2"))
-    ]
+    ranges, hooks = {}, []
+    for name, module in model.named_modules():
+        if name.endswith(("norm1", "norm2")):
+
+            def keep(module, inputs, output, name=name):
+                ranges[name] = output.abs().flatten(0, -2).amax(0)
+
+            hooks.append(module.register_forward_hook(keep))
     with torch.no_grad():
         model(images)
     for hook in hooks:
@@ -104,7 +104,7 @@ def test_refusals():
         TypeError, match="model must be a timm VisionTransformer or SwinTransformer, got Linear"
     ):
         outlier_variant(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="channels must be between 1 and 192.*got 193"):
+    with pytest.raises(ValueError, match=r"channels must be between 1 and 192.*got 193"):
         outlier_variant(model, channels=193)
     with pytest.raises(ValueError, match="channels must be"):
         outlier_variant(model, channels=0)

@@ -23,8 +23,8 @@ TEST_IMAGES = 700
 
 #: What a training image undergoes, and the augmented part of a calibration set.
 TRAIN = Distortion(shift=0.08, rotate=12.0, scale=0.1, blur=0.02, noise=0.1)
-#: What a `hard` test image undergoes: about twice as much, so that low bit-widths are told apart.
-HARD = Distortion(shift=0.12, rotate=25.0, scale=0.1, blur=0.05, noise=0.4)
+#: What a `hard` test image undergoes: 1.5 to 2.5 times as much, so that low bit-widths are told apart.
+HARD = Distortion(shift=0.12, rotate=20.0, scale=0.1, blur=0.05, noise=0.25)
 
 _SPLIT_SEED, _HARD_SEED = 1797, 700
 
