@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
 from vitq_kernels.formats import QuantSpec
+
+from .simulate import SimModel, recording
 
 BINS = 2048
 
@@ -36,63 +39,78 @@ class Histogram:
 
 @dataclass
 class InputStats:
-    """Statistics of the rows [T, K] that enter a linear layer.
+    """Rows [T, K] that enter a linear layer.
 
-    Attributes: count; total [K] and moment [K, K] float64 sums of x and x·xᵀ; low, high [K]; rows: up to ``keep`` rows
-    drawn evenly, for what needs whole rows.
+    Attributes: low, high [K] over all rows; rows: a sample of them, drawn evenly.
     """
 
-    keep: int = 4096
-    count: int = 0
-    total: Tensor | None = None
-    moment: Tensor | None = None
     low: Tensor | None = None
     high: Tensor | None = None
     parts: list[Tensor] = field(default_factory=list)
 
-    def update(self, x: Tensor, share: float) -> None:
-        """Add rows x [..., K]; ``share`` is the fraction of all rows that this batch is."""
-        x = x.detach().reshape(-1, x.shape[-1])
+    def update(self, x: Tensor, keep: int) -> None:
+        """Add rows x [T, K] and keep about ``keep`` of them."""
         low, high = x.amin(0), x.amax(0)
-        moment, total = (x.T @ x).double(), x.sum(0, dtype=torch.float64)
-        if self.moment is None:
-            self.total, self.moment, self.low, self.high = total, moment, low, high
-        else:
-            self.total += total
-            self.moment += moment
-            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        self.count += x.shape[0]
-        wanted = max(1, round(self.keep * share))
-        self.parts.append(x[:: max(1, x.shape[0] // wanted)][:wanted].clone())
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        stride = max(1, x.shape[0] // max(1, keep))
+        self.parts.append(x[::stride].clone())
 
     @property
     def rows(self) -> Tensor:
         """[T', K] sampled rows."""
         return torch.cat(self.parts)
 
-    @property
-    def mean(self) -> Tensor:
-        """[K] float64."""
-        return self.total / self.count
-
-    @property
     def second_moment(self) -> Tensor:
-        """[K, K] float64, E[x·xᵀ]."""
-        return self.moment / self.count
+        """[K, K] float64, E[x·xᵀ] of the sampled rows."""
+        return moment(self.rows, self.rows)
 
-    def affine(self, shift: Tensor, factor: Tensor) -> InputStats:
-        """The statistics of (x − shift)/factor, shift and factor [K]; factor > 0."""
-        c, r = shift.double(), factor.double()
-        cross = torch.outer(self.total, c)
-        moment = (self.moment - cross - cross.T + self.count * torch.outer(c, c)) / torch.outer(r, r)
-        return replace(
-            self,
-            total=(self.total - self.count * c) / r,
-            moment=moment,
-            low=(self.low - shift) / factor,
-            high=(self.high - shift) / factor,
-            parts=[(self.rows - shift) / factor],
-        )
+
+def moment(y: Tensor, x: Tensor) -> Tensor:
+    """[N, K] float64, the mean of y·xᵀ over rows; chunks in float32, sums in float64."""
+    total = x.new_zeros(y.shape[-1], x.shape[-1], dtype=torch.float64)
+    for part_y, part_x in zip(y.split(4096), x.split(4096)):
+        total += (part_y.T @ part_x).double()
+    return total / x.shape[0]
+
+
+@dataclass
+class Observations:
+    """What calibration images do at every site of the float model.
+
+    Attributes:
+        inputs: linear path -> InputStats.
+        qkv: attention path -> [B', N, 3·H·d] fused outputs of qkv of the first images.
+    """
+
+    inputs: dict[str, InputStats]
+    qkv: dict[str, Tensor]
+
+
+@torch.no_grad()
+def observe(sim: SimModel, images: Tensor, batch: int, rows: int = 4096, attention_images: int = 32) -> Observations:
+    """Run ``images`` through a float ``sim``; keep about ``rows`` rows a layer and ``attention_images`` images' qkv."""
+    stats = {path: InputStats() for path in sim.linears}
+    qkv: dict[str, list[Tensor]] = {path: [] for path in sim.attentions}
+    names = {site.qkv.path: path for path, site in sim.attention_sites.items()}
+    keep = 0
+    share = 0.0
+
+    def record(path: str, inputs: tuple, output: Tensor) -> None:
+        linear = sim.linears[path]
+        x = linear.rows(inputs[0])
+        # A layer wider than the sample would have a singular second moment.
+        stats[path].update(x, int(share * max(rows, 4 * x.shape[1])) + 1)
+        if path in names and keep > 0:
+            per_image = output.shape[0] // size
+            qkv[names[path]].append(output[: keep * per_image].clone())
+
+    with recording(sim.linears, record):
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            size, share, keep = len(part), len(part) / len(images), min(len(part), attention_images - start)
+            sim(part)
+    return Observations(stats, {path: torch.cat(parts) for path, parts in qkv.items()})
 
 
 def affine_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

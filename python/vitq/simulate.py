@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,8 +46,22 @@ class SimModel(nn.Module):
         for path, linear in linears.items():
             if path not in inside:
                 self.model.set_submodule(path, linear)
-        self.__dict__["linears"] = linears
+        self.bind()
+
+    def bind(self) -> None:
+        """Point ``linears`` and ``attentions`` at the modules of ``model``."""
+        self.__dict__["linears"] = {path: self.model.get_submodule(path) for path in self.sites}
         self.__dict__["attentions"] = {path: self.model.get_submodule(path) for path in self.attention_sites}
+
+    def twin(self) -> SimModel:
+        """A copy with modules of its own and the same family."""
+        other = SimModel.__new__(SimModel)
+        nn.Module.__init__(other)
+        other.__dict__["family"] = self.family
+        other.model = copy.deepcopy(self.model)
+        other.sequence, other.sites, other.attention_sites = self.sequence, self.sites, self.attention_sites
+        other.bind()
+        return other
 
     def _linear(self, path: str) -> SimLinear:
         module = self.model.get_submodule(path)
@@ -106,21 +120,26 @@ def recording(modules: dict[str, nn.Module], record: Callable[[str, tuple, Any],
 
 
 @torch.no_grad()
-def inputs_of(model: nn.Module, path: str, images: Tensor, batch: int) -> Tensor:
-    """What enters the module at ``path`` when ``model`` sees ``images``, concatenated over batches."""
+def entering(module: nn.Module, parts: Iterable[Tensor], run: Callable[[Tensor], Any]) -> list[Tensor]:
+    """What enters ``module`` when ``run`` sees each part; the forward passes end there."""
     out: list[Tensor] = []
 
     def hook(module: nn.Module, inputs: tuple) -> None:
         out.append(inputs[0].detach())
         raise _Stop
 
-    handle = model.get_submodule(path).register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook)
     try:
-        for part in images.split(batch):
+        for part in parts:
             try:
-                model(part)
+                run(part)
             except _Stop:
                 continue
     finally:
         handle.remove()
-    return torch.cat(out)
+    return out
+
+
+def inputs_of(model: nn.Module, path: str, images: Tensor, batch: int) -> Tensor:
+    """What enters the module at ``path`` when ``model`` sees ``images``, concatenated over batches."""
+    return torch.cat(entering(model.get_submodule(path), images.split(batch), model))

@@ -71,9 +71,15 @@ class SimLinear(nn.Module):
     def codes(self) -> Tensor:
         return self.quant(self.effective_weight())
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The layer's input as the rows [M, K] that it multiplies."""
+        return x.reshape(-1, x.shape[-1])
+
     def forward(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])
+        return self.compute(self.rows(x)).reshape(*x.shape[:-1], -1)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """[M, K] to [M, N]."""
         weight = self.effective_weight() if self.quant.spec is None else self.codes()
         t = x @ self.lora_down.T if self._side else None
         if self._side and self.lora.kind == "subspace":
@@ -92,7 +98,7 @@ class SimLinear(nn.Module):
             y = y + t @ self.lora_up.T
         if self.bias is not None:
             y = y + self.bias
-        return y.reshape(*shape[:-1], -1)
+        return y
 
     @torch.no_grad()
     def export(self) -> LinearState:
@@ -125,8 +131,10 @@ class SimPatchConv(SimLinear):
         super().__init__(conv.weight.flatten(1), conv.bias)
         self.kernel = tuple(conv.kernel_size)
 
+    def rows(self, x: Tensor) -> Tensor:
+        (b, c, h, w), (p, q) = x.shape, self.kernel
+        return x.reshape(b, c, h // p, p, w // q, q).permute(0, 2, 4, 1, 3, 5).reshape(-1, c * p * q)
+
     def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        p, q = self.kernel
-        patches = x.reshape(b, c, h // p, p, w // q, q).permute(0, 2, 4, 1, 3, 5).reshape(b, h // p, w // q, c * p * q)
-        return super().forward(patches).permute(0, 3, 1, 2)
+        (b, _, h, w), (p, q) = x.shape, self.kernel
+        return self.compute(self.rows(x)).reshape(b, h // p, w // q, -1).permute(0, 3, 1, 2)
