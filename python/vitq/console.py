@@ -29,7 +29,7 @@ def print_rows(console: Console, title: str, rows: list[dict[str, Any]], columns
 def cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def progress(console: Console) -> Progress:
