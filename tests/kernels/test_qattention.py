@@ -424,7 +424,7 @@ def flat_args(data, focus):
     from vitq_kernels.ops.qattention import _flat
 
     *operands, softmax_scale, bias, mask = data
-    return _flat(*operands, focus, softmax_scale, bias, mask)
+    return _flat(*operands, focus, softmax_scale, bias, mask, None)
 
 
 @pytest.mark.parametrize("shape", [{}, {"nq": 0}, {"nk": 0}, {"b": 0}])
