@@ -63,9 +63,9 @@ def _source(args: argparse.Namespace) -> ModelSource:
 
 
 @contextmanager
-def _progress(out: Console) -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar that calibration's progress callback moves."""
-    with console.progress(out) as bar:
+    with console.progress() as bar:
         task = bar.add_task("calibrating", total=None)
         yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total)
 
@@ -90,7 +90,7 @@ def quantize(args: argparse.Namespace) -> None:
     # Before hours of calibration rather than after them.
     splits = {} if args.no_eval else _splits(args.data, model, args.eval_images)
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
-    with _progress(out) as progress:
+    with _progress() as progress:
         done = jobs.quantize(model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress)
     state = replace(done.state, metrics={"calibration_s": done.seconds})
     checkpoint.save(target, state, overwrite=args.force)
@@ -134,7 +134,7 @@ def evaluate(args: argparse.Namespace) -> None:
     models = {mode: build[mode]() for mode in modes}
     data = load_data(args.data, args.split, skeleton, args.limit)
     logits: dict[str, torch.Tensor] = {}
-    with console.progress(out) as bar:
+    with console.progress() as bar:
         task = bar.add_task("evaluating", total=len(data) * len(models))
         for mode, model in models.items():
             logits[mode], labels = predict(model, data, args.batch_size, lambda n: bar.advance(task, n))
@@ -173,7 +173,7 @@ def bench(args: argparse.Namespace) -> None:
         model = checkpoint.build_float(Path(args.model), config)
         models = {"float32": model, config.recipe.get("name", "integer"): to_integer(model, state)}
     else:
-        models = _calibrated_on_noise(args, out)
+        models = _calibrated_on_noise(args)
     rows: list[dict[str, Any]] = []
     for n in args.bench_threads or [torch.get_num_threads()]:
         with threads(n):
@@ -186,13 +186,13 @@ def bench(args: argparse.Namespace) -> None:
     _emit(args, {"model": args.model, "environment": environment(), "rows": rows})
 
 
-def _calibrated_on_noise(args: argparse.Namespace, out: Console) -> dict[str, nn.Module]:
+def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The float model and its integer forms; latency does not depend on what the images show."""
     source = _source(args)
     model = load_float(source)
-    images = torch.randn(8, *jobs.data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    images = torch.randn(8, *jobs.state_data(model)["input_size"], generator=torch.Generator().manual_seed(0))
     models: dict[str, nn.Module] = {"float32": model}
-    with _progress(out) as progress:
+    with _progress() as progress:
         for name in args.recipe.split(","):
             recipe = recipes.load_recipe(name, fast=True)
             models[recipe.name] = jobs.quantize(model, source, recipe, images, progress=progress).integer
@@ -253,7 +253,7 @@ def demo(args: argparse.Namespace) -> None:
 
     out = console.make(args.json)
     output = Path(args.output)
-    with _progress(out) as progress:
+    with _progress() as progress:
         summary = job.run(output, progress)
     console.print_rows(out, f"{job.NAME} on handwritten digits", summary["runs"], job.COLUMNS)
     out.print(f"figures: {output / 'summary.json'}   picture: {output / 'demo.png'}")

@@ -17,7 +17,7 @@ from .calibrate import CalibratedModel, calibrate
 from .convert import to_integer
 from .data import load_calibration
 from .evaluate import Comparison, predict
-from .models import data_config
+from .models import state_data
 from .recipes import Recipe
 from .sources import ModelSource
 from .state import ModelState
@@ -69,7 +69,7 @@ def quantize(
         progress=progress,
         architecture=source.name,
         kwargs=dict(source.kwargs),
-        data=data_config(model),
+        data=state_data(model),
         source=source.record(),
     )
     seconds = time.perf_counter() - start
@@ -103,7 +103,7 @@ def evaluate(
 
 def time_models(models: dict[str, nn.Module], batches: Iterable[int], seconds: float) -> list[dict[str, Any]]:
     """``compare_models`` on random images of the first model's input size, at torch's current number of threads."""
-    shape = data_config(next(iter(models.values())))["input_size"]
+    shape = state_data(next(iter(models.values())))["input_size"]
     generator = torch.Generator().manual_seed(0)
     rows = []
     for batch in batches:
