@@ -63,8 +63,9 @@ VITQ_INLINE Bytes to_bytes(I v) {
 
 // What one call's Focus comes to.
 //
-// With b1 = 0 the codes are a plain multiple of an exponential, n·(u/b2)^(1/power) = K·exp((s − max)/power), so the
-// exponent carries 1/power and no root is taken. Otherwise x = (u − b1)/(b2 − b1) is clamped first and rooted after.
+// With b1 = 0 the codes are a plain multiple of an exponential, n·(u/b2)^(1/power) = K·exp((s − max)/power),
+// so the exponent carries 1/power and no root is taken. Otherwise x = (u − b1)/(b2 − b1) is clamped first and
+// rooted after.
 struct FocusPlan {
   explicit FocusPlan(const Focus& f)
       : focus(f),
@@ -81,7 +82,8 @@ struct FocusPlan {
   double exponent;    // scores are kept times this: log2 e, over the power if direct
 };
 
-// What a row of scores is made of: z = (product·scale·key_scale + (bias + mask)·exponent) in FocusPlan's units.
+// What a row of scores is made of: z = (product·scale·key_scale + (bias + mask)·exponent) in FocusPlan's
+// units.
 struct RowScores {
   int32_t* product;  // [padded]; scores take its place where they are stored at all
   float scale;
@@ -143,7 +145,8 @@ VITQ_INLINE bool plain(const RowScores& row) {
   return scaled_at_once && row.scale >= 0.0f && row.scale <= 1e28f;  // no product overflows
 }
 
-// The loops below read exponents x(j) = z_j − max z through `load_x`: from stored scores or straight from products.
+// The loops below read exponents x(j) = z_j − max z through `load_x`: from stored scores or straight from
+// products.
 
 template <int Power>  // 1, 2: of t = 2^x; 0: any other
 VITQ_INLINE F powered(F t, F x, F power) {
@@ -154,7 +157,8 @@ VITQ_INLINE F powered(F t, F x, F power) {
 
 // codes = rne(min(k·2^x, top)) at once; returns the sum of exponentials (of 2^x if Power is 1).
 template <int Power, class LoadX>
-VITQ_INLINE float codes_at_once(const LoadX& load_x, int64_t n, float k, float top, float power, uint8_t* codes) {
+VITQ_INLINE float codes_at_once(const LoadX& load_x, int64_t n, float k, float top, float power,
+                                uint8_t* codes) {
   const F kv = set(k), topv = set(top), powerv = set(power);
   F sum_v{};
   for (int64_t j = 0; j < n; j += kLanes) {
@@ -181,7 +185,8 @@ VITQ_INLINE float exponentials(const LoadX& load_x, int64_t n, float power, floa
 // codes = rne(min(k·t, top)).
 VITQ_INLINE void codes_direct(const float* t, int64_t n, float k, float top, uint8_t* codes) {
   const F kv = set(k), topv = set(top);
-  for (int64_t j = 0; j < n; j += kLanes) store(codes + j, to_bytes(round_to_int(min(load(t + j) * kv, topv))));
+  for (int64_t j = 0; j < n; j += kLanes)
+    store(codes + j, to_bytes(round_to_int(min(load(t + j) * kv, topv))));
 }
 
 // codes = rne(top·clamp(e·slope − shift, 0, 1)^(1/Power)).
@@ -206,7 +211,8 @@ VITQ_INLINE void codes_clamped(const float* e, int64_t n, double slope, double s
 }
 
 template <class LoadX>
-VITQ_INLINE float quantize_row(const FocusPlan& plan, const LoadX& load_x, int64_t n, float* scratch, uint8_t* codes) {
+VITQ_INLINE float quantize_row(const FocusPlan& plan, const LoadX& load_x, int64_t n, float* scratch,
+                               uint8_t* codes) {
   const Focus& f = plan.focus;
   const float top = static_cast<float>(f.top), power = static_cast<float>(f.power);
   if (plan.direct && f.row_anchor) {
@@ -247,7 +253,8 @@ VITQ_INLINE void look_up(const FocusPlan& plan, int64_t n, uint8_t* codes) {
 
 // Levels [padded] of one row (0 for keys of score −inf and behind the last key).
 //   valid  [padded]: receives 0xff for keys that count; null where an excluded key has level 0 anyway.
-VITQ_INLINE RowResult focus_row(const FocusPlan& plan, const RowScores& row, uint8_t* levels, uint8_t* valid) {
+VITQ_INLINE RowResult focus_row(const FocusPlan& plan, const RowScores& row, uint8_t* levels,
+                                uint8_t* valid) {
   float* const z = reinterpret_cast<float*>(row.product);
   RowResult result{0.0f, row.keys};
   if (plain(row)) {
