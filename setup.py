@@ -1,7 +1,7 @@
 """Packages from two roots, and a native build that CMake drives (see CMakeLists.txt).
 
-``VITQ_BUILD_NATIVE=auto|0|1``: auto builds the C++ back end wherever there is a C++ compiler, and otherwise installs the
-plain-torch ``ref`` back end with a message; 1 insists on it; 0 leaves it out. A compile error is never hidden.
+``VITQ_BUILD_NATIVE=auto|0|1``: auto builds the C++ back end wherever there is a C++ compiler, and otherwise installs
+the plain-torch ``ref`` back end with a message; 1 insists on it; 0 leaves it out. A compile error is never hidden.
 ``VITQ_BUILD_CUDA=auto|0|1``: this version has no CUDA sources, so 1 is an error.
 Rebuild in place after a change to csrc/: ``python setup.py build_ext --inplace``.
 """

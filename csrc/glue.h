@@ -116,12 +116,12 @@ inline Pool pool() {
 
 // The flat arguments of a quantizing epilogue (QUANT_ARGS of ops/_schema.py) as a QuantTail, with its result
 // tensors.
-class Tail {
+class QuantTensors {
  public:
   // shape: of the codes, [..., K]; m: the number of rows.
-  Tail(const std::vector<int64_t>& shape, int64_t m, const OptTensor& q_scale, int64_t q_zero_point,
-       int64_t qmin, int64_t qmax, int64_t groups, const OptTensor& row_qmax, const OptTensor& q_lut,
-       const OptTensor& lora_down, bool subspace)
+  QuantTensors(const std::vector<int64_t>& shape, int64_t m, const OptTensor& q_scale, int64_t q_zero_point,
+               int64_t qmin, int64_t qmax, int64_t groups, const OptTensor& row_qmax, const OptTensor& q_lut,
+               const OptTensor& lora_down, bool subspace)
       : scale_(q_scale),
         row_qmax_(row_qmax),
         lut_(q_lut),

@@ -186,6 +186,11 @@ class FocusSpec:
         """True where the codes themselves are the integer levels (uniform, floor): no snapping at all."""
         return self.power == 1.0 and (self.below == "floor" or self.b1 == 0.0)
 
+    @property
+    def step_offset(self) -> tuple[float, float]:
+        """(step, offset) of :meth:`decode`."""
+        return ((self.b2 - self.b1) / self.n, self.b1) if self.affine else (self.b2 / self.grid, 0.0)
+
     def decode(self) -> tuple[Tensor, float, float]:
         """Integer levels, step and offset: code c decodes to ``levels[c] · step + offset``.
 
@@ -194,14 +199,14 @@ class FocusSpec:
             all others are snapped to ``grid`` steps of ``b2/grid``, offset 0.
         """
         code = torch.arange(self.n + 1, dtype=torch.float64)
+        step, offset = self.step_offset
         if self.affine:
-            return code.to(torch.int32), (self.b2 - self.b1) / self.n, self.b1
-        step = self.b2 / self.grid
+            return code.to(torch.int32), step, offset
         level = self.b1 + (self.b2 - self.b1) * (code / self.n) ** self.power
         levels = torch.round(level / step).clamp(0, self.grid).to(torch.int32)
         if self.below == "zero":
             levels[0] = 0
-        return levels, step, 0.0
+        return levels, step, offset
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,7 @@ class PackedWeight:
         n, k: out and in features.
         col_sum: [N] int32, Σ_k code[n, k] of the *decoded* codes: it takes activation zero points out exactly.
         table: the weight's levels where codes are table indices, else None.
+        lut: [16] int8, what each nibble of a 4-bit layout with a table decodes to; None for every other weight.
     """
 
     data: Tensor
@@ -224,6 +230,7 @@ class PackedWeight:
     k: int
     col_sum: Tensor
     table: LevelTable | None = None
+    lut: Tensor | None = None
 
     @property
     def nbytes(self) -> int:

@@ -25,6 +25,8 @@ nibble of code 0 (of the level nearest to 0, which contributes nothing: the acti
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -163,12 +165,13 @@ def pack_weight(codes: Tensor, bits: int, layout: str, table: LevelTable | None 
         zero = 8 if table is None else int(table.indices()[128])
         nibbles = _nibbles(codes, table)
         data = pack_int4(nibbles) if layout == "int4" else pack_int4_n16k4(nibbles, zero)
-    return PackedWeight(data, layout, bits, n, k, codes.sum(1, dtype=torch.int32), table)
+    packed = PackedWeight(data, layout, bits, n, k, codes.sum(1, dtype=torch.int32), table)
+    return replace(packed, lut=weight_lut(packed))
 
 
 def unpack_weight(weight: PackedWeight) -> Tensor:
     """Inverse of :func:`pack_weight`: the codes (or levels) [N, K] int8."""
-    return unpack_codes(weight.data, weight.layout, weight.n, weight.k, weight_lut(weight))
+    return unpack_codes(weight.data, weight.layout, weight.n, weight.k, weight.lut)
 
 
 def weight_lut(weight: PackedWeight) -> Tensor | None:

@@ -4,9 +4,8 @@
 // [n/16][k/step][16][step]: a 64-byte line holds `step` consecutive k of 16 columns, and a 32-bit lane of it
 // meets as many of A, broadcast.
 //
-//   VNNI        A uint8, B int8, step 4: vpdpbusd. Signed queries are shifted by 128, which init takes out
-//   again. otherwise   A, B int16, step 2: vpmaddwd. Not vpmaddubsw: two products of 255·127 saturate its 16
-//   bits.
+// VNNI: A uint8, B int8, step 4, vpdpbusd; signed queries are shifted by 128, which init takes out again.
+// Otherwise: A, B int16, step 2, vpmaddwd; not vpmaddubsw, whose 16 bits two products of 255·127 saturate.
 #pragma once
 
 #include "common/simd.h"

@@ -10,11 +10,11 @@ QuantizedTensors quantize(const Tensor& x, OptTensor q_scale, int64_t q_zero_poi
                           OptTensor lora_down, bool subspace) {
   const int64_t k = last_dim(x, "x"), m = row_count(x);
   const Tensor input = dense(x);
-  Tail tail(shape_with_last(x, k), m, q_scale, q_zero_point, qmin, qmax, groups, row_qmax, q_lut, lora_down,
-            subspace);
-  const QuantizeArgs args{any_float(input, m * k, "x"), m, tail.tail, pool()};
+  QuantTensors quant(shape_with_last(x, k), m, q_scale, q_zero_point, qmin, qmax, groups, row_qmax, q_lut,
+                     lora_down, subspace);
+  const QuantizeArgs args{any_float(input, m * k, "x"), m, quant.tail, pool()};
   if (m > 0) VITQ_DISPATCH(quantize)(args);
-  return tail.results();
+  return quant.results();
 }
 
 QuantizedTensors layer_norm_quantize(const Tensor& x, OptTensor weight, OptTensor bias, double eps,
@@ -25,17 +25,17 @@ QuantizedTensors layer_norm_quantize(const Tensor& x, OptTensor weight, OptTenso
   STD_TORCH_CHECK(k > 0, "x has ", k, " columns, expected at least 1");
   const Tensor input = dense(x);
   const Held gamma(weight), beta(bias);
-  Tail tail(shape_with_last(x, k), m, q_scale, q_zero_point, qmin, qmax, groups, row_qmax, q_lut, lora_down,
-            subspace);
+  QuantTensors quant(shape_with_last(x, k), m, q_scale, q_zero_point, qmin, qmax, groups, row_qmax, q_lut,
+                     lora_down, subspace);
   const LayerNormQuantizeArgs args{any_float(input, m * k, "x"),
                                    gamma.any_float(k, "weight"),
                                    beta.any_float(k, "bias"),
                                    eps,
                                    m,
-                                   tail.tail,
+                                   quant.tail,
                                    pool()};
   if (m > 0) VITQ_DISPATCH(layer_norm_quantize)(args);
-  return tail.results();
+  return quant.results();
 }
 
 }  // namespace

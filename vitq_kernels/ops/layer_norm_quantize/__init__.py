@@ -43,6 +43,6 @@ def layer_norm_quantize(x: Tensor, weight: Tensor | None, bias: Tensor | None, e
             _schema.expect(name, p, dtype=_schema.FLOATS, shape=(k,), device=x.device)
     if not eps >= 0:
         raise ValueError(f"eps is {eps}, expected a number >= 0")
-    _schema.check_quant(quant, x.numel() // k, k, x.device)
+    _schema.check_quant(quant, _schema.rows(x), k, x.device)
     impl = backends.resolve("layer_norm_quantize", x.device.type)
     return _schema.wrap(quant, impl.fn(x, weight, bias, eps, *_schema.flatten(quant)))

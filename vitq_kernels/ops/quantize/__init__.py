@@ -36,6 +36,6 @@ def quantize(x: Tensor, quant: ActQuant) -> QTensor:
     _schema.expect("x", x, dtype=_schema.FLOATS)
     if x.dim() == 0:
         raise ValueError("x has shape (), expected [..., K]")
-    _schema.check_quant(quant, x.numel() // max(x.shape[-1], 1), x.shape[-1], x.device)
+    _schema.check_quant(quant, _schema.rows(x), x.shape[-1], x.device)
     impl = backends.resolve("quantize", x.device.type)
     return _schema.wrap(quant, impl.fn(x, *_schema.flatten(quant)))

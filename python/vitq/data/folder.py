@@ -1,0 +1,88 @@
+"""Image folders (one sub-folder per class) behind timm's own evaluation transform."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import timm.data
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.datasets import ImageFolder
+
+#: Folder names that hold a split in the ImageNet layout.
+SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
+
+
+def data_config(model: nn.Module) -> dict:
+    """timm's data configuration: input_size (C, H, W), interpolation, mean, std, crop_pct, crop_mode.
+
+    Raises:
+        ValueError: `model` does not carry timm's `pretrained_cfg`, so that its preprocessing is unknown.
+    """
+    if not getattr(model, "pretrained_cfg", None):
+        raise ValueError(
+            f"model must be a timm model, which carries its preprocessing in pretrained_cfg; "
+            f"got {type(model).__name__} without one"
+        )
+    return timm.data.resolve_model_data_config(model)
+
+
+def evaluation_transform(model: nn.Module) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's evaluation transform of `model`: PIL image to normalised [C, H, W] float32."""
+    return timm.data.create_transform(**data_config(model), is_training=False)
+
+
+def load_folder(root: str | Path, split: str, model: nn.Module) -> ImageFolder:
+    """The images of one split as (image [C, H, W] float32, label) pairs, preprocessed as `model` expects.
+
+    `root` holds either `train/` and `val/` (or `test/`) with one folder per class in each, or the class
+    folders themselves, which then serve every split: name different roots to train and to test in that case.
+
+    Args:
+        root: the folder.
+        split: "train" or "test".
+        model: a timm model; decides size, interpolation, crop and normalisation.
+    Returns:
+        torchvision ImageFolder. Fetching an unreadable image raises a ValueError that names its file.
+    Raises:
+        ValueError: unknown split, missing folder, no class folders, a class without images, or more or fewer
+            classes to test than the model tells apart.
+    """
+    root = Path(root)
+    if split not in SPLIT_FOLDERS:
+        raise ValueError(f"split must be one of {tuple(SPLIT_FOLDERS)} for an image folder, got {split!r}")
+    if not root.is_dir():
+        raise ValueError(f"source must be an existing folder, got '{root}'")
+    folder = _split_folder(root, split)
+    try:
+        images = ImageFolder(folder, evaluation_transform(model), loader=read_image)
+    except FileNotFoundError as error:
+        raise ValueError(f"'{folder}' is not an image folder: {' '.join(str(error).split())}") from error
+    classes = getattr(model, "num_classes", len(images.classes))
+    if split == "test" and classes != len(images.classes):
+        raise ValueError(f"'{folder}' has {len(images.classes)} class folders, the model tells {classes} classes apart")
+    return images
+
+
+def read_image(path: str) -> Image.Image:
+    """The file as an RGB image; ValueError with its path if it cannot be decoded to the end."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise anything from OSError to SyntaxError
+        raise ValueError(f"image '{path}' cannot be read: {error}") from error
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """The folder that holds the split's class folders."""
+    names = [name for group in SPLIT_FOLDERS.values() for name in group]
+    # A class may be called "train": only a folder of folders is a split.
+    found = [n for n in names if (root / n).is_dir() and any(p.is_dir() for p in (root / n).iterdir())]
+    wanted = [root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()]
+    if not found:
+        return root
+    if not wanted:
+        raise ValueError(
+            f"split {split!r} needs '{root / SPLIT_FOLDERS[split][0]}', '{root}' has only {', '.join(found)}"
+        )
+    return wanted[0]

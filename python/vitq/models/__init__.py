@@ -1,0 +1,19 @@
+"""Models of our own (importing this package registers them with timm) and the adapters of the model families."""
+
+from .digits_vit import vit_digits_patch4_32
+from .outlier import outlier_variant
+from .sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite
+from .timm_family import adapter_for, data_config
+
+__all__ = [
+    "AttentionSite",
+    "BlockSite",
+    "Family",
+    "LinearSite",
+    "MlpSite",
+    "NormSite",
+    "adapter_for",
+    "data_config",
+    "outlier_variant",
+    "vit_digits_patch4_32",
+]

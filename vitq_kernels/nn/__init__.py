@@ -1,0 +1,21 @@
+"""Drop-in integer modules: what a converted model is made of."""
+
+from .attention import QAttention
+from .base import QModule, Quantizer, prepack
+from .linear import QLinear, QPatchEmbed
+from .mlp import FloatBranch, QBlock, QMlp
+from .window import Window, WindowMap
+
+__all__ = [
+    "FloatBranch",
+    "QAttention",
+    "QBlock",
+    "QLinear",
+    "QMlp",
+    "QModule",
+    "QPatchEmbed",
+    "Quantizer",
+    "Window",
+    "WindowMap",
+    "prepack",
+]

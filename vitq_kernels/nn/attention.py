@@ -1,0 +1,120 @@
+"""Integer multi-head self-attention as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..formats import AttentionState, QTensor
+from ..ops import qattention, qattention_quantize
+from ..ops.qattention import focus_levels
+from .base import QModule, Quantizer
+from .linear import QLinear
+from .window import Window, WindowMap
+
+
+class QAttention(QModule):
+    """y = γ·proj(focus(softmax(q·kᵀ·s + bias))·v) + residual with q, k, v = qkv(norm(x)), in integers.
+
+    Notation: B images (or windows), H heads, N tokens, d head_dim.
+    Build with :meth:`from_state`. The codes of q, k and v are views of one fused result; the float attention output is
+    never written where proj takes integers. Tokens are gathered into shifted windows, and back, as int8 codes.
+
+    Attributes:
+        qkv, proj: QLinear; qkv holds the absorbed LayerNorm, proj γ.
+        operands: Quantizer of q, k and v.
+        window: WindowMap, or None for attention among all tokens.
+    """
+
+    def __init__(self, qkv: QLinear, proj: QLinear, state: AttentionState, window: Window | None, backend: str | None):
+        super().__init__()
+        self.backend = backend
+        self.qkv, self.proj = qkv, proj
+        self.heads, self.softmax_scale = state.heads, float(state.softmax_scale)
+        self.operand_spec, self.focus = state.operands, state.focus
+        self.operands = Quantizer(state.operand_quant).to(qkv.weight.device)
+        self.operands.backend = backend
+        self.register_buffer("bias", state.bias)
+        self.register_buffer("levels", focus_levels(state.focus, qkv.weight.device))
+        self.window = None if window is None else WindowMap(window).to(qkv.weight.device)
+
+    @classmethod
+    def from_state(
+        cls,
+        state: AttentionState,
+        *,
+        norm: nn.LayerNorm | None = None,
+        proj_norm: nn.LayerNorm | None = None,
+        layer_scale: Tensor | None = None,
+        window: Window | None = None,
+        backend: str | None = None,
+    ) -> QAttention:
+        """The attention of ``state``.
+
+        Args:   norm, proj_norm: absorbed LayerNorms in front of qkv and proj; layer_scale: γ [C], absorbed into proj;
+                window: shifted windows over a token grid; x then is [B, H, W, C].
+        Raises: ValueError if ``backend`` (or the one pinned around the call) does not serve the device.
+        """
+        qkv = QLinear.from_state(state.qkv, norm=norm, backend=backend)
+        proj = QLinear.from_state(state.proj, norm=proj_norm, layer_scale=layer_scale, backend=backend)
+        return cls(qkv, proj, state, window, backend)
+
+    def state(self) -> AttentionState:
+        """Inverse of :meth:`from_state`, exact."""
+        return AttentionState(
+            self.qkv.state(),
+            self.proj.state(),
+            self.heads,
+            self.softmax_scale,
+            self.operand_spec,
+            self.operands.scale,
+            self.focus,
+            self.bias,
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """[B, N, C] float (windows: [B, H, W, C]) to the same shape.
+
+        Args:   residual: added last, in the epilogue of proj. mask ([G, 1 or N, N]): additive scores, image b uses
+                mask[b mod G]; None with windows, which bring their own.
+        """
+        codes = self.qkv.encode(x)
+        if self.window is not None:
+            if mask is not None:
+                raise ValueError("mask is given to attention within windows, expected None")
+            zero_code = 0 if self.qkv.input is None else self.qkv.input.zero_code
+            codes, mask = self.window.partition(codes, zero_code), self.window.mask
+        y = self._attend(self.qkv.multiply(codes, out=self.operands.quant), mask, x)
+        if self.window is not None:
+            y = self.window.reverse(y)
+        return self.proj(y, residual=residual, out_dtype=x.dtype)
+
+    def _attend(self, qkv: QTensor, mask: Tensor | None, x: Tensor) -> Tensor | QTensor:
+        b, n, width = qkv.q.shape
+        heads = qkv.q.reshape(b, n, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        proj = self.proj
+        common = {
+            "focus": self.focus,
+            "levels": self.levels,
+            "softmax_scale": self.softmax_scale,
+            "bias": self.bias,
+            "mask": mask,
+        }
+        with self.pinned():
+            if proj.input is None or proj.norm is not None:
+                return qattention(*heads, *self._scales(qkv.scale, b, n), out_dtype=x.dtype, **common)
+            return qattention_quantize(*heads, *self._scales(qkv.scale, b, n), out=proj.input.quant, **common)
+
+    def _scales(self, scale: Tensor, b: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales of q, k, v: [1] or [H] static, [B, H, N] dynamic."""
+        if scale.dim() == 1:
+            return scale.reshape(3, -1).unbind(0)
+        per_token = scale.reshape(b, n, 3, -1).permute(2, 0, 3, 1).expand(3, b, self.heads, n)
+        return per_token.contiguous().unbind(0)
+
+    def extra_repr(self) -> str:
+        spec, focus = self.operand_spec, self.focus
+        when = "dynamic" if spec.dynamic else "static"
+        return (
+            f"heads={self.heads}, operands={spec.bits} bits {when} {spec.granularity}, "
+            f"softmax={focus.bits} bits {focus.anchor} power {focus.power:g}"
+        )

@@ -1,0 +1,214 @@
+"""Integer linear layers as modules: ``QLinear`` and, over patches, ``QPatchEmbed``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import ActQuant, LinearState, PackedWeight, QTensor
+from ..ops import layer_norm_quantize, qlinear, qlinear_quantize, qlinear_weight_only, quantize
+from ..packing import pack_weight, unpack_weight
+from .base import QModule, Quantizer, choose_layout
+
+
+class QLinear(QModule):
+    """y = γ·act(Linear(norm(x))) + residual in integers: a drop-in for ``nn.Linear``, and more where a block can fuse.
+
+    Notation: N out features, K in features, R rank.
+    Build with :meth:`from_state`. Floats in are quantized by the layer itself (in one pass with the absorbed LayerNorm,
+    if any); a QTensor in (from the layer before) is used as it is.
+
+    Attributes:
+        input: Quantizer of the input, or None for a weight-only layer.
+        norm: absorbed LayerNorm in front, or None. It only ever sees floats.
+        layout: run-time layout of ``weight``, chosen for the device and back end.
+    """
+
+    def __init__(self, state: LinearState, norm: nn.LayerNorm | None, layer_scale: Tensor | None, backend: str | None):
+        super().__init__()
+        self.backend = backend
+        self.out_features, self.in_features = state.codes.shape
+        self.weight_spec, self.act_spec, self.lora = state.weight, state.act, state.lora
+        self.norm = norm
+        self.input = None if state.act is None else Quantizer(state.act_quant).to(state.codes.device)
+        self.register_buffer("weight_scale", state.weight_scale)
+        self.register_buffer("bias", state.bias)
+        # An integer layer finds its directions in the quantizer; a weight-only one has none.
+        self.register_buffer("lora_down", state.lora_down if self.input is None else None)
+        self.register_buffer("lora_up", state.lora_up)
+        self.register_buffer("layer_scale", layer_scale)
+        for name in ("weight", "col_sum", "weight_lut"):
+            self.register_buffer(name, None)
+        self._pack(state.codes)
+
+    @classmethod
+    def from_state(
+        cls,
+        state: LinearState,
+        *,
+        norm: nn.LayerNorm | None = None,
+        layer_scale: Tensor | None = None,
+        backend: str | None = None,
+    ) -> QLinear:
+        """The layer of ``state``, on its device; ``norm`` and ``layer_scale`` ([N]) are absorbed.
+
+        Raises: ValueError if ``backend`` (or the one pinned around the call) does not serve the device.
+        """
+        return cls(state, norm, layer_scale, backend)
+
+    def state(self) -> LinearState:
+        """Inverse of :meth:`from_state`, exact."""
+        quant = self.input
+        return LinearState(
+            codes=unpack_weight(self.packed),
+            weight_scale=self.weight_scale,
+            weight=self.weight_spec,
+            bias=self.bias,
+            act=self.act_spec,
+            act_scale=None if quant is None else quant.scale,
+            act_zero_point=0 if quant is None else quant.zero_point,
+            lora=self.lora,
+            lora_down=self.lora_down if quant is None else quant.lora_down,
+            lora_up=self.lora_up,
+        )
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as ops take it."""
+        return PackedWeight(
+            self.weight,
+            self.layout,
+            self.weight_spec.bits,
+            self.out_features,
+            self.in_features,
+            self.col_sum,
+            self.weight_spec.table,
+            self.weight_lut,
+        )
+
+    def _pack(self, codes: Tensor) -> None:
+        with self.pinned():
+            op = "qlinear" if self.input is not None else "qlinear_weight_only"
+            self.layout = choose_layout(op, codes.device.type, self.weight_spec.bits)
+        packed = pack_weight(codes, self.weight_spec.bits, self.layout, self.weight_spec.table)
+        self.weight, self.col_sum, self.weight_lut = packed.data, packed.col_sum, packed.lut
+        self.packed_for = codes.device.type
+
+    def repack(self) -> None:
+        self._pack(unpack_weight(self.packed))
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self.weight.device.type not in (self.packed_for, "meta"):
+            self.repack()
+        return self
+
+    def encode(self, x: Tensor | QTensor) -> Tensor | QTensor:
+        """What the product consumes: norm(x) quantized, or float for a weight-only layer; a QTensor as it is."""
+        if isinstance(x, QTensor):
+            return x
+        norm = self.norm
+        if self.input is None:
+            return x if norm is None else norm(x)
+        with self.pinned():
+            if norm is None:
+                return quantize(x, self.input.quant)
+            return layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, self.input.quant)
+
+    def forward(
+        self,
+        x: Tensor | QTensor,
+        *,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        out: ActQuant | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor | QTensor:
+        """Floats or a QTensor of [..., K] to [..., N] floats, or to a QTensor under the next layer's epilogue ``out``.
+
+        Args:     activation: "none", "gelu_erf" or "gelu_tanh"; residual ([..., N]), added last.
+                  out_dtype: default that of residual, else of x, else float32 (for a QTensor).
+        Raises:   as :func:`vitq_kernels.qlinear`.
+        """
+        if out_dtype is None:
+            out_dtype = residual.dtype if residual is not None else torch.float32 if isinstance(x, QTensor) else x.dtype
+        return self.multiply(self.encode(x), activation, residual, out, out_dtype)
+
+    def multiply(
+        self,
+        x: Tensor | QTensor,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        out: ActQuant | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor | QTensor:
+        """:meth:`forward` behind :meth:`encode`."""
+        args = (x, self.packed, self.weight_scale, self.bias)
+        tail = {
+            "lora_up": self.lora_up,
+            "activation": activation,
+            "layer_scale": self.layer_scale,
+            "residual": residual,
+        }
+        with self.pinned():
+            if isinstance(x, QTensor):
+                if out is not None:
+                    return qlinear_quantize(*args, out=out, **tail)
+                return qlinear(*args, out_dtype=out_dtype, **tail)
+            t = None
+            if self.lora_down is not None:
+                t = x.reshape(-1, self.in_features).float() @ self.lora_down.float().T
+            if out is None:
+                return qlinear_weight_only(*args, lora_t=t, out_dtype=out_dtype, **tail)
+            return quantize(qlinear_weight_only(*args, lora_t=t, out_dtype=torch.float32, **tail), out)
+
+    def extra_repr(self) -> str:
+        bits = f"W{self.weight_spec.bits}A{16 if self.act_spec is None else self.act_spec.bits}"
+        parts = [f"{self.in_features}, {self.out_features}", bits, f"layout={self.layout}"]
+        if self.act_spec is not None:
+            parts.append(f"{'dynamic' if self.act_spec.dynamic else 'static'} {self.act_spec.granularity}")
+        if self.lora.rank:
+            parts.append(f"rank={self.lora.rank} {self.lora.kind}")
+        parts += [f"bias={self.bias is not None}"] + (["layer_scale"] if self.layer_scale is not None else [])
+        return ", ".join(parts)
+
+
+class QPatchEmbed(QModule):
+    """A convolution over patches that do not overlap, [B, C, H, W] to [B, N, H//h, W//w]: a drop-in for ``nn.Conv2d``.
+
+    Attributes:
+        linear: QLinear with K = C·h·w.
+        patch: (h, w).
+    """
+
+    def __init__(self, linear: QLinear, patch: tuple[int, int]) -> None:
+        super().__init__()
+        if linear.in_features % (patch[0] * patch[1]):
+            raise ValueError(f"patch is {patch}, expected to divide the layer's {linear.in_features} in features")
+        self.linear, self.patch = linear, tuple(patch)
+
+    @classmethod
+    def from_state(cls, state: LinearState, patch: tuple[int, int], *, backend: str | None = None) -> QPatchEmbed:
+        """The patch embedding of ``state``, whose K is (C, h, w) flattened."""
+        return cls(QLinear.from_state(state, backend=backend), patch)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        (b, c, height, width), (h, w) = x.shape, self.patch
+        x = x[:, :, : height // h * h, : width // w * w].reshape(b, c, height // h, h, width // w, w)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(b, height // h, width // w, c * h * w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] float to [B, N, H//h, W//w], channels last in memory."""
+        linear, quant = self.linear, self.linear.input
+        if quant is not None and quant.scale is not None and quant.lora_down is None:
+            # One scale for all and nothing to project: patches are cut out of bytes, not of floats.
+            coded = linear.encode(x)
+            rows = replace(coded, q=self._rows(coded.q))
+        else:
+            rows = self._rows(x)
+        return linear(rows, out_dtype=x.dtype).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return f"patch={self.patch}"
