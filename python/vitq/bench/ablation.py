@@ -151,8 +151,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Ablations",
         "",
-        "Integer models on the shipped digits ViT; top-1 in percent and logit SQNR in dB against the float model, on the",
-        "clean and the hard split. Reduced iterations, as `make demo` uses them. Made by",
+        "Integer models on the shipped digits ViT; top-1 in percent and logit SQNR in dB against the float model, on",
+        "the clean and the hard split. Reduced iterations, as `make demo` uses them. Made by",
         "`python -m vitq.bench.ablation --output bench/results/ablation.json --markdown docs/ablation.md`.",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
