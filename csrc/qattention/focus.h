@@ -249,9 +249,10 @@ VITQ_INLINE RowResult focus_row(const FocusPlan& plan, const RowScores& row, uin
   float* const z = reinterpret_cast<float*>(row.product);
   RowResult result{0.0f, row.keys};
   if (plain(row)) {
-    const F scale = set(row.scale), top = set(-(largest_product(row) * row.scale));
+    // Subtracted before scaling: exact for products below 2^24, and the largest is exactly 0.
+    const F scale = set(row.scale), top = set(largest_product(row));
     const auto load_x = [&](int64_t j) VITQ_LAMBDA {
-      const F x = fma(to_float(load(row.product + j)), scale, top);
+      const F x = (to_float(load(row.product + j)) - top) * scale;
       if (j + kLanes <= row.keys) return x;
       return lane_index() < set(static_cast<int32_t>(row.keys - j)) ? x : set(-__builtin_inff());
     };

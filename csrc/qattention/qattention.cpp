@@ -123,8 +123,8 @@ QuantizedTensors qattention_quantize(const Tensor& q, const Tensor& k, const Ten
   const Attention attention(q, k, v, q_scale, k_scale, v_scale, softmax_scale, levels, step, offset, b1, b2,
                             power, row_anchor, renormalize, bias, mask);
   const auto shape = attention.out_shape();
-  QuantTensors quant(shape, shape[0] * shape[1], scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down,
-            subspace);
+  QuantTensors quant(shape, shape[0] * shape[1], scale, zero_point, qmin, qmax, groups, row_qmax, lut,
+                     lora_down, subspace);
   if (shape[0] * shape[1] > 0) VITQ_DISPATCH(qattention_quantize)(attention.args, quant.tail);
   return quant.results();
 }
