@@ -32,7 +32,7 @@ class FocusQuantizer(nn.Module):
 
     @property
     def spec(self) -> FocusSpec:
-        b1, b2 = float(self.b1), float(self.b2)
+        b1, b2 = self.b1.item(), self.b2.item()
         return FocusSpec(self.bits, b1, b2, self.power, self.anchor, self.below, self.renormalize, self.grid)
 
     @torch.no_grad()

@@ -180,8 +180,12 @@ class Calibration:
         total = len(self.sim.sequence if units is None else units)
         for index, (unit, x_ref, x_sim) in enumerate(self.walk(units)):
             self.progress(self.step, index, total)
-            if self.work is None or not self.work.restore(self.step, unit.path, self.sim):
-                yield unit, x_ref, x_sim
-                if self.work is not None:
-                    self.work.keep(self.step, unit.path, self.sim)
+            kept = None if self.work is None else self.work.restore(self.step, unit.path, self.sim)
+            if kept is not None:
+                self.ranks.update(kept)
+                continue
+            yield unit, x_ref, x_sim
+            if self.work is not None:
+                ranks = {path: r for path, r in self.ranks.items() if path in self.sim.linears_of(unit)}
+                self.work.keep(self.step, unit.path, self.sim, ranks)
         self.progress(self.step, total, total)
