@@ -1,9 +1,109 @@
-"""Packages from two roots, and a native build that CMake drives (see CMakeLists.txt)."""
+"""Packages from two roots, and a native build that CMake drives (see CMakeLists.txt).
 
-from setuptools import find_packages, setup
+``VITQ_BUILD_NATIVE=auto|0|1``: auto builds the C++ back end wherever there is a C++ compiler, and otherwise installs
+the plain-torch ``ref`` back end with a message; 1 insists on it; 0 leaves it out. A compile error is never hidden.
+``VITQ_BUILD_CUDA=auto|0|1``: this version has no CUDA sources, so 1 is an error.
+Rebuild in place after a change to csrc/: ``python setup.py build_ext --inplace``.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def switch(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} is {value!r}, expected auto, 0 or 1")
+    return value
+
+
+def compiler() -> str | None:
+    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def native() -> bool:
+    if switch("VITQ_BUILD_CUDA") == "1":
+        raise SystemExit("VITQ_BUILD_CUDA is 1, but this version has no CUDA sources: expected auto or 0")
+    want = switch("VITQ_BUILD_NATIVE")
+    if want == "0":
+        return False
+    if compiler() is None:
+        problem = f"no C++ compiler found (CXX={os.environ.get('CXX', '')!r}, PATH searched for c++, g++, clang++)"
+        if want == "1":
+            raise SystemExit(f"VITQ_BUILD_NATIVE is 1, but {problem}")
+        print(
+            f"vitq: {problem}; installing without the C++ kernels, on the plain-torch back end 'ref'", file=sys.stderr
+        )
+        return False
+    return True
+
+
+def tool(name: str) -> str:
+    """The program beside this interpreter (pip's cmake and ninja) or on the PATH."""
+    path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if path is None:
+        raise SystemExit(f"{name} was not found: pip install {name}")
+    return path
+
+
+def package_dir(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"{name} was not found: it is needed to build the C++ kernels (pip install {name})")
+    return Path(spec.origin).parent
+
+
+class CMakeBuild(build_ext):
+    """Writes libvitq_ops.so and _C beside the package: in the source tree when editable, else in build_lib."""
+
+    def _output(self) -> Path:
+        in_tree = self.inplace or self.editable_mode
+        return (ROOT if in_tree else Path(self.build_lib).resolve()) / "vitq_kernels"
+
+    def _files(self) -> list[Path]:
+        return [self._output() / name for name in ("libvitq_ops.so", Path(self.get_ext_filename("_C")).name)]
+
+    def run(self) -> None:
+        if not self.extensions:
+            return
+        build = Path(self.build_temp).resolve() / "cmake"
+        ninja = tool("ninja")
+        options = {
+            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,  # an isolated build's ninja is gone at the next run
+            "CMAKE_CXX_COMPILER": compiler(),
+            "VITQ_OUTPUT_DIR": self._output(),
+            "VITQ_TORCH_DIR": package_dir("torch"),
+            "pybind11_DIR": package_dir("pybind11") / "share/cmake/pybind11",
+            "Python_EXECUTABLE": sys.executable,
+        }
+        define = [f"-D{name}={value}" for name, value in options.items()]
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        cmake = tool("cmake")
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *define], check=True)
+        subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in self._files()] if self.extensions else []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
 
 setup(
     packages=find_packages(".", include=["vitq_kernels*"]) + find_packages("python"),
     package_dir={"vitq_kernels": "vitq_kernels", "vitq": "python/vitq"},
-    package_data={"vitq": ["recipes/*.yaml", "assets/*"], "vitq_kernels": ["*.so", "tuning/*.json"]},
+    package_data={"vitq": ["recipes/*.yaml", "assets/*"], "vitq_kernels": ["tuning/*.json"]},
+    ext_modules=[Extension("vitq_kernels._C", [])] if native() else [],
+    cmdclass={"build_ext": CMakeBuild},
 )

@@ -22,6 +22,8 @@ def _load() -> None:
         _C = importlib.import_module("vitq_kernels._C")
     except (OSError, ImportError) as error:
         _reason = f"the native extension does not load: {error}"
+        return
+    _C.cpu_isa()  # a VITQ_CPU_ISA that names no instruction set of this machine is an error now, not inside an op
 
 
 _load()

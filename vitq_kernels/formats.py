@@ -51,6 +51,9 @@ class LevelTable:
     levels: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        for v in self.levels:
+            if isinstance(v, bool) or v != int(v):
+                raise TypeError(f"levels has {v!r} ({type(v).__name__}), expected ints")
         levels = tuple(int(v) for v in self.levels)
         object.__setattr__(self, "levels", levels)
         n = len(levels)
@@ -183,6 +186,11 @@ class FocusSpec:
         """True where the codes themselves are the integer levels (uniform, floor): no snapping at all."""
         return self.power == 1.0 and (self.below == "floor" or self.b1 == 0.0)
 
+    @property
+    def step_offset(self) -> tuple[float, float]:
+        """(step, offset) of :meth:`decode`."""
+        return ((self.b2 - self.b1) / self.n, self.b1) if self.affine else (self.b2 / self.grid, 0.0)
+
     def decode(self) -> tuple[Tensor, float, float]:
         """Integer levels, step and offset: code c decodes to ``levels[c] · step + offset``.
 
@@ -191,14 +199,14 @@ class FocusSpec:
             all others are snapped to ``grid`` steps of ``b2/grid``, offset 0.
         """
         code = torch.arange(self.n + 1, dtype=torch.float64)
+        step, offset = self.step_offset
         if self.affine:
-            return code.to(torch.int32), (self.b2 - self.b1) / self.n, self.b1
-        step = self.b2 / self.grid
+            return code.to(torch.int32), step, offset
         level = self.b1 + (self.b2 - self.b1) * (code / self.n) ** self.power
         levels = torch.round(level / step).clamp(0, self.grid).to(torch.int32)
         if self.below == "zero":
             levels[0] = 0
-        return levels, step, 0.0
+        return levels, step, offset
 
 
 @dataclass(frozen=True)
@@ -350,9 +358,11 @@ class LinearState:
     lora_up: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n, k = self.codes.shape
         if self.codes.dtype != torch.int8:
             raise TypeError(f"codes has dtype {self.codes.dtype}, expected torch.int8")
+        if self.codes.dim() != 2:
+            raise ValueError(f"codes has shape {tuple(self.codes.shape)}, expected [N, K]")
+        n, k = self.codes.shape
         if tuple(self.weight_scale.shape) != (n,):
             raise ValueError(f"weight_scale has shape {tuple(self.weight_scale.shape)}, expected ({n},)")
         if self.bias is not None and tuple(self.bias.shape) != (n,):
@@ -362,6 +372,8 @@ class LinearState:
         static = self.act is not None and not self.act.dynamic
         if static != (self.act_scale is not None):
             raise ValueError(f"act_scale is {self.act_scale}, expected a [1] tensor exactly for a static act")
+        if self.act_zero_point != 0 and (self.act is None or self.act.symmetric):
+            raise ValueError(f"act_zero_point is {self.act_zero_point}, expected 0 unless act is asymmetric")
         side = self.lora.rank > 0 and self.lora.kind != "merged"
         for name, p, shape in (
             ("lora_down", self.lora_down, (self.lora.rank, k)),
@@ -406,8 +418,12 @@ class AttentionState:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _int_in("heads", self.heads, 1, 1 << 16)
+        if not math.isfinite(self.softmax_scale):
+            raise ValueError(f"softmax_scale is {self.softmax_scale}, expected a finite number")
         if not self.operands.symmetric:
             raise ValueError("operands is asymmetric, expected a symmetric QuantSpec")
+        _one_of("operands.granularity", self.operands.granularity, ("per_tensor", "per_token", "per_head"))
         if self.operands.dynamic != (self.operand_scale is None):
             raise ValueError("operand_scale must be None exactly for dynamic operands")
         if self.operand_scale is not None and self.operand_scale.numel() != self.groups:

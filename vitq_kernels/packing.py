@@ -67,7 +67,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     unsigned = codes.to(torch.int16) + half
     stream = (unsigned.unsqueeze(-1) >> torch.arange(bits, dtype=torch.int16, device=codes.device)) & 1
     stream = stream.reshape(n, k * bits).to(torch.uint8)
-    stream = torch.nn.functional.pad(stream, (0, _ceil(k * bits, 8) * 8 - k * bits)).reshape(n, -1, 8)
+    n_bytes = _ceil(k * bits, 8)
+    stream = torch.nn.functional.pad(stream, (0, n_bytes * 8 - k * bits)).reshape(n, n_bytes, 8)
     weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
     return (stream * weights).sum(-1, dtype=torch.uint8)
 
@@ -81,7 +82,7 @@ def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
         raise ValueError(f"packed has shape {tuple(packed.shape)}, expected [N, {_ceil(k * bits, 8)}]")
     n = packed.shape[0]
     stream = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    stream = stream.reshape(n, -1)[:, : k * bits].reshape(n, k, bits).to(torch.int16)
+    stream = stream.flatten(1)[:, : k * bits].reshape(n, k, bits).to(torch.int16)
     unsigned = (stream << torch.arange(bits, dtype=torch.int16, device=packed.device)).sum(-1, dtype=torch.int16)
     return (unsigned - (1 << (bits - 1))).to(torch.int8)
 
@@ -89,13 +90,13 @@ def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
 def pack_int4(nibbles: Tensor) -> Tensor:
     """[N, K] uint8 in 0..15 → [N, ceil(K/2)] uint8 (layout ``int4``; an odd K is padded with 8)."""
     n, k = nibbles.shape
-    pairs = torch.nn.functional.pad(nibbles, (0, k % 2), value=8).reshape(n, -1, 2)
+    pairs = torch.nn.functional.pad(nibbles, (0, k % 2), value=8).reshape(n, _ceil(k, 2), 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
 def unpack_int4(packed: Tensor, k: int) -> Tensor:
     """Inverse of :func:`pack_int4`."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).reshape(packed.shape[0], -1)[:, :k]
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :k]
 
 
 def pack_n16k4(codes: Tensor, pad: int = 0) -> Tensor:
@@ -107,7 +108,7 @@ def pack_n16k4(codes: Tensor, pad: int = 0) -> Tensor:
 
 def unpack_n16k4(packed: Tensor, n: int, k: int) -> Tensor:
     """Inverse of :func:`pack_n16k4`."""
-    return packed.transpose(1, 2).reshape(packed.shape[0] * 16, -1)[:n, :k].contiguous()
+    return packed.transpose(1, 2).flatten(0, 1).flatten(1)[:n, :k].contiguous()
 
 
 def pack_int4_n16k4(nibbles: Tensor, pad: int = 8) -> Tensor:

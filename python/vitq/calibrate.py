@@ -94,4 +94,3 @@ def identity(model: nn.Module, images: Tensor, recipe: Recipe, seed: int) -> dic
         "images": tensor_digest({"images": images}),
         "seed": seed,
     }
-

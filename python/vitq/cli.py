@@ -6,11 +6,7 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
-
-from rich.console import Console
-from rich.table import Table
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,45 +43,6 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _source(args: argparse.Namespace):
-    from .sources import ModelSource
-
-    if args.weights and args.random_weights:
-        raise ValueError("--weights and --random-weights are both given, expected at most one")
-    return ModelSource(
-        args.model,
-        pretrained=not args.random_weights,
-        weights=args.weights,
-        outlier=args.outlier,
-        kwargs=dict(args.model_arg),
-    )
-
-
-def _console(args: argparse.Namespace) -> Console:
-    """Tables and progress; with --json they go to stderr, so that stdout holds the JSON alone."""
-    return Console(stderr=args.json)
-
-
-def _print_rows(console: Console, title: str, rows: list[dict], columns: dict[str, str]) -> None:
-    table = Table(title=title, title_justify="left")
-    for heading in columns.values():
-        table.add_column(heading, justify="left" if heading in ("recipe", "split", "model", "mode") else "right")
-    for row in rows:
-        table.add_row(*(_cell(row.get(key)) for key in columns))
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _emit(args: argparse.Namespace, record: dict) -> None:
-    if args.json:
-        print(json.dumps(record, indent=2))
-
-
 def _set_threads(args: argparse.Namespace) -> None:
     if args.threads:
         import torch
@@ -114,14 +71,14 @@ def parser() -> argparse.ArgumentParser:
     _model_arguments(p)
     p.add_argument("--recipe", default="vitq-w4a8", help="a shipped recipe (see vitq info) or a YAML file")
     p.add_argument(
-        "--set", dest="overrides", type=_key_value, action="append", default=[], metavar="K=V", help="override a recipe field"
+        "--set", dest="overrides", type=_key_value, action="append", default=[], metavar="K=V", help="override a field"
     )
     p.add_argument("--data", default="digits", help='"digits" or an image folder (default: digits)')
     p.add_argument("--images", type=_positive, help="calibration images (default: the recipe's)")
     p.add_argument("--eval-images", type=_positive, help="evaluate on so many test images (default: all)")
     p.add_argument("--no-eval", action="store_true", help="write the checkpoint only")
     p.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    p.add_argument("--work-dir", help="where progress is kept, so that an interrupted run resumes (default: OUTPUT.work)")
+    p.add_argument("--work-dir", help="keeps progress, so that an interrupted run resumes (default: OUTPUT.work)")
     p.add_argument("--force", action="store_true", help="replace an existing checkpoint")
 
     p = command("eval", run.evaluate, "Top-1, agreement and SQNR of the float, simulated and integer model.")
@@ -133,8 +90,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=_positive, help="so many images only")
     p.add_argument("--batch-size", type=_positive, default=64)
 
-    p = command("bench", run.bench, "Latency, throughput, memory and size against the float model, in one run.")
-    p.add_argument("model", help="checkpoint folder, or timm architecture to be quantized with --recipe on random images")
+    p = command("bench", run.bench, "Latency, throughput, memory and size against the float model.")
+    p.add_argument("model", help="checkpoint folder, or timm architecture (quantized with --recipe on random images)")
     _model_arguments(p)
     p.add_argument("--recipe", default="vitq-w4a8,vitq-w8a8", help="comma-separated; for a timm architecture")
     p.add_argument("--batch", type=_positives, default=[1, 8], metavar="B,B", help="batch sizes (default: 1,8)")
@@ -144,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     p = command("info", run.info, "What is built, what is live, and why not; or what a checkpoint holds.")
     p.add_argument("checkpoint", nargs="?")
 
-    p = command("demo", run.demo, "The main job on the shipped model and real handwriting: a table, JSON and a picture.")
+    p = command("demo", run.demo, "The main job on the shipped model and real handwriting.")
     p.add_argument("--output", default="build/demo")
     return top
 

@@ -165,7 +165,9 @@ def search_range(h: Histogram, spec: QuantSpec, method: str, *, percentile: floa
     return affine_range(low, high, spec)
 
 
-def weight_scale(weight: Tensor, spec: QuantSpec, importance: Tensor | None, method: str, norm: float, steps: int) -> Tensor:
+def weight_scale(
+    weight: Tensor, spec: QuantSpec, importance: Tensor | None, method: str, norm: float, steps: int
+) -> Tensor:
     """[N] scales of a weight [N, K]: absmax, or the least Σ_k importance[k]·|w − Q(w)|^norm over shrunk ranges.
 
     Args: importance [K] (E x_k², say) or None for ones.

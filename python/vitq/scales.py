@@ -37,7 +37,12 @@ def _sample(x: Tensor) -> Tensor:
 
 
 def set_weight(
-    linear: SimLinear, weight: Tensor, spec: QuantSpec, search: Search, importance: Tensor | None = None, table: bool = False
+    linear: SimLinear,
+    weight: Tensor,
+    spec: QuantSpec,
+    search: Search,
+    importance: Tensor | None = None,
+    table: bool = False,
 ) -> None:
     """Quantize ``linear``'s weight by ``spec`` with scales searched for ``weight`` ([N, K], usually its own).
 
@@ -48,7 +53,9 @@ def set_weight(
     linear.quant.set(spec, weight_scale(weight, spec, importance, search.method, search.norm, search.steps))
 
 
-def set_activation(linear: SimLinear, rows: Tensor, spec: QuantSpec | None, search: Search, table: bool = False) -> None:
+def set_activation(
+    linear: SimLinear, rows: Tensor, spec: QuantSpec | None, search: Search, table: bool = False
+) -> None:
     """Quantize what enters ``linear`` by ``spec``, static ranges from ``rows`` [T, K] (after the subspace, if any)."""
     if spec is not None and table:
         spec = activation_table(rows, spec)

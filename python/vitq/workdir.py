@@ -58,7 +58,9 @@ class WorkDir:
             if different:
                 raise ValueError(f"work_dir {self.path} is of another calibration: {', '.join(different)} differ")
         elif any(self.path.iterdir()):
-            raise ValueError(f"work_dir {self.path} is not empty and holds no calibration.json, expected a new directory")
+            raise ValueError(
+                f"work_dir {self.path} is not empty and holds no calibration.json, expected a new directory"
+            )
         else:
             _write(index, json.dumps(identity, indent=1).encode())
 

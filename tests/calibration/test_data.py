@@ -1,5 +1,6 @@
 """Digits and image folders: splits, seeds, transforms and refusals."""
 
+import hashlib
 import re
 from dataclasses import fields
 
@@ -68,6 +69,15 @@ def test_splits_repeat_bit_for_bit_and_are_not_shared():
         again = load_digits(split).tensors
         assert torch.equal(again[0], second[0])
         assert torch.equal(again[1], second[1])
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [("train", "232155519d337cd7"), ("test", "cda0d82d2d80b4aa"), ("hard", "4712fd4e200bf316")],
+)
+def test_pixels_are_the_ones_that_published_figures_refer_to(split, digest):
+    pixels = ((load_digits(split).tensors[0] * 0.5 + 0.5) * 255).round().to(torch.uint8)
+    assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16] == digest
 
 
 def test_splits_do_not_depend_on_global_state_or_threads():
@@ -166,9 +176,7 @@ def test_calibration_images_refuses(n, augment, message):
 
 def test_no_distortion_only_rounds():
     images = torch.rand(4, 3, 12, 20, generator=seeded())
-    assert torch.equal(
-        distort(images, Distortion(), seeded()), (images.double() * 255).round().div(255).float()
-    )
+    assert torch.equal(distort(images, Distortion(), seeded()), (images.double() * 255).round().div(255).float())
 
 
 def test_shift_moves_by_the_drawn_fraction():
@@ -265,6 +273,14 @@ def test_a_class_named_train_is_not_a_split(tmp_path):
     assert load_folder(tmp_path, "test", vit_digits_patch4_32(num_classes=2)).classes == ["boat", "train"]
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_every_colour_mode_becomes_rgb(tmp_path, mode):
+    (tmp_path / "grey").mkdir()
+    Image.radial_gradient("L").resize((32, 32)).convert(mode).save(tmp_path / "grey" / "0.png")
+    image, _ = load_folder(tmp_path, "train", vit_digits_patch4_32())[0]
+    assert image.shape == (3, SIZE, SIZE)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_transform_is_the_models_own(name):
     with torch.device("meta"):
@@ -287,6 +303,9 @@ def test_limit_is_a_seeded_subset_in_order(folder, model):
     assert some.indices == load_data(folder, "train", model, 12, seed=1).indices
     assert some.indices != load_data(folder, "train", model, 12, seed=2).indices
     assert len({everything[i] for i in some.indices}) > 3
+    whole, part = load_digits("hard").tensors[0], load_digits("hard", limit=20, seed=1).tensors[0]
+    assert len(rows(part)) == 20
+    assert torch.equal(torch.stack([x for x in whole if x.numpy().tobytes() in rows(part)]), part)
     images, labels = next(iter(DataLoader(load_data("digits", "hard", model, 7), batch_size=7)))
     assert images.shape == (7, 3, SIZE, SIZE)
     assert labels.shape == (7,)
@@ -343,9 +362,7 @@ def test_unreadable_image_is_named(tmp_path, model, damage):
     write_digits(tmp_path, "test", 30)
     victim = next((tmp_path / "3").iterdir())
     content = victim.read_bytes()
-    victim.write_bytes(
-        {"truncated": content[: len(content) // 2], "text": b"not a picture", "empty": b""}[damage]
-    )
+    victim.write_bytes({"truncated": content[: len(content) // 2], "text": b"not a picture", "empty": b""}[damage])
     data = load_data(tmp_path, "test", model)
     with pytest.raises(ValueError, match=re.escape(f"image '{victim}' cannot be read: ")):
         for _ in data:

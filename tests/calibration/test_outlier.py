@@ -100,9 +100,7 @@ def test_original_is_untouched_and_the_seed_decides():
 
 def test_refusals():
     model = build(NAME)
-    with pytest.raises(
-        TypeError, match="model must be a timm VisionTransformer or SwinTransformer, got Linear"
-    ):
+    with pytest.raises(TypeError, match="model must be a timm VisionTransformer or SwinTransformer, got Linear"):
         outlier_variant(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"channels must be between 1 and 192.*got 193"):
         outlier_variant(model, channels=193)

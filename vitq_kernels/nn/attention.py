@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..formats import AttentionState, QTensor
 from ..ops import qattention, qattention_quantize
+from ..ops.qattention import focus_levels
 from .base import QModule, Quantizer
 from .linear import QLinear
 from .window import Window, WindowMap
@@ -33,6 +34,7 @@ class QAttention(QModule):
         self.operands = Quantizer(state.operand_quant).to(qkv.weight.device)
         self.operands.backend = backend
         self.register_buffer("bias", state.bias)
+        self.register_buffer("levels", focus_levels(state.focus, qkv.weight.device))
         self.window = None if window is None else WindowMap(window).to(qkv.weight.device)
 
     @classmethod
@@ -89,8 +91,14 @@ class QAttention(QModule):
     def _attend(self, qkv: QTensor, mask: Tensor | None, x: Tensor) -> Tensor | QTensor:
         b, n, width = qkv.q.shape
         heads = qkv.q.reshape(b, n, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        common = {"focus": self.focus, "softmax_scale": self.softmax_scale, "bias": self.bias, "mask": mask}
         proj = self.proj
+        common = {
+            "focus": self.focus,
+            "levels": self.levels,
+            "softmax_scale": self.softmax_scale,
+            "bias": self.bias,
+            "mask": mask,
+        }
         with self.pinned():
             if proj.input is None or proj.norm is not None:
                 return qattention(*heads, *self._scales(qkv.scale, b, n), out_dtype=x.dtype, **common)

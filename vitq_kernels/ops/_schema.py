@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,8 @@ from ..formats import ActQuant, QTensor
 library = torch.library.Library("vitq", "DEF")
 
 QUANT_ARGS = (
-    "Tensor? q_scale, int q_zero_point, int qmin, int qmax, int groups, "
-    "Tensor? row_qmax, Tensor? q_lut, Tensor? lora_down, bool subspace"
+    "Tensor? scale, int zero_point, int qmin, int qmax, int groups, "
+    "Tensor? row_qmax, Tensor? lut, Tensor? lora_down, bool subspace"
 )
 
 
@@ -68,6 +70,11 @@ def expect(name: str, tensor: Tensor, *, dtype=None, shape=None, device=None) ->
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
 
 
+def rows(x: Tensor) -> int:
+    """M: the product of the leading dimensions (well defined for K = 0, too)."""
+    return math.prod(x.shape[:-1])
+
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -99,9 +106,7 @@ def wrap(quant: ActQuant, out: tuple[Tensor, Tensor, Tensor]) -> QTensor:
 
 def fake_quant_outputs(x: Tensor, shape, q_scale, groups: int, lora_down) -> tuple[Tensor, Tensor, Tensor]:
     """Fake results of a quantizing epilogue over values of ``shape``: codes, dynamic scales, t."""
-    m = 1
-    for size in shape[:-1]:
-        m = m * size
+    m = math.prod(shape[:-1])
     f32 = torch.float32
     q = x.new_empty(shape, dtype=torch.int8)
     scale = x.new_empty((m, groups) if q_scale is None else (0,), dtype=f32)

@@ -21,9 +21,7 @@ __all__ = [
 ]
 
 
-def load_data(
-    source: str | Path, split: str, model: nn.Module, limit: int | None = None, *, seed: int = 0
-) -> Dataset:
+def load_data(source: str | Path, split: str, model: nn.Module, limit: int | None = None, *, seed: int = 0) -> Dataset:
     """A split as a data set of (image [C, H, W] float32, label) pairs, preprocessed as `model` expects.
 
     Args:
@@ -40,15 +38,12 @@ def load_data(
         ImportError: the digits without scikit-learn.
     """
     if source == "digits":
-        data = load_digits(split, **_digits_format(model))
-    else:
-        data = load_folder(source, split, model)
-    return data if limit is None else _draw(data, limit, seed, f"split {split!r} of '{source}'")
+        return load_digits(split, limit=limit, seed=seed, **_digits_format(model))
+    data = load_folder(source, split, model)
+    return Subset(data, digits.draw(len(data), limit, seed, f"split {split!r} of '{source}'").tolist())
 
 
-def load_calibration(
-    source: str | Path, model: nn.Module, n: int, *, seed: int = 0, augment: float = 0.0
-) -> Tensor:
+def load_calibration(source: str | Path, model: nn.Module, n: int, *, seed: int = 0, augment: float = 0.0) -> Tensor:
     """`n` training images in random order, preprocessed as `model` expects, a fraction of them augmented.
 
     Args:
@@ -80,10 +75,3 @@ def _digits_format(model: nn.Module) -> dict:
     if channels != 3 or height != width:
         raise ValueError(f"the digits are square 3-channel images, the model expects {config['input_size']}")
     return {"size": height, "mean": config["mean"], "std": config["std"]}
-
-
-def _draw(data: Dataset, limit: int, seed: int, what: str) -> Subset:
-    if not 1 <= limit <= len(data):
-        raise ValueError(f"limit must be between 1 and {len(data)}, the images in {what}; got {limit}")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return Subset(data, order[:limit].sort().values.tolist())

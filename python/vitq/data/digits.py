@@ -32,6 +32,8 @@ _SPLIT_SEED, _HARD_SEED = 1797, 700
 def load_digits(
     split: str,
     *,
+    limit: int | None = None,
+    seed: int = 0,
     size: int = SIZE,
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
@@ -41,12 +43,14 @@ def load_digits(
     Args:
         split: "train" (1097 images), "test" (700) or "hard" (the test images shifted, rotated, blurred and
             noised under a fixed seed).
+        limit: how many images, drawn without repetition under `seed` and kept in order; None takes them all.
+        seed: chooses the images when `limit` is given.
         size: side of the images in pixels; other sizes than 32 are resampled from 32 (bicubic).
         mean, std: three per-channel constants; a pixel p in [0, 1] becomes (p − mean) / std.
     Returns:
         TensorDataset of images [N, 3, size, size] float32 and labels [N] int64, the same bits at every call.
     Raises:
-        ValueError: unknown split, or size, mean or std out of range.
+        ValueError: unknown split, or limit, size, mean or std out of range.
         ImportError: scikit-learn is missing.
     """
     if split not in SPLITS:
@@ -54,7 +58,8 @@ def load_digits(
     images, labels = _pixels("train" if split == "train" else "test")
     if split == "hard":
         images = distort(images, HARD, torch.Generator().manual_seed(_HARD_SEED))
-    return TensorDataset(_normalise(images, size, mean, std), labels.clone())
+    index = draw(len(labels), limit, seed, f"split {split!r} of the digits")
+    return TensorDataset(_normalise(images[index], size, mean, std), labels[index])
 
 
 def calibration_images(
@@ -85,6 +90,19 @@ def calibration_images(
     generator = torch.Generator().manual_seed(seed)
     chosen = images[torch.randperm(len(images), generator=generator)[:n]]
     return _normalise(augment_fraction(chosen, augment, generator), size, mean, std)
+
+
+def draw(count: int, limit: int | None, seed: int, what: str) -> Tensor:
+    """Ascending positions [limit] int64 of a random subset of `count` images; None draws them all.
+
+    Raises:
+        ValueError: `limit` outside 1..count; the message says `what` the images are.
+    """
+    if limit is None:
+        return torch.arange(count)
+    if not 1 <= limit <= count:
+        raise ValueError(f"limit must be between 1 and {count}, the images in {what}; got {limit}")
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
 
 
 def augment_fraction(images: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
@@ -152,6 +170,6 @@ def _normalise(images: Tensor, size: int, mean: tuple[float, ...], std: tuple[fl
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std must hold three numbers, std positive, got {mean} and {std}")
     if size != SIZE:
-        images = to_grid(_resize(images, size))
+        images = torch.cat([to_grid(_resize(batch, size)) for batch in images.split(64)])  # float64 is large
     mean, std = (torch.tensor(c, dtype=torch.float32).view(1, 3, 1, 1) for c in (mean, std))
     return (images - mean) / std

@@ -41,9 +41,7 @@ def distort(images: Tensor, limits: Distortion, generator: torch.Generator) -> T
         ValueError: `images` is not a floating-point [N, C, H, W] batch.
     """
     if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"images must be floating point [N, C, H, W], got {images.dtype} {list(images.shape)}"
-        )
+        raise ValueError(f"images must be floating point [N, C, H, W], got {images.dtype} {list(images.shape)}")
     n = images.shape[0]
 
     def draw(limit: float, count: int = 1, low: float = -1.0) -> Tensor:

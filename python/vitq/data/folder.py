@@ -60,9 +60,7 @@ def load_folder(root: str | Path, split: str, model: nn.Module) -> ImageFolder:
         raise ValueError(f"'{folder}' is not an image folder: {' '.join(str(error).split())}") from error
     classes = getattr(model, "num_classes", len(images.classes))
     if split == "test" and classes != len(images.classes):
-        raise ValueError(
-            f"'{folder}' has {len(images.classes)} class folders, the model tells {classes} classes apart"
-        )
+        raise ValueError(f"'{folder}' has {len(images.classes)} class folders, the model tells {classes} classes apart")
     return images
 
 

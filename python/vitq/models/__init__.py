@@ -3,7 +3,7 @@
 from .digits_vit import vit_digits_patch4_32
 from .outlier import outlier_variant
 from .sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite
-from .timm_family import adapter_for
+from .timm_family import adapter_for, data_config
 
 __all__ = [
     "AttentionSite",
@@ -13,6 +13,7 @@ __all__ = [
     "MlpSite",
     "NormSite",
     "adapter_for",
+    "data_config",
     "outlier_variant",
     "vit_digits_patch4_32",
 ]

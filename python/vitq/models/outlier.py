@@ -32,9 +32,7 @@ def outlier_variant(
             1..width, or a factor that is not positive.
     """
     if not isinstance(model, VisionTransformer | SwinTransformer):
-        raise TypeError(
-            f"model must be a timm VisionTransformer or SwinTransformer, got {type(model).__name__}"
-        )
+        raise TypeError(f"model must be a timm VisionTransformer or SwinTransformer, got {type(model).__name__}")
     if not factors or min(factors) <= 0:
         raise ValueError(f"factors must be positive and at least one, got {tuple(factors)}")
     model = copy.deepcopy(model)
@@ -62,9 +60,7 @@ def _norms_and_readers(model: nn.Module) -> Iterator[tuple[nn.LayerNorm, list[nn
         if type(block) not in (Block, SwinTransformerBlock):
             raise ValueError(f"{where} is a {type(block).__name__}, known are Block and SwinTransformerBlock")
         if type(block.attn) not in (Attention, WindowAttention):
-            raise ValueError(
-                f"{where}.attn is a {type(block.attn).__name__}, known are Attention, WindowAttention"
-            )
+            raise ValueError(f"{where}.attn is a {type(block.attn).__name__}, known are Attention, WindowAttention")
         gate = getattr(block.attn, "gate", None)
         yield _checked(f"{where}.norm1", block.norm1, [block.attn.qkv] + ([gate] if gate is not None else []))
         yield _checked(f"{where}.norm2", block.norm2, [getattr(block.mlp, "fc1", None)])

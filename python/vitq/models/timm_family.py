@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
+from timm.data import resolve_model_data_config
 from timm.layers import DropPath, PatchDropout, PatchEmbed, attention_pool, mlp, norm
 from timm.layers import activations as act
 from timm.models import swin_transformer as swin
@@ -18,7 +20,7 @@ from .sites import AttentionSite, BlockSite, BranchSite, Family, LinearSite, Mlp
 _LAYER_NORMS = (nn.LayerNorm, norm.LayerNorm, norm.LayerNormFp32)
 _FUSED = {act.GELU: "gelu_erf", act.GELUTanh: "gelu_tanh"}
 # Modules that only ever *call* their linear layers, so that these can be swapped one by one.
-_HOLDERS = (vit.Attention, attention_pool.AttentionPoolLatent, mlp.Mlp, mlp.GluMlp, mlp.SwiGLU)
+_HOLDERS = (vit.Attention, swin.WindowAttention, attention_pool.AttentionPoolLatent, mlp.Mlp, mlp.GluMlp, mlp.SwiGLU)
 
 
 def adapter_for(model: nn.Module) -> Family:
@@ -31,6 +33,17 @@ def adapter_for(model: nn.Module) -> Family:
     if isinstance(model, swin.SwinTransformer):
         return TimmSwin(model)
     raise TypeError(f"model is {type(model).__name__}, expected a timm VisionTransformer (DeiT too) or SwinTransformer")
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """``ModelState.data`` of a timm model: input size, normalization, crop, and class names where timm knows them."""
+    config = resolve_model_data_config(model)
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    data = {key: config[key] for key in keys} | {"num_classes": model.num_classes}
+    names = model.pretrained_cfg.get("label_names")
+    if names and len(names) == model.num_classes:
+        data["class_names"] = list(names)
+    return data
 
 
 class _TimmFamily(Family):

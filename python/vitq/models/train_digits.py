@@ -44,7 +44,8 @@ def train(epochs: int, batch_size: int, learning_rate: float, seed: int) -> nn.M
     pixels, labels = training_pixels()
     mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (MEAN, STD))
     per_epoch = len(labels) // batch_size
-    steps, warmup = epochs * per_epoch, 5 * per_epoch
+    steps = epochs * per_epoch
+    warmup = max(1, steps // 18)
 
     def rate(step: int) -> float:
         done = (step - warmup) / (steps - warmup)

@@ -77,7 +77,9 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qm
     """
     low, high = qmin - zero_point, qmax - zero_point
     code = round_ste(x * (1.0 / scale))
-    code = torch.clamp(code, low, high) if not isinstance(low, Tensor) else torch.maximum(torch.minimum(code, high), low)
+    code = (
+        torch.clamp(code, low, high) if not isinstance(low, Tensor) else torch.maximum(torch.minimum(code, high), low)
+    )
     return code if lut is None else _Snap.apply(code + zero_point, lut) - zero_point
 
 

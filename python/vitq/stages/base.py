@@ -151,7 +151,9 @@ class Calibration:
             if previous is not None and successors.get(previous[0]) == unit.path:
                 inputs = previous[1:]
             else:
-                inputs = tuple(inputs_of(m.model, unit.path, self.images, self.batch) for m in (self.reference, self.sim))
+                inputs = tuple(
+                    inputs_of(m.model, unit.path, self.images, self.batch) for m in (self.reference, self.sim)
+                )
             yield unit, *inputs
             if unit.path in successors:
                 outputs = (self.run(m, unit, x) for m, x in zip((self.reference, self.sim), inputs))

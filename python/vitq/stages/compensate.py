@@ -160,7 +160,9 @@ def _round(recipe, options: ClosedFormOptions, linear: SimLinear, target: Tensor
     set_weight(linear, effective, spec, options.weights, c.diagonal().float(), table)
     if options.rounding == "compensated":
         quant = linear.quant
-        _, latent = lowrank.compensated_rounding(effective.double(), c, quant.scale.double(), quant.spec, options.damping)
+        _, latent = lowrank.compensated_rounding(
+            effective.double(), c, quant.scale.double(), quant.spec, options.damping
+        )
         linear.weight.data += latent.float() - effective
 
 

@@ -135,7 +135,9 @@ class _Learner:
 
 
 def _rounding_penalty(linears: list[SimLinear], beta: float) -> Tensor:
-    return sum((1 - (2 * q.rounding() - 1).abs().pow(beta)).sum() for q in (l.quant for l in linears) if q.alpha is not None)
+    return sum(
+        (1 - (2 * q.rounding() - 1).abs().pow(beta)).sum() for q in (l.quant for l in linears) if q.alpha is not None
+    )
 
 
 def reconstruct(
@@ -167,7 +169,9 @@ def reconstruct(
         loss = error.mean() * scale
         if options.lr_rounding > 0.0 and step >= options.rounding_warmup * steps:
             done = (step / steps - options.rounding_warmup) / (1.0 - options.rounding_warmup)
-            loss = loss + options.rounding_weight * scale * _rounding_penalty(learner.linears, 20.0 - 18.0 * done) / len(x)
+            loss = loss + options.rounding_weight * scale * _rounding_penalty(
+                learner.linears, 20.0 - 18.0 * done
+            ) / len(x)
         learner.step(loss)
     learner.finish()
     if float(losses(module, x_sim, target, calibration.batch).mean()) > float(before.mean()):

@@ -37,9 +37,7 @@ class ReparameterizeOptions(Options):
 @method("transform", "reparameterize")
 def reparameterize(calibration: Calibration, options: ReparameterizeOptions) -> None:
     sim, seen = calibration.sim, calibration.observations()
-    padded = {
-        site.qkv.path for site in sim.attention_sites.values() if site.window is not None and site.window.padded
-    }
+    padded = {site.qkv.path for site in sim.attention_sites.values() if site.window is not None and site.window.padded}
     for path, site in sim.sites.items():
         if foldable(site):
             shift, factor = channel_map(seen.inputs[path], options)

@@ -10,8 +10,8 @@ from .. import _schema
 from . import ref
 
 
-def _fake(x, weight, bias, eps, q_scale, q_zero_point, qmin, qmax, groups, row_qmax, q_lut, lora_down, subspace):
-    return _schema.fake_quant_outputs(x, x.shape, q_scale, groups, lora_down)
+def _fake(x, weight, bias, eps, scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, subspace):
+    return _schema.fake_quant_outputs(x, x.shape, scale, groups, lora_down)
 
 
 _schema.define(
@@ -43,6 +43,6 @@ def layer_norm_quantize(x: Tensor, weight: Tensor | None, bias: Tensor | None, e
             _schema.expect(name, p, dtype=_schema.FLOATS, shape=(k,), device=x.device)
     if not eps >= 0:
         raise ValueError(f"eps is {eps}, expected a number >= 0")
-    _schema.check_quant(quant, x.numel() // k, k, x.device)
+    _schema.check_quant(quant, _schema.rows(x), k, x.device)
     impl = backends.resolve("layer_norm_quantize", x.device.type)
     return _schema.wrap(quant, impl.fn(x, weight, bias, eps, *_schema.flatten(quant)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,17 +41,23 @@ _schema.define(
     _fake_quantize,
 )
 
-_levels_cache: dict[tuple[FocusSpec, torch.device], tuple[Tensor, float, float]] = {}
+_levels_cache: dict[tuple[FocusSpec, torch.device], Tensor] = {}
 
 
-def focus_args(focus: FocusSpec, device: torch.device) -> tuple:
+def focus_levels(focus: FocusSpec, device: torch.device) -> Tensor:
+    """``focus``'s integer levels as the kernels take them: [2^bits] uint8 on ``device``."""
+    return focus.decode()[0].to(device=device, dtype=torch.uint8)
+
+
+def focus_args(focus: FocusSpec, device: torch.device, levels: Tensor | None = None) -> tuple:
     """``focus`` as the flat arguments levels .. renormalize."""
-    key = (focus, device)
-    if key not in _levels_cache:
-        levels, step, offset = focus.decode()
-        _levels_cache[key] = (levels.to(device=device, dtype=torch.uint8), step, offset)
-    shape = (focus.b1, focus.b2, focus.power, focus.anchor == "row", focus.renormalize)
-    return (*_levels_cache[key], *shape)
+    if levels is None and torch.compiler.is_compiling():
+        levels = focus_levels(focus, device)  # a traced tensor must not outlive its trace
+    elif levels is None:
+        levels = _levels_cache.get((focus, device))
+        if levels is None:
+            levels = _levels_cache[focus, device] = focus_levels(focus, device)
+    return levels, *focus.step_offset, focus.b1, focus.b2, focus.power, focus.anchor == "row", focus.renormalize
 
 
 def _check_scale(name: str, scale: Tensor, b: int, h: int, n: int, device: torch.device) -> None:
@@ -58,8 +66,9 @@ def _check_scale(name: str, scale: Tensor, b: int, h: int, n: int, device: torch
         raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected (1), ({h}) or ({b}, {h}, {n})")
 
 
-def _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask) -> tuple:
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask, levels) -> tuple:
+    _schema.expect("q", q, dtype=torch.int8, shape=(None,) * 4)
+    for name, x in (("k", k), ("v", v)):
         _schema.expect(name, x, dtype=torch.int8, shape=(None,) * 4, device=q.device)
     b, h, nq, d = q.shape
     nk = k.shape[2]
@@ -76,8 +85,12 @@ def _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask) 
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (a divisor of {b}, 1 or {nq}, {nk})")
     if not isinstance(focus, FocusSpec):
         raise TypeError(f"focus is {type(focus).__name__}, expected a FocusSpec")
+    if levels is not None:
+        _schema.expect("levels", levels, dtype=torch.uint8, shape=(focus.n + 1,), device=q.device)
     scale = d**-0.5 if softmax_scale is None else float(softmax_scale)
-    return (q, k, v, q_scale, k_scale, v_scale, scale, *focus_args(focus, q.device), bias, mask)
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale is {softmax_scale}, expected a finite number")
+    return (q, k, v, q_scale, k_scale, v_scale, scale, *focus_args(focus, q.device, levels), bias, mask)
 
 
 def qattention(
@@ -92,6 +105,7 @@ def qattention(
     softmax_scale: float | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    levels: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """o = dequant(focus(softmax(s)))·V with s = (q·kᵀ)·s_q·s_k·softmax_scale + bias + mask.
@@ -108,13 +122,16 @@ def qattention(
               bias ([H, Nq, Nk] float): added to the scores (relative position).
               mask ([G, Nq or 1, Nk] float): added; image b uses mask[b mod G] (G divides B). A key of score −inf is
               excluded from every term (also from ``offset``); a query without keys yields 0.
+              levels ([2^bits] uint8): ``focus_levels(focus, device)`` where the caller keeps it, else None (cached).
     Returns:  [B, Nq, H·d] out_dtype, contiguous, newly allocated.
     Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.
     Numerics: both products exact in int32 (Nk ≤ 65,793, d ≤ 131,071); softmax in float32; NaN scores make a NaN row.
     Backends: ref any | cpu
     Source:   AIQViT (arXiv 2502.04628) for the focusing quantizer; anchors, powers, renormalization: see FocusSpec.
     """
-    args = _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask)
+    args = _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask, levels)
+    if out_dtype not in _schema.FLOATS:
+        raise TypeError(f"out_dtype is {out_dtype}, expected {' or '.join(map(str, _schema.FLOATS))}")
     return backends.resolve("qattention", q.device.type).fn(*args, out_dtype)
 
 
@@ -131,12 +148,13 @@ def qattention_quantize(
     softmax_scale: float | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> QTensor:
     """q = quantize(qattention(…), out) over rows of all heads [B·Nq, H·d]; arguments as :func:`qattention`.
 
     Returns:  QTensor of [B, Nq, H·d] codes, with the projection's t if ``out.lora_down`` is given.
     Backends: ref any | cpu
     """
-    args = _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask)
+    args = _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask, levels)
     _schema.check_quant(out, q.shape[0] * q.shape[2], q.shape[1] * q.shape[3], q.device)
     return _schema.wrap(out, backends.resolve("qattention_quantize", q.device.type).fn(*args, *_schema.flatten(out)))

@@ -84,7 +84,7 @@ def _flat(x, weight, weight_scale, bias, lora_up, activation, layer_scale, resid
         raise TypeError(f"x is {type(x).__name__}, expected a QTensor (see quantize)")
     _schema.expect("x.q", x.q, dtype=torch.int8)
     _check_weight(x.q, weight, weight_scale)
-    m = x.q.numel() // weight.k if weight.k else 0
+    m = _schema.rows(x.q)
     if x.scale.numel() not in (1, m):
         raise ValueError(f"x.scale has shape {tuple(x.scale.shape)}, expected 1 or M = {m} values")
     _schema.expect("x.scale", x.scale, dtype=torch.float32, device=x.q.device)
@@ -144,7 +144,7 @@ def qlinear_quantize(
     Backends: ref any | cpu
     """
     args = _flat(x, weight, weight_scale, bias, lora_up, activation, layer_scale, residual)
-    _schema.check_quant(out, x.q.numel() // max(weight.k, 1), weight.n, x.q.device)
+    _schema.check_quant(out, _schema.rows(x.q), weight.n, x.q.device)
     impl = backends.resolve("qlinear_quantize", x.q.device.type, weight.layout)
     return _schema.wrap(out, impl.fn(*args, *_schema.flatten(out)))
 
@@ -171,7 +171,7 @@ def qlinear_weight_only(
     """
     _schema.expect("x", x, dtype=_schema.FLOATS)
     _check_weight(x, weight, weight_scale)
-    m = x.numel() // weight.k if weight.k else 0
+    m = _schema.rows(x)
     tail = _tail(x, m, weight.n, lora_t, bias, lora_up, activation, layer_scale, residual)
     impl = backends.resolve("qlinear_weight_only", x.device.type, weight.layout)
     packed = (weight.data, LAYOUT_IDS[weight.layout], weight.n, weight.k, weight.lut)

@@ -6,6 +6,8 @@ if ``x_scale`` is float64, in the order of the contract.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def epilogue(
 
 def _linear(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, *rest) -> Tensor:
     codes = unpack_codes(weight, LAYOUTS[layout], n, k, w_lut)
-    acc = x.reshape(-1, k).double() @ codes.double().T - x_zero_point * col_sum.double()
+    acc = x.reshape(math.prod(x.shape[:-1]), k).double() @ codes.double().T - x_zero_point * col_sum.double()
     dtype = torch.float64 if x_scale.dtype == torch.float64 else torch.float32
     scale = x_scale.to(dtype).reshape(-1, 1) * w_scale.to(dtype)
     bias, lora_up, activation, layer_scale, residual = rest
@@ -63,7 +65,7 @@ def qlinear_quantize(x: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
 def qlinear_weight_only(x: Tensor, *args) -> Tensor:
     lora_t, weight, layout, n, k, w_lut, w_scale, *rest, out_dtype = args
     codes = unpack_codes(weight, LAYOUTS[layout], n, k, w_lut)
-    f = x.reshape(-1, k)
+    f = x.reshape(math.prod(x.shape[:-1]), k)
     f = f if f.dtype == torch.float64 else f.float()
     y = (f @ codes.to(f.dtype).T) * w_scale.to(f.dtype)
     bias, lora_up, activation, layer_scale, residual = rest

@@ -10,8 +10,8 @@ from .. import _schema
 from . import ref
 
 
-def _fake(x, q_scale, q_zero_point, qmin, qmax, groups, row_qmax, q_lut, lora_down, subspace):
-    return _schema.fake_quant_outputs(x, x.shape, q_scale, groups, lora_down)
+def _fake(x, scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, subspace):
+    return _schema.fake_quant_outputs(x, x.shape, scale, groups, lora_down)
 
 
 _schema.define("quantize", f"Tensor x, {_schema.QUANT_ARGS}", "(Tensor, Tensor, Tensor)", ref.quantize, _fake)
@@ -36,6 +36,6 @@ def quantize(x: Tensor, quant: ActQuant) -> QTensor:
     _schema.expect("x", x, dtype=_schema.FLOATS)
     if x.dim() == 0:
         raise ValueError("x has shape (), expected [..., K]")
-    _schema.check_quant(quant, x.numel() // max(x.shape[-1], 1), x.shape[-1], x.device)
+    _schema.check_quant(quant, _schema.rows(x), x.shape[-1], x.device)
     impl = backends.resolve("quantize", x.device.type)
     return _schema.wrap(quant, impl.fn(x, *_schema.flatten(quant)))

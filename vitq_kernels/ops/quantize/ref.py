@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,8 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = x.shape
     k = shape[-1]
-    x = _float(x).reshape(-1, k)
-    m = x.shape[0]
+    m = math.prod(shape[:-1])
+    x = _float(x).reshape(m, k)
     t = x.new_empty(0)
     if lora_down is not None:
         down = lora_down.to(x.dtype)

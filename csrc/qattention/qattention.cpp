@@ -1,0 +1,132 @@
+// vitq::qattention and vitq::qattention_quantize on CPU tensors.
+#include "qattention/qattention_cpu.h"
+
+#include <cstring>
+
+#include "glue.h"
+
+namespace vitq::glue {
+namespace {
+
+// The tensors of one call, copied only where their last dimension is not contiguous, and the kernel's view of them.
+class Attention {
+ public:
+  Attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale, const Tensor& k_scale,
+            const Tensor& v_scale, double softmax_scale, const Tensor& levels, double step, double offset, double b1,
+            double b2, double power, bool row_anchor, bool renormalize, const OptTensor& bias, const OptTensor& mask)
+      : q_(rows(q, "q")),
+        k_(rows(k, "k")),
+        v_(rows(v, "v")),
+        q_scale_(dense(q_scale)),
+        k_scale_(dense(k_scale)),
+        v_scale_(dense(v_scale)) {
+    args.batch = q.size(0), args.heads = q.size(1), args.nq = q.size(2), args.d = q.size(3);
+    args.nk = k.size(2);
+    args.q = codes(q_, args.nq, "q");
+    args.k = codes(k_, args.nk, "k");
+    args.v = codes(v_, args.nk, "v");
+    args.q_scale = scales(q_scale_, args.nq, "q_scale");
+    args.k_scale = scales(k_scale_, args.nk, "k_scale");
+    args.v_scale = scales(v_scale_, args.nk, "v_scale");
+    args.softmax_scale = static_cast<float>(softmax_scale);
+    // What int32 sums hold: 255·128·Nk and 128·128·d.
+    STD_TORCH_CHECK(args.nk <= 65793, "k has ", args.nk, " keys, expected at most 65793");
+    STD_TORCH_CHECK(args.d <= 131071, "q has head_dim ", args.d, ", expected at most 131071");
+    set_focus(levels, step, offset, b1, b2, power, row_anchor, renormalize);
+    args.bias = additive(bias, bias_, args.heads, "bias");
+    args.mask_groups = mask ? mask->size(0) : 1;
+    STD_TORCH_CHECK(args.mask_groups > 0 && args.batch % args.mask_groups == 0, "mask has ", args.mask_groups,
+                    " groups, expected a divisor of ", args.batch);
+    args.mask = additive(mask, mask_, args.mask_groups, "mask");
+    args.pool = pool();
+  }
+
+  std::vector<int64_t> out_shape() const { return {args.batch, args.nq, args.heads * args.d}; }
+  bool empty() const { return args.batch * args.nq * args.heads * args.d == 0; }
+
+  QAttentionArgs args;
+
+ private:
+  static Tensor rows(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 4, name, " has ", x.dim(), " dimensions, expected [B, H, N, d]");
+    return x.stride(3) == 1 || x.size(3) <= 1 ? x : torch::stable::contiguous(x);
+  }
+
+  Codes codes(const Tensor& x, int64_t n, const char* name) const {
+    check(x, ScalarType::Char, args.batch * args.heads * n * args.d, name);
+    STD_TORCH_CHECK(x.size(0) == args.batch && x.size(1) == args.heads && x.size(2) == n, name,
+                    " does not fit q's and k's shapes");
+    return {static_cast<const int8_t*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+  }
+
+  Scales scales(const Tensor& x, int64_t n, const char* name) const {
+    const auto* data = [&](int64_t count) {
+      check(x, ScalarType::Float, count, name);
+      return static_cast<const float*>(x.const_data_ptr());
+    }(x.dim() == 3 ? args.batch * args.heads * n : x.numel() == 1 ? 1 : args.heads);
+    if (x.dim() == 3) return {data, args.heads * n, n, 1};
+    return {data, 0, x.numel() == 1 ? 0 : 1, 0};
+  }
+
+  Additive additive(const OptTensor& x, OptTensor& held, int64_t outer, const char* name) const {
+    if (!x) return {{}, 0, 0};
+    STD_TORCH_CHECK(x->dim() == 3 && x->is_cpu() && x->size(0) == outer && x->size(2) == args.nk &&
+                        (x->size(1) == args.nq || (x->size(1) == 1 && x->dim() == 3)),
+                    name, " does not fit the scores");
+    held = x->stride(2) == 1 || args.nk <= 1 ? *x : torch::stable::contiguous(*x);
+    return {{held->const_data_ptr(), dtype_of(held->scalar_type(), name)},
+            held->stride(0),
+            held->size(1) == 1 ? 0 : held->stride(1)};
+  }
+
+  void set_focus(const Tensor& levels, double step, double offset, double b1, double b2, double power, bool row_anchor,
+                 bool renormalize) {
+    const int64_t n = levels.numel();
+    STD_TORCH_CHECK(n >= 2 && n <= 256, "levels has ", n, " elements, expected 2 to 256");
+    const Tensor table = dense(levels);
+    check(table, ScalarType::Byte, n, "levels");
+    Focus& f = args.focus;
+    std::memset(f.levels, 0, sizeof(f.levels));
+    std::memcpy(f.levels, table.const_data_ptr(), static_cast<size_t>(n));
+    f.top = static_cast<int>(n - 1);
+    f.step = step, f.offset = offset, f.b1 = b1, f.b2 = b2, f.power = power;
+    f.row_anchor = row_anchor, f.renormalize = renormalize;
+  }
+
+  Tensor q_, k_, v_, q_scale_, k_scale_, v_scale_;
+  OptTensor bias_, mask_;
+};
+
+Tensor qattention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale, const Tensor& k_scale,
+                  const Tensor& v_scale, double softmax_scale, const Tensor& levels, double step, double offset,
+                  double b1, double b2, double power, bool row_anchor, bool renormalize, OptTensor bias,
+                  OptTensor mask, ScalarType out_dtype) {
+  const Attention attention(q, k, v, q_scale, k_scale, v_scale, softmax_scale, levels, step, offset, b1, b2, power,
+                            row_anchor, renormalize, bias, mask);
+  const DType dtype = dtype_of(out_dtype, "out_dtype");
+  Tensor out = new_tensor(attention.out_shape(), out_dtype);
+  if (!attention.empty()) VITQ_DISPATCH(qattention)(attention.args, out.mutable_data_ptr(), dtype);
+  return out;
+}
+
+QuantizedTensors qattention_quantize(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale,
+                                     const Tensor& k_scale, const Tensor& v_scale, double softmax_scale,
+                                     const Tensor& levels, double step, double offset, double b1, double b2,
+                                     double power, bool row_anchor, bool renormalize, OptTensor bias, OptTensor mask,
+                                     OptTensor scale, int64_t zero_point, int64_t qmin, int64_t qmax, int64_t groups,
+                                     OptTensor row_qmax, OptTensor lut, OptTensor lora_down, bool subspace) {
+  const Attention attention(q, k, v, q_scale, k_scale, v_scale, softmax_scale, levels, step, offset, b1, b2, power,
+                            row_anchor, renormalize, bias, mask);
+  const auto shape = attention.out_shape();
+  QuantTensors quant(shape, shape[0] * shape[1], scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, subspace);
+  if (shape[0] * shape[1] > 0) VITQ_DISPATCH(qattention_quantize)(attention.args, quant.tail);
+  return quant.results();
+}
+
+}  // namespace
+}  // namespace vitq::glue
+
+STABLE_TORCH_LIBRARY_IMPL(vitq, CPU, m) {
+  m.impl("qattention", TORCH_BOX(&vitq::glue::qattention));
+  m.impl("qattention_quantize", TORCH_BOX(&vitq::glue::qattention_quantize));
+}

@@ -1,0 +1,158 @@
+// The float part after a product, one register tile at a time; shared by the integer and the weight-only
+// layers.
+#pragma once
+
+#include "common/convert.h"
+#include "common/math.h"
+#include "qlinear/qlinear_cpu.h"
+
+namespace vitq::VITQ_ISA {
+
+// fn.operator()<rows>() for rows in 1..N.
+template <int N, class Fn>
+VITQ_INLINE void with_rows(int64_t rows, const Fn& fn) {
+  if constexpr (N == 1) {
+    fn.template operator()<1>();
+  } else {
+    if (rows == N)
+      fn.template operator()<N>();
+    else
+      with_rows<N - 1>(rows, fn);
+  }
+}
+
+// out[MR][V·kLanes] = (or +=) a[MR, depth] · b[depth, V·kLanes], b with the row stride of a tile: the sum
+// runs over depth in order, in registers.
+template <int MR, int V, bool kAccumulate>
+VITQ_INLINE void float_tile(const float* a, int64_t lda, const float* b, int64_t depth, float* out) {
+  constexpr int kWidth = V * kLanes;
+  F acc[MR][V] = {};
+  if constexpr (kAccumulate)
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < V; ++v) acc[i][v] = load(out + i * kWidth + v * kLanes);
+  for (int64_t k = 0; k < depth; ++k) {
+    F bv[V];
+    for (int v = 0; v < V; ++v) bv[v] = load(b + k * kWidth + v * kLanes);
+    for (int i = 0; i < MR; ++i) {
+      const F av = set(a[i * lda + k]);
+      for (int v = 0; v < V; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < V; ++v) store(out + i * kWidth + v * kLanes, acc[i][v]);
+}
+
+// What one panel of NP output columns needs, gathered once and reused by all of its row tiles.
+template <int NP>
+struct PanelTail {
+  alignas(64) float bias[NP], gamma[NP];
+  float* up;  // [rank, NP], caller's memory
+  int64_t n0, width;
+
+  static size_t up_bytes(int64_t rank) { return static_cast<size_t>(rank) * NP * 4; }
+
+  void gather(const LinearTail& tail, int64_t n_total, int64_t first) {
+    n0 = first;
+    width = smaller<int64_t>(NP, n_total - n0);
+    if (tail.bias) read_row(bias, tail.bias.at(n0), width);
+    if (tail.layer_scale) read_row(gamma, tail.layer_scale.at(n0), width);
+    if (tail.rank == 0) return;
+    // Transposed in slices that stay in the first-level cache.
+    constexpr int64_t kSlice = 64;
+    float row[kSlice];
+    for (int64_t r0 = 0; r0 < tail.rank; r0 += kSlice) {
+      const int64_t count = smaller(kSlice, tail.rank - r0);
+      for (int64_t n = 0; n < NP; ++n) {
+        if (n < width)
+          read_row(row, tail.lora_up.at((n0 + n) * tail.rank + r0), count);
+        else
+          std::memset(row, 0, sizeof(row));
+        for (int64_t r = 0; r < count; ++r) up[(r0 + r) * NP + n] = row[r];
+      }
+    }
+  }
+};
+
+// Finishes `rows` rows of a panel: dst[i·ld + c] = γ·act(product(i, c) + (t·Uᵀ)[i, c] + bias) + residual, all
+// NP columns (those past `width` hold nothing of use). product(i, c) gives kLanes columns of the scaled
+// product.
+template <int NP, Activation kActivation, class Product>
+void finish_tile_as(const LinearTail& tail, const PanelTail<NP>& panel, int64_t n_total, int64_t row,
+                    int64_t rows, const float* low_rank, const Product& product, float* dst, int64_t ld) {
+  alignas(64) float held[NP];
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* residual = nullptr;
+    if (tail.residual) {
+      const AnyFloat in = tail.residual.at((row + i) * n_total + panel.n0);
+      residual = static_cast<const float*>(in.data);
+      if (in.dtype != DType::f32 || panel.width < NP) {
+        read_row(held, in, panel.width);
+        residual = held;
+      }
+    }
+    for (int c = 0; c < NP; c += kLanes) {
+      F y = product(i, c);
+      if (tail.rank > 0) y += load(low_rank + i * NP + c);
+      if (tail.bias) y += load(panel.bias + c);
+      if constexpr (kActivation == Activation::gelu_erf) y = gelu_erf(y);
+      if constexpr (kActivation == Activation::gelu_tanh) y = gelu_tanh(y);
+      if (tail.layer_scale) y *= load(panel.gamma + c);
+      if (residual != nullptr) y += load(residual + c);
+      store(dst + i * ld + c, y);
+    }
+  }
+}
+
+// The same for any activation, into a float matrix (`dst`, ld >= NP columns writable) or, if dst is null,
+// rounded into columns n0 .. n0 + width of `out` [M, N].
+template <int NP, int kRows, class Product>
+void finish_tile(const LinearTail& tail, const PanelTail<NP>& panel, int64_t n_total, int64_t row,
+                 int64_t rows, const Product& product, float* dst, int64_t ld, void* out, DType out_dtype) {
+  alignas(64) float low_rank[kRows * NP], staged[kRows * NP];
+  if (tail.rank > 0)
+    with_rows<kRows>(rows, [&]<int MR>() VITQ_LAMBDA {
+      float_tile<MR, NP / kLanes, false>(tail.lora_t + row * tail.rank, tail.rank, panel.up, tail.rank,
+                                         low_rank);
+    });
+  const bool in_place = dst != nullptr || (out_dtype == DType::f32 && panel.width == NP);
+  if (dst == nullptr) {
+    dst = in_place ? static_cast<float*>(out) + row * n_total + panel.n0 : staged;
+    ld = in_place ? n_total : NP;
+  }
+  auto finish = tail.activation == Activation::gelu_erf ? &finish_tile_as<NP, Activation::gelu_erf, Product>
+                : tail.activation == Activation::gelu_tanh
+                    ? &finish_tile_as<NP, Activation::gelu_tanh, Product>
+                    : &finish_tile_as<NP, Activation::none, Product>;
+  finish(tail, panel, n_total, row, rows, low_rank, product, dst, ld);
+  if (!in_place)
+    for (int64_t i = 0; i < rows; ++i)
+      write_row(out, out_dtype, (row + i) * n_total + panel.n0, staged + i * NP, panel.width);
+}
+
+// How M rows × `panels` column panels are dealt to threads.
+struct Split {
+  int64_t rows, chunks;  // rows per task (a multiple of the tile height), number of row chunks
+};
+
+// The longest share of any thread, counted in row-panels, is least. `setup` is what a task spends before its
+// first row (decoding a panel), in rows; at most `most_rows` rows stay in one task (their activations should
+// fit a cache).
+VITQ_INLINE Split split_rows(int64_t m, int64_t panels, int64_t threads, int64_t tile, int64_t setup,
+                             int64_t most_rows) {
+  const int64_t tiles = ceil_div(m, tile);
+  const int64_t fewest = ceil_div(tiles, most_rows > tile ? most_rows / tile : 1);
+  Split best{};
+  int64_t best_cost = INT64_MAX;
+  for (int64_t chunks = fewest; chunks <= tiles && chunks <= fewest + 4 * threads; ++chunks) {
+    const int64_t rows = ceil_div(tiles, chunks) * tile;
+    const int64_t used = ceil_div(m, rows);
+    const int64_t cost = ceil_div(used * panels, threads) * (rows + setup);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = {rows, used};
+    }
+  }
+  return best;
+}
+
+}  // namespace vitq::VITQ_ISA

@@ -1,0 +1,243 @@
+// The integer inner products: how activations and weights are laid out for one instruction set, and the
+// register tile.
+//
+// A tile is kRows activation rows by kBlocks blocks of 16 weight rows over the whole of K, exact in int32. A
+// policy says
+//   Code                 activation element in the prepared matrix [M, 4·k4], zero padded
+//   kCodeOffset          what prepare() added to every activation: the sum is too large by
+//   kCodeOffset·col_sum[n] kWeightOffset        what the panel adds to every weight: the sum is too large by
+//   kWeightOffset·Σ_k x[m][k] block_bytes(k4)      of one decoded 16-row block; 0: the packed int8 block is
+//   used as it is decode()             one packed block → one decoded block tile<MR>() out[MR][16·kBlocks]
+//   int32
+// Sums may wrap on the way; they are exact modulo 2^32, and the true sum fits (K <= 65,793).
+#pragma once
+
+#include "common/layout.h"
+#include "common/simd.h"
+
+namespace vitq::VITQ_ISA {
+
+constexpr int8_t kPlainNibbles[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+VITQ_INLINE int32_t load_i32(const void* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+
+#if defined(__AVX2__)
+
+// int4_n16k4 → int8_n16k4: `pairs` 64-byte lines become 2·pairs; table[nibble] is the weight.
+VITQ_INLINE void decode_nibbles(const uint8_t* packed, int64_t pairs, const int8_t* table, uint8_t* out) {
+  const __m256i lut = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int64_t i = 0; i < pairs; ++i)
+    for (int h = 0; h < 64; h += 32) {
+      const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + i * 64 + h));
+      const __m256i low = _mm256_and_si256(line, mask),
+                    high = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * 128 + h), _mm256_shuffle_epi8(lut, low));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * 128 + 64 + h), _mm256_shuffle_epi8(lut, high));
+    }
+}
+
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+// vpdpbusd multiplies unsigned by signed bytes and adds four products to an int32 without saturation.
+struct Vnni {
+  using Code = uint8_t;
+  static constexpr int32_t kCodeOffset = 128, kWeightOffset = 0;
+  // 24 (12) accumulators, kBlocks weight vectors and one broadcast on 32 (16) registers.
+  static constexpr int kRows = 6, kBlocks = kLanes == 16 ? 4 : 1;
+
+  static int64_t block_bytes(Layout layout, int64_t k4) { return layout == Layout::int8_n16k4 ? 0 : k4 * 64; }
+
+  static void decode(Layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
+    decode_nibbles(packed, k4 / 2, table, out);
+  }
+
+#if defined(__AVX512VNNI__)
+  using Vector = __m512i;
+  static constexpr int kVectors = kBlocks;
+  VITQ_INLINE Vector weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  VITQ_INLINE Vector spread(int32_t v) { return _mm512_set1_epi32(v); }
+  VITQ_INLINE Vector dot(Vector acc, Vector u, Vector s) { return _mm512_dpbusd_epi32(acc, u, s); }
+#else
+  using Vector = __m256i;
+  static constexpr int kVectors = 2 * kBlocks;
+  VITQ_INLINE Vector weights(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const Vector*>(p));
+  }
+  VITQ_INLINE Vector spread(int32_t v) { return _mm256_set1_epi32(v); }
+  VITQ_INLINE Vector dot(Vector acc, Vector u, Vector s) { return _mm256_dpbusd_avx_epi32(acc, u, s); }
+#endif
+
+  template <int MR>
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+    Vector acc[MR][kVectors] = {};
+    for (int64_t k = 0; k < k4; ++k) {
+      Vector w[kVectors];
+      for (int j = 0; j < kVectors; ++j)
+        w[j] = weights(panel[j * kBlocks / kVectors] + k * 64 + (j * 64 * kBlocks / kVectors) % 64);
+      for (int i = 0; i < MR; ++i) {
+        const Vector x = spread(load_i32(a + i * lda + k * 4));
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = dot(acc[i][j], x, w[j]);
+      }
+    }
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < kVectors; ++j)
+        store(out + i * 16 * kBlocks + j * static_cast<int>(sizeof(Vector) / 4), acc[i][j]);
+  }
+};
+
+using Int8Policy = Vnni;
+using Int4Policy = Vnni;
+using Int4LutPolicy = Vnni;
+
+#elif defined(__AVX2__)
+
+// vpmaddwd on widened operands: exact for every pair of int8 (vpmaddubsw is not: 2·128·128 saturates an
+// int16). The four k of a lane make two int32 sums, added at the end.
+struct Words {
+  using Code = int16_t;
+  static constexpr int32_t kCodeOffset = 0, kWeightOffset = 0;
+  static constexpr int kRows = 6, kBlocks = 1;
+  static constexpr int kPass = 3;  // 12 accumulators and 4 weight vectors at a time
+
+  static int64_t block_bytes(Layout, int64_t k4) { return k4 * 128; }
+
+  static void decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
+    alignas(64) uint8_t lines[128];
+    for (int64_t k = 0; k < k4; k += 2) {
+      const uint8_t* bytes = lines;
+      if (layout == Layout::int8_n16k4)
+        bytes = packed + k * 64;
+      else
+        decode_nibbles(packed + k * 32, 1, table, lines);
+      const int count = k + 2 <= k4 ? 128 : 64;
+      for (int i = 0; i < count; i += 16)
+        _mm256_storeu_si256(
+            reinterpret_cast<__m256i*>(out + k * 128 + i * 2),
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i))));
+    }
+  }
+
+  template <int MR>
+  static void pass(const Code* a, int64_t lda, const uint8_t* panel, int64_t k4, int32_t* out) {
+    __m256i acc[MR][4] = {};
+    for (int64_t k = 0; k < k4; ++k) {
+      __m256i w[4];
+      for (int j = 0; j < 4; ++j)
+        w[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * 128 + j * 32));
+      for (int i = 0; i < MR; ++i) {
+        long long four;
+        std::memcpy(&four, a + i * lda + k * 4, 8);
+        const __m256i x = _mm256_set1_epi64x(four);
+        for (int j = 0; j < 4; ++j) acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(x, w[j]));
+      }
+    }
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < 4; j += 2) {
+        // hadd works within 128-bit halves: lanes n0 n1 n4 n5 | n2 n3 n6 n7.
+        const __m256i pairs = _mm256_hadd_epi32(acc[i][j], acc[i][j + 1]);
+        store(out + i * 16 + j * 4, _mm256_permute4x64_epi64(pairs, 0xd8));
+      }
+  }
+
+  template <int MR>
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+    constexpr int kFirst = MR < kPass ? MR : kPass;
+    pass<kFirst>(a, lda, panel[0], k4, out);
+    if constexpr (MR > kPass) pass<MR - kPass>(a + kPass * lda, lda, panel[0], k4, out + kPass * 16);
+  }
+};
+
+// vpmaddubsw of weights + 8 (0..15) and signed activations: a pair sum is at most 2·15·128 = 3840 in
+// magnitude, so eight of them fit an int16 (30,720) before they are widened.
+struct Nibbles {
+  using Code = int8_t;
+  static constexpr int32_t kCodeOffset = 0, kWeightOffset = 8;
+  static constexpr int kRows = 6, kBlocks = 1;
+  static constexpr int64_t kSteps = 8;
+
+  static int64_t block_bytes(Layout, int64_t k4) { return k4 * 64; }
+
+  static void decode(Layout, const uint8_t* packed, int64_t k4, const int8_t*, uint8_t* out) {
+    static constexpr int8_t kIdentity[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    decode_nibbles(packed, k4 / 2, kIdentity, out);
+  }
+
+  template <int MR>
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i total[MR][2] = {};
+    for (int64_t k0 = 0; k0 < k4; k0 += kSteps) {
+      const int64_t end = smaller(k0 + kSteps, k4);
+      __m256i acc[MR][2] = {};
+      for (int64_t k = k0; k < end; ++k) {
+        const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel[0] + k * 64));
+        const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel[0] + k * 64 + 32));
+        for (int i = 0; i < MR; ++i) {
+          const __m256i x = _mm256_set1_epi32(load_i32(a + i * lda + k * 4));
+          acc[i][0] = _mm256_add_epi16(acc[i][0], _mm256_maddubs_epi16(w0, x));
+          acc[i][1] = _mm256_add_epi16(acc[i][1], _mm256_maddubs_epi16(w1, x));
+        }
+      }
+      for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < 2; ++j)
+          total[i][j] = _mm256_add_epi32(total[i][j], _mm256_madd_epi16(acc[i][j], ones));
+    }
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < 2; ++j) store(out + i * 16 + j * 8, total[i][j]);
+  }
+};
+
+using Int8Policy = Words;
+using Int4Policy = Nibbles;
+using Int4LutPolicy = Words;
+
+#else
+
+// Any CPU: plain loops over sixteen columns that compilers turn into whatever vectors there are.
+struct Plain {
+  using Code = int16_t;
+  static constexpr int32_t kCodeOffset = 0, kWeightOffset = 0;
+  static constexpr int kRows = 2, kBlocks = 1;
+
+  static int64_t block_bytes(Layout, int64_t k4) { return k4 * 128; }
+
+  // → [4·k4, 16] int16.
+  static void decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
+    for (int64_t k = 0; k < k4 * 4; ++k)
+      for (int64_t n = 0; n < 16; ++n) {
+        int16_t v;
+        if (layout == Layout::int8_n16k4)
+          v = static_cast<int8_t>(packed[int8_n16k4_offset(n, k, k4 * 4)]);
+        else
+          v = table[(packed[int4_n16k4_offset(n, k, k4 * 4)] >> int4_n16k4_shift(k)) & 15];
+        std::memcpy(out + (k * 16 + n) * 2, &v, 2);
+      }
+  }
+
+  template <int MR>
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+    const int16_t* w = reinterpret_cast<const int16_t*>(panel[0]);
+    uint32_t acc[MR][16] = {};
+    for (int64_t k = 0; k < k4 * 4; ++k)
+      for (int i = 0; i < MR; ++i) {
+        const int32_t x = a[i * lda + k];
+        for (int n = 0; n < 16; ++n) acc[i][n] += static_cast<uint32_t>(x * w[k * 16 + n]);
+      }
+    std::memcpy(out, acc, sizeof(acc));
+  }
+};
+
+using Int8Policy = Plain;
+using Int4Policy = Plain;
+using Int4LutPolicy = Plain;
+
+#endif
+
+}  // namespace vitq::VITQ_ISA

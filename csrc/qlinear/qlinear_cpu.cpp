@@ -1,0 +1,173 @@
+#include "qlinear/qlinear_cpu.h"
+
+#include "qlinear/epilogue.h"
+#include "qlinear/int_tile.h"
+
+namespace vitq::VITQ_ISA {
+namespace {
+
+// Activations of one task should stay in the second-level cache while its panels pass by.
+constexpr int64_t kActivationBytes = 1 << 20;
+// The float rows of qlinear_quantize wait there, too, until whole rows can be quantized.
+constexpr int64_t kFloatBytes = 512 << 10;
+// Rows' worth of time that decoding a panel and gathering its epilogue takes (measured: 3 to 6).
+constexpr int64_t kSetupRows = 4;
+// Below this many multiplications a second thread costs more than it saves.
+constexpr int64_t kGrain = 1 << 19;
+
+template <class P>
+class Linear {
+ public:
+  static constexpr int kTileN = P::kBlocks * static_cast<int>(kBlockN);
+
+  explicit Linear(const QLinearArgs& args)
+      : args_(args),
+        w_(args.weight),
+        k4_(w_.layout == Layout::int8_n16k4 ? ceil_div(w_.k, 4) : 2 * ceil_div(w_.k, 8)),
+        packed_block_(w_.layout == Layout::int8_n16k4 ? k4_ * 64 : k4_ * 32),
+        decoded_block_(P::block_bytes(w_.layout, k4_)),
+        lda_(k4_ * 4),
+        panels_(ceil_div(w_.n, kTileN)),
+        codes_(static_cast<size_t>(args.m * lda_) * sizeof(typename P::Code)),
+        row_terms_(static_cast<size_t>(args.m) * 4) {}
+
+  void run() {
+    prepare();
+    const int64_t fit = kActivationBytes / (lda_ * static_cast<int64_t>(sizeof(typename P::Code)) + 1);
+    const Split split = split_rows(args_.m, panels_, args_.pool.threads, P::kRows, kSetupRows, fit);
+    // Consecutive tasks share a row chunk, so one thread's activations stay in its cache.
+    pool_for(args_.pool, split.chunks * panels_, grain(split.rows * kTileN), [&](int64_t begin, int64_t end) {
+      Workspace work(*this, 0);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task / panels_ * split.rows;
+        panel(work, task % panels_, row, smaller(row + split.rows, args_.m), nullptr, 0);
+      }
+    });
+  }
+
+  void run(const QuantTail& quant) {
+    prepare();
+    const int64_t ld = panels_ * kTileN;
+    const int64_t fit = kFloatBytes / (ld * 4 + 1);
+    const Split split = split_rows(args_.m, 1, args_.pool.threads, P::kRows, kSetupRows, fit);
+    pool_for(args_.pool, split.chunks, grain(split.rows * w_.n), [&](int64_t begin, int64_t end) {
+      Workspace work(*this, split.rows * ld);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t row = chunk * split.rows, last = smaller(row + split.rows, args_.m);
+        for (int64_t p = 0; p < panels_; ++p) panel(work, p, row, last, work.rows + p * kTileN, ld);
+        quantize_rows(quant, work.rows, work.rows, ld, row, last - row);
+      }
+    });
+  }
+
+ private:
+  // One thread's memory: a decoded panel, a transposed lora_up panel, and float rows waiting to be quantized.
+  struct Workspace {
+    Workspace(const Linear& linear, int64_t floats)
+        : scratch(lines(static_cast<size_t>(linear.decoded_block_) * P::kBlocks) +
+                  lines(PanelTail<kTileN>::up_bytes(linear.args_.tail.rank)) +
+                  static_cast<size_t>(floats) * 4),
+          decoded(scratch.at<uint8_t>()) {
+      const size_t at = lines(static_cast<size_t>(linear.decoded_block_) * P::kBlocks);
+      terms.up = scratch.at<float>(at);
+      rows = scratch.at<float>(at + lines(PanelTail<kTileN>::up_bytes(linear.args_.tail.rank)));
+    }
+    Scratch scratch;
+    uint8_t* decoded;
+    float* rows;
+    PanelTail<kTileN> terms;
+    alignas(64) float w_scale[kTileN];
+    alignas(64) int32_t column[kTileN];
+  };
+
+  int64_t grain(int64_t outputs_per_task) const {
+    return ceil_div(kGrain, (outputs_per_task + 1) * (w_.k + 1));
+  }
+
+  // Activations as the tile wants them, padded with zeros to 4·k4 (zeros meet whatever pads the weights).
+  void prepare() {
+    auto* codes = codes_.template at<typename P::Code>();
+    auto* terms = row_terms_.template at<int32_t>();
+    pool_for(args_.pool, args_.m, ceil_div(1 << 16, w_.k + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int8_t* x = args_.x + i * w_.k;
+        auto* out = codes + i * lda_;
+        for (int64_t k = 0; k < w_.k; ++k) out[k] = static_cast<typename P::Code>(x[k] + P::kCodeOffset);
+        for (int64_t k = w_.k; k < lda_; ++k) out[k] = 0;
+        int32_t sum = 0;
+        if constexpr (P::kWeightOffset != 0)
+          for (int64_t k = 0; k < w_.k; ++k) sum += x[k];
+        terms[i] = -P::kWeightOffset * sum;
+      }
+    });
+  }
+
+  // Rows [row, last) of panel p into dst (element [row, n0] at dst, row stride ld) or, if null, into
+  // args.out.
+  void panel(Workspace& work, int64_t p, int64_t row, int64_t last, float* dst, int64_t ld) const {
+    const int64_t blocks = ceil_div(w_.n, kBlockN), n0 = p * kTileN;
+    const uint8_t* block[P::kBlocks];
+    for (int j = 0; j < P::kBlocks; ++j) {
+      // Past the last block the tile repeats it: computed, never stored.
+      const uint8_t* packed = w_.data + smaller(p * P::kBlocks + j, blocks - 1) * packed_block_;
+      block[j] = packed;
+      if (decoded_block_ > 0) {
+        uint8_t* decoded = work.decoded + j * decoded_block_;
+        P::decode(w_.layout, packed, k4_, w_.lut != nullptr ? w_.lut : kPlainNibbles, decoded);
+        block[j] = decoded;
+      }
+    }
+    PanelTail<kTileN>& terms = work.terms;
+    terms.gather(args_.tail, w_.n, n0);
+    std::memcpy(work.w_scale, w_.w_scale + n0, static_cast<size_t>(terms.width) * 4);
+    const uint32_t offset = static_cast<uint32_t>(P::kCodeOffset + args_.x_zero_point);
+    for (int64_t c = 0; c < terms.width; ++c)  // modulo 2^32: the whole sum fits, this part need not
+      work.column[c] = static_cast<int32_t>(0u - offset * static_cast<uint32_t>(args_.col_sum[n0 + c]));
+
+    alignas(64) int32_t sums[P::kRows * kTileN];
+    for (int64_t i = row; i < last; i += P::kRows) {
+      const int64_t rows = smaller<int64_t>(P::kRows, last - i);
+      const auto* a = codes_.template at<typename P::Code>() + i * lda_;
+      with_rows<P::kRows>(rows,
+                          [&]<int MR>() VITQ_LAMBDA { P::template tile<MR>(a, lda_, block, k4_, sums); });
+      const int32_t* row_terms = row_terms_.template at<int32_t>() + i;
+      const auto product = [&](int64_t r, int c) VITQ_LAMBDA {
+        const I sum = (I)((U)load(sums + r * kTileN + c) + (U)load(work.column + c) + (U)set(row_terms[r]));
+        const float x_scale = args_.x_scale[args_.x_scale_per_row ? i + r : 0];
+        return to_float(sum) * (load(work.w_scale + c) * x_scale);
+      };
+      finish_tile<kTileN, P::kRows>(args_.tail, terms, w_.n, i, rows, product,
+                                    dst == nullptr ? nullptr : dst + (i - row) * ld, ld, args_.out,
+                                    args_.out_dtype);
+    }
+  }
+
+  const QLinearArgs& args_;
+  const Weight& w_;
+  const int64_t k4_, packed_block_, decoded_block_, lda_, panels_;
+  const Scratch codes_;      // [M, 4·k4] Code
+  const Scratch row_terms_;  // [M] int32
+};
+
+// f.operator()<Policy>() for the policy that reads `weight`.
+template <class Fn>
+VITQ_INLINE void with_policy(const Weight& weight, const Fn& fn) {
+  if (weight.layout == Layout::int8_n16k4)
+    fn.template operator()<Int8Policy>();
+  else if (weight.lut != nullptr)
+    fn.template operator()<Int4LutPolicy>();
+  else
+    fn.template operator()<Int4Policy>();
+}
+
+}  // namespace
+
+void qlinear(const QLinearArgs& args) {
+  with_policy(args.weight, [&]<class P>() { Linear<P>(args).run(); });
+}
+
+void qlinear_quantize(const QLinearArgs& args, const QuantTail& quant) {
+  with_policy(args.weight, [&]<class P>() { Linear<P>(args).run(quant); });
+}
+
+}  // namespace vitq::VITQ_ISA

@@ -1,0 +1,251 @@
+#include "quantize/quantize_cpu.h"
+
+#include "common/convert.h"
+#include "common/simd.h"
+
+namespace vitq::VITQ_ISA {
+namespace {
+
+// t[i][r] = sum_k x[i][k]·d[r][k] for a tile of MR rows and NR directions. Every element is summed in the
+// same order whatever the tile, so results do not depend on how rows are grouped.
+template <int MR, int NR>
+void project_tile(const float* x, int64_t ld, const float* d, int64_t k, float* t, int64_t rank) {
+  F acc[MR][NR] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= k; c += kLanes) {
+    F dv[NR];
+    for (int j = 0; j < NR; ++j) dv[j] = load(d + j * k + c);
+    for (int i = 0; i < MR; ++i) {
+      const F xv = load(x + i * ld + c);
+      for (int j = 0; j < NR; ++j) acc[i][j] = fma(xv, dv[j], acc[i][j]);
+    }
+  }
+  if (c < k) {
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < NR; ++j)
+        acc[i][j] = fma(load_first(x + i * ld + c, k - c), load_first(d + j * k + c, k - c), acc[i][j]);
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NR; ++j) t[i * rank + j] = sum(acc[i][j]);
+}
+
+// 16 accumulators fit beside the operands on 32 registers, 8 on 16.
+constexpr int kProjectRows = kLanes == 16 ? 4 : 2;
+constexpr int kProjectRank = 4;
+
+template <int MR>
+void project_rows(const float* x, int64_t ld, const QuantTail& tail, float* t) {
+  int64_t r = 0;
+  for (; r + kProjectRank <= tail.rank; r += kProjectRank)
+    project_tile<MR, kProjectRank>(x, ld, tail.lora_down + r * tail.k, tail.k, t + r, tail.rank);
+  for (; r < tail.rank; ++r)
+    project_tile<MR, 1>(x, ld, tail.lora_down + r * tail.k, tail.k, t + r, tail.rank);
+}
+
+// residual = x − t·D for MR rows: the sum over the rank first, one subtraction after it.
+template <int MR>
+void subtract_rows(const float* x, float* residual, int64_t ld, const QuantTail& tail, const float* t) {
+  for (int64_t c = 0; c < tail.k; c += kLanes) {
+    const int64_t n = smaller<int64_t>(kLanes, tail.k - c);
+    F acc[MR] = {};
+    for (int64_t r = 0; r < tail.rank; ++r) {
+      const float* d = tail.lora_down + r * tail.k + c;
+      const F dv = load_upto(d, n);
+      for (int i = 0; i < MR; ++i) acc[i] = fma(set(t[i * tail.rank + r]), dv, acc[i]);
+    }
+    for (int i = 0; i < MR; ++i) {
+      const float* in = x + i * ld + c;
+      store_upto(residual + i * ld + c, load_upto(in, n) - acc[i], n);
+    }
+  }
+}
+
+// max|x|; NaN if any element is NaN (or the maximum infinite).
+float finite_absmax(const float* x, int64_t n) {
+  F top{};
+  I nan{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const F v = load(x + i);
+    nan |= v != v;
+    top = max(abs(v), top);
+  }
+  if (i < n) {
+    const F v = load_first(x + i, n - i);
+    nan |= v != v;
+    top = max(abs(v), top);
+  }
+  return any(nan) ? __builtin_nanf("") : max_of(top);
+}
+
+float dynamic_scale(float absmax, float top) {
+  if (absmax == 0.0f) return 1.0f;
+  const float scale = absmax / top;
+  if (!(scale <= 3.40282347e38f)) return __builtin_nanf("");  // NaN or infinite
+  return scale == 0.0f ? 1.0f : scale;  // a subnormal row underflowed: a reciprocal of 0 would be infinite
+}
+
+VITQ_INLINE I codes(F x, F inverse, F low, F high, I zero_point) {
+  F v = x * inverse;
+  v = v == v ? v : F{};  // NaN takes the code of 0
+  return round_to_int(min(max(v, low), high)) + zero_point;
+}
+
+void quantize_group(const float* x, int64_t n, float inverse, float low, float high, int32_t zero_point,
+                    int8_t* q) {
+  const F inv = set(inverse), lo = set(low), hi = set(high);
+  const I z = set(zero_point);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_int8(q + i, codes(load(x + i), inv, lo, hi, z));
+  if (i < n) {
+    int8_t tail[kLanes];
+    store_int8(tail, codes(load_first(x + i, n - i), inv, lo, hi, z));
+    std::memcpy(q + i, tail, static_cast<size_t>(n - i));
+  }
+}
+
+}  // namespace
+
+void quantize_rows(const QuantTail& tail, const float* x, float* residual, int64_t ld, int64_t row0,
+                   int64_t rows) {
+  if (tail.rank > 0) {
+    int64_t i = 0;
+    for (; i + kProjectRows <= rows; i += kProjectRows)
+      project_rows<kProjectRows>(x + i * ld, ld, tail, tail.t + (row0 + i) * tail.rank);
+    for (; i < rows; ++i) project_rows<1>(x + i * ld, ld, tail, tail.t + (row0 + i) * tail.rank);
+    if (tail.subspace) {
+      constexpr int kRows = 8;
+      for (i = 0; i + kRows <= rows; i += kRows)
+        subtract_rows<kRows>(x + i * ld, residual + i * ld, ld, tail, tail.t + (row0 + i) * tail.rank);
+      for (; i < rows; ++i)
+        subtract_rows<1>(x + i * ld, residual + i * ld, ld, tail, tail.t + (row0 + i) * tail.rank);
+      x = residual;
+    }
+  }
+  const int64_t width = tail.k / tail.groups;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = row0 + i;
+    float low = static_cast<float>(tail.qmin - tail.zero_point),
+          high = static_cast<float>(tail.qmax - tail.zero_point);
+    if (tail.row_qmax != nullptr) {
+      high = static_cast<float>(tail.row_qmax[row]);
+      low = -high;
+    }
+    int8_t* q = tail.q + row * tail.k;
+    for (int64_t g = 0; g < tail.groups; ++g) {
+      const float* in = x + i * ld + g * width;
+      float scale;
+      if (tail.scale != nullptr) {
+        scale = tail.scale[(tail.scale_per_row ? row * tail.groups : 0) + g];
+      } else {
+        scale = dynamic_scale(finite_absmax(in, width), high);
+        tail.out_scale[row * tail.groups + g] = scale;
+      }
+      quantize_group(in, width, 1.0f / scale, low, high, tail.zero_point, q + g * width);
+    }
+    if (tail.lut != nullptr)
+      for (int64_t c = 0; c < tail.k; ++c) q[c] = tail.lut[q[c] + 128];
+  }
+}
+
+namespace {
+
+// Rows that one step holds in floats: enough to fill the tiles above, few enough to stay in the first cache
+// levels.
+constexpr int64_t kRows = 16;
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+// fill(out, row) writes row `row` as K floats; fill == nullptr-like rows are read in place by the caller.
+template <class Fill>
+void quantize_filled(const QuantTail& tail, int64_t m, const Pool& pool, const Fill& fill) {
+  const int64_t ld = ceil_div(tail.k, 16) * 16;
+  pool_for(pool, m, ceil_div(kGrain, tail.k + 1), [&](int64_t begin, int64_t end) {
+    Scratch scratch(static_cast<size_t>(kRows * ld * 4));
+    float* rows = scratch.at<float>();
+    for (int64_t row = begin; row < end; row += kRows) {
+      const int64_t n = smaller(kRows, end - row);
+      for (int64_t i = 0; i < n; ++i) fill(rows + i * ld, row + i);
+      quantize_rows(tail, rows, rows, ld, row, n);
+    }
+  });
+}
+
+// y = (x − mean)·rstd·weight + bias; statistics in two passes with double accumulators.
+void layer_norm_row(const float* x, int64_t k, double eps, const float* weight, const float* bias, float* y) {
+  D total0{}, total1{};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    const F v = load(x + i);
+    total0 += low_double(v);
+    total1 += high_double(v);
+  }
+  double mean = sum(total0 + total1);
+  for (; i < k; ++i) mean += static_cast<double>(x[i]);
+  mean /= static_cast<double>(k);
+  // x − mean to float accuracy: the mean's rounding error is taken out separately.
+  const float mean_high = static_cast<float>(mean);
+  const F high = set(mean_high), low = set(static_cast<float>(mean - static_cast<double>(mean_high)));
+  D square0{}, square1{};
+  for (i = 0; i < k; i += kLanes) {
+    const int64_t n = smaller<int64_t>(kLanes, k - i);
+    F v = (load_upto(x + i, n) - high) - low;
+    if (n < kLanes)
+      store_first(y + i, v, n), v = load_first(y + i, n);
+    else
+      store(y + i, v);
+    const D a = low_double(v), b = high_double(v);
+    square0 += a * a;
+    square1 += b * b;
+  }
+  const double variance = sum(square0 + square1) / static_cast<double>(k);
+  const F rstd = set(static_cast<float>(1.0 / __builtin_sqrt(variance + eps)));
+  for (i = 0; i < k; i += kLanes) {
+    const int64_t n = smaller<int64_t>(kLanes, k - i);
+    F v = load_upto(y + i, n) * rstd;
+    if (weight != nullptr) v = v * load_upto(weight + i, n);
+    if (bias != nullptr) v = v + load_upto(bias + i, n);
+    store_upto(y + i, v, n);
+  }
+}
+
+}  // namespace
+
+void quantize(const QuantizeArgs& args) {
+  const QuantTail& tail = args.tail;
+  if (args.x.dtype == DType::f32 && !tail.subspace) {
+    const float* x = static_cast<const float*>(args.x.data);
+    pool_for(args.pool, args.m, ceil_div(kGrain, tail.k + 1), [&](int64_t begin, int64_t end) {
+      quantize_rows(tail, x + begin * tail.k, nullptr, tail.k, begin, end - begin);
+    });
+    return;
+  }
+  quantize_filled(tail, args.m, args.pool,
+                  [&](float* out, int64_t row) { read_row(out, args.x.at(row * tail.k), tail.k); });
+}
+
+void layer_norm_quantize(const LayerNormQuantizeArgs& args) {
+  const int64_t k = args.tail.k;
+  Scratch affine(2 * lines(static_cast<size_t>(k) * 4));
+  const float *weight = nullptr, *bias = nullptr;
+  if (args.weight) {
+    weight = affine.at<float>();
+    read_row(affine.at<float>(), args.weight, k);
+  }
+  if (args.bias) {
+    float* b = affine.at<float>(lines(static_cast<size_t>(k) * 4));
+    read_row(b, args.bias, k);
+    bias = b;
+  }
+  quantize_filled(args.tail, args.m, args.pool, [&](float* out, int64_t row) {
+    const AnyFloat in = args.x.at(row * k);
+    const float* x = static_cast<const float*>(in.data);
+    if (in.dtype != DType::f32) {
+      read_row(out, in, k);
+      x = out;
+    }
+    layer_norm_row(x, k, args.eps, weight, bias, out);
+  });
+}
+
+}  // namespace vitq::VITQ_ISA

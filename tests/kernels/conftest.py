@@ -1,0 +1,20 @@
+"""Every kernel test runs on every implementation that this machine has: the oracle, and the C++ kernels per ISA."""
+
+import pytest
+
+import vitq_kernels as vk
+from vitq_kernels import testing
+
+IMPLEMENTATIONS = ("ref", *(f"cpu/{isa}" for isa in testing.isas()))
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """Pins the back end (and instruction set) for one test; its name."""
+    name, _, isa = request.param.partition("/")
+    with vk.backend(name):
+        if isa:
+            with testing.cpu_isa(isa):
+                yield request.param
+        else:
+            yield request.param
