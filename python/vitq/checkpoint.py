@@ -131,7 +131,7 @@ def save(path: str | os.PathLike, state: ModelState, *, overwrite: bool = False)
     temporary = _temporary(folder)
     committed = None
     try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "version": str(VERSION)})
+        save_file(tensors, temporary, metadata={FORMAT: str(VERSION)})  # one key: their order is not deterministic
         digest, size = _sha256(temporary), temporary.stat().st_size
         weights = WeightsFile(file=f"model-{digest[:16]}.safetensors", sha256=digest, bytes=size)
         config = _validated(

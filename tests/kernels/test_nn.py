@@ -130,7 +130,7 @@ def equal(a, b) -> bool:
     seed=st.integers(0, 9),
 )
 def test_linear_is_its_float64_meaning(m, n, k, act, bits, rank, kind, bias, seed):
-    rank = min(rank, k)
+    rank = min(rank, k - 1)  # a subspace of all K dimensions leaves nothing but rounding to quantize
     kind = "error" if ACTS[act] is None else kind
     state = linear_state(n, k, ACTS[act], bits, rank, kind, bias=bias, seed=seed)
     layer = QLinear.from_state(state)
@@ -188,14 +188,14 @@ def test_linear_takes_what_the_layer_before_quantized():
 @pytest.mark.parametrize(("bits", "table"), [(2, None), (3, None), (4, None), (8, None), (4, TABLE)])
 def test_repacking_is_lossless_and_changes_nothing(bits, table, monkeypatch):
     state = linear_state(19, 21, bits=bits, table=table)
-    layer = QLinear.from_state(state)
+    layer = QLinear.from_state(state, backend="ref")
     x = torch.randn(4, 21, generator=gen(1))
     want = layer(x)
     for layout in LAYOUTS:
         if bits > 4 and layout.startswith("int4"):
             continue
         monkeypatch.setattr(linear_module, "choose_layout", lambda op, device, bits, layout=layout: layout)
-        prepack(layer)
+        prepack(layer, "ref")
         assert layer.layout == layer.packed.layout == layout
         assert torch.equal(layer(x), want)
         assert equal(layer.state(), state)
@@ -326,7 +326,7 @@ def attention_by_ops(state: AttentionState, x: torch.Tensor, norm, gamma, residu
     h, d = state.heads, c // state.heads
     y = norm(x)
     q = vk.quantize(y, state.qkv.act_quant)
-    w = vk.pack_weight(state.qkv.codes, 8, "int8")
+    w = vk.pack_weight(state.qkv.codes, 8, linear_module.choose_layout("qlinear", "cpu", 8))
     f = vk.qlinear(q, w, state.qkv.weight_scale, state.qkv.bias, lora_up=state.qkv.lora_up)
     coded = vk.quantize(f, state.operand_quant)
     parts = [p.contiguous() for p in coded.q.reshape(b, n, 3, h, d).permute(2, 0, 3, 1, 4)]
