@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
 from vitq_kernels.formats import AttentionState, FocusSpec
 
 from . import functional as fq
@@ -153,7 +154,7 @@ class SimAttention(nn.Module):
             out = level @ v.transpose(-1, -2) * step
         else:
             out = fq.integer_product(level, v, 255.0, self.operands.limit) * step
-        if float(offset) != 0.0:
+        if isinstance(offset, Tensor):
             out = out + v.sum(-1).unsqueeze(-2) * offset
         if self.focus.renormalize:
             denom = level.sum(-1, keepdim=True) * step + level.shape[-1] * offset

@@ -6,6 +6,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, get_type_hints
 
 import torch
@@ -174,8 +175,7 @@ class Calibration:
             self.reference(self.images[:1])
         for handle in handles:
             handle.remove()
-        paths = list(seen)
-        return {a: b for a, b in zip(paths, paths[1:]) if seen[b][0] is seen[a][1]}
+        return {a: b for a, b in pairwise(seen) if seen[b][0] is seen[a][1]}
 
     def units(self, units: list[Unit] | None = None) -> Iterator[tuple[Unit, Tensor, Tensor]]:
         """:meth:`walk` that skips units finished in an earlier, interrupted run and keeps every finished one."""

@@ -1,10 +1,10 @@
 """allocate.rank_search: AIQViT's differentiable search for the rank of each layer's branch.
 
-[P] y = x̂·W0 + Σ_{r∈S} drop_path(softmax(α)_r · branch_r(x)) in every layer of a block; branches learn on one half of the
-images, α on the other; the rank is argmax α.  [R] first-order alternation, one branch step per α step, branches start
-from the whitened SVD of the weight's rounding error, ranks are multiples of 16 that layer and kernels can use, and the
-price of a rank can enter α's loss: cost_weight · Σ_r softmax(α)_r · r·(K + N)/(K·N), the branch's work in units of the
-layer's.
+[P] y = x̂·W0 + Σ_{r∈S} drop_path(softmax(α)_r · branch_r(x)) in every layer of a block; branches learn on one half of
+the images, α on the other; the rank is argmax α.  [R] first-order alternation, one branch step per α step, branches
+start from the whitened SVD of the weight's rounding error, ranks are multiples of 16 that layer and kernels can use,
+and the price of a rank can enter α's loss: cost_weight · Σ_r softmax(α)_r · r·(K + N)/(K·N), the branch's work in units
+of the layer's.
 """
 
 from __future__ import annotations
@@ -106,12 +106,14 @@ def search(
     seen = calibration.observations().inputs
     mixtures = {p: mixture(l, seen[p], candidates(options, l.shape)) for p, l in linears.items()}
     module = calibration.sim.model.get_submodule(unit.path)
+    alphas = [m.alpha for m in mixtures.values()]
+    branches = [p for m in mixtures.values() for p in (*m.up, *m.down) if p.numel()]
+    if not branches:
+        return dict.fromkeys(mixtures, 0)
     handles = [
         linear.register_forward_hook(lambda _, inputs, output, m=mixtures[path]: output + m(inputs[0]))
         for path, linear in linears.items()
     ]
-    alphas = [m.alpha for m in mixtures.values()]
-    branches = [p for m in mixtures.values() for p in (*m.up, *m.down) if p.numel()]
     optimizers = (
         torch.optim.Adam(branches, lr=options.lr_branch),
         torch.optim.Adam(alphas, lr=options.lr_alpha),
