@@ -6,7 +6,8 @@
 
 namespace vitq::VITQ_ISA {
 
-// e^x; 0 below −87.3 (no subnormal results: they cost a microcode assist each), inf above 88.73, NaN for NaN. [3e-9]
+// e^x; 0 below −87.3 (no subnormal results: they cost a microcode assist each), inf above 88.73, NaN for NaN.
+// [3e-9]
 VITQ_INLINE F exp(F x0) {
   const F x = min(set(89.0f), max(set(-87.3f), x0));
   const I n = round_to_int(x * 1.44269504f);
@@ -28,8 +29,8 @@ VITQ_INLINE F exp(F x0) {
   return x0 < -87.3f ? F{} : y;
 }
 
-// x·Φ(x), Φ(−a) = exp(−a²/2)·P(t) with t = 1/(1 + 0.21·a) [1.6e-8]: no cancellation for negative x. Below −12.5, where
-// the result is less than 1e-34, it stays what it is there. NaN for NaN.
+// x·Φ(x), Φ(−a) = exp(−a²/2)·P(t) with t = 1/(1 + 0.21·a) [1.6e-8]: no cancellation for negative x. Below
+// −12.5, where the result is less than 1e-34, it stays what it is there. NaN for NaN.
 VITQ_INLINE F gelu_erf(F x) {
   x = max(set(-12.5f), x);
   const F a = min(set(12.5f), abs(x));

@@ -1,10 +1,11 @@
 // The two integer products of attention as one tile, and the operands it reads.
 //
-// C[i][n] = init[n] + sum_k A[i][k]·B[n][k], exact modulo 2^32 (and the true sum fits). B lies as [n/16][k/step][16][step]:
-// a 64-byte line holds `step` consecutive k of 16 columns, and a 32-bit lane of it meets as many of A, broadcast.
+// C[i][n] = init[n] + sum_k A[i][k]·B[n][k], exact modulo 2^32 (and the true sum fits). B lies as
+// [n/16][k/step][16][step]: a 64-byte line holds `step` consecutive k of 16 columns, and a 32-bit lane of it
+// meets as many of A, broadcast.
 //
-//   VNNI        A uint8, B int8, step 4: vpdpbusd. Signed queries are shifted by 128, which init takes out again.
-//   otherwise   A, B int16, step 2: vpmaddwd. Not vpmaddubsw: two products of 255·127 saturate its 16 bits.
+// VNNI: A uint8, B int8, step 4, vpdpbusd; signed queries are shifted by 128, which init takes out again.
+// Otherwise: A, B int16, step 2, vpmaddwd; not vpmaddubsw, whose 16 bits two products of 255·127 saturate.
 #pragma once
 
 #include "common/simd.h"
@@ -83,8 +84,8 @@ void tile(const A* a, int64_t lda, const B* b, int64_t group, int64_t steps, con
 }
 
 // C for `rows` (a multiple of kTileRows) rows and `groups` groups of columns.
-static void multiply(const A* a, int64_t lda, int64_t rows, const B* b, int64_t groups, int64_t steps, const int32_t* init,
-              int32_t* c, int64_t ldc) {
+static void multiply(const A* a, int64_t lda, int64_t rows, const B* b, int64_t groups, int64_t steps,
+                     const int32_t* init, int32_t* c, int64_t ldc) {
   const int64_t group = steps * kLine;
   // Equal widths rather than full ones and a remainder: a narrow tile cannot hide the latency of its sums.
   const int64_t tiles = (groups + kTileGroups - 1) / kTileGroups;
@@ -120,7 +121,8 @@ VITQ_INLINE void query_row(const int8_t* q, int64_t d, A* a, int64_t width) {
   for (int64_t c = d; c < width; ++c) a[c] = 0;
 }
 
-// Keys as B's columns; init[j] takes the shift of the queries out. packed, init: whole groups, written entirely.
+// Keys as B's columns; init[j] takes the shift of the queries out. packed, init: whole groups, written
+// entirely.
 template <class Row>
 void pack_keys(const Row& row, int64_t n, int64_t d, int64_t steps, B* packed, int32_t* init) {
   const int64_t padded = (n + kColumns - 1) / kColumns * kColumns;
@@ -139,12 +141,30 @@ void pack_keys(const Row& row, int64_t n, int64_t d, int64_t steps, B* packed, i
   }
 }
 
-// `kStep` rows of values (int8, [width], width a multiple of 16) as the lines of step s.
-VITQ_INLINE void pack_value_step(const int8_t* const* rows, int64_t width, int64_t s, int64_t steps, B* packed) {
-  for (int64_t g = 0; g < width / kColumns; ++g) {
-    B* line = packed + (g * steps + s) * kLine;
-    for (int c = 0; c < kColumns; ++c)
-      for (int t = 0; t < kStep; ++t) line[c * kStep + t] = rows[t][g * kColumns + c];
+VITQ_INLINE I widen_int8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  I v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// `kStep` rows of values ([width], width a multiple of 16) as the lines of step s: one 32-bit lane per
+// column.
+VITQ_INLINE void pack_value_step(const int8_t* const* rows, int64_t width, int64_t s, int64_t steps,
+                                 B* packed) {
+  constexpr int kBits = 32 / kStep;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    U lanes{};
+    for (int t = 0; t < kStep; ++t) {
+      const U value = (U)widen_int8(rows[t] + c);
+      lanes |= (value & (0xffffffffu >> (32 - kBits))) << (t * kBits);
+    }
+    store(packed + (c / kColumns * steps + s) * kLine + c % kColumns * kStep, lanes);
   }
 }
 

@@ -1,19 +1,20 @@
 // vitq::qattention and vitq::qattention_quantize on CPU tensors.
-#include "qattention/qattention_cpu.h"
-
 #include <cstring>
 
 #include "glue.h"
+#include "qattention/qattention_cpu.h"
 
 namespace vitq::glue {
 namespace {
 
-// The tensors of one call, copied only where their last dimension is not contiguous, and the kernel's view of them.
+// The tensors of one call, copied only where their last dimension is not contiguous, and the kernel's view of
+// them.
 class Attention {
  public:
   Attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale, const Tensor& k_scale,
-            const Tensor& v_scale, double softmax_scale, const Tensor& levels, double step, double offset, double b1,
-            double b2, double power, bool row_anchor, bool renormalize, const OptTensor& bias, const OptTensor& mask)
+            const Tensor& v_scale, double softmax_scale, const Tensor& levels, double step, double offset,
+            double b1, double b2, double power, bool row_anchor, bool renormalize, const OptTensor& bias,
+            const OptTensor& mask)
       : q_(rows(q, "q")),
         k_(rows(k, "k")),
         v_(rows(v, "v")),
@@ -60,10 +61,13 @@ class Attention {
   }
 
   Scales scales(const Tensor& x, int64_t n, const char* name) const {
-    const auto* data = [&](int64_t count) {
-      check(x, ScalarType::Float, count, name);
-      return static_cast<const float*>(x.const_data_ptr());
-    }(x.dim() == 3 ? args.batch * args.heads * n : x.numel() == 1 ? 1 : args.heads);
+    const auto* data =
+        [&](int64_t count) {
+          check(x, ScalarType::Float, count, name);
+          return static_cast<const float*>(x.const_data_ptr());
+        }(x.dim() == 3     ? args.batch * args.heads * n
+          : x.numel() == 1 ? 1
+                           : args.heads);
     if (x.dim() == 3) return {data, args.heads * n, n, 1};
     return {data, 0, x.numel() == 1 ? 0 : 1, 0};
   }
@@ -79,8 +83,8 @@ class Attention {
             held->size(1) == 1 ? 0 : held->stride(1)};
   }
 
-  void set_focus(const Tensor& levels, double step, double offset, double b1, double b2, double power, bool row_anchor,
-                 bool renormalize) {
+  void set_focus(const Tensor& levels, double step, double offset, double b1, double b2, double power,
+                 bool row_anchor, bool renormalize) {
     const int64_t n = levels.numel();
     STD_TORCH_CHECK(n >= 2 && n <= 256, "levels has ", n, " elements, expected 2 to 256");
     const Tensor table = dense(levels);
@@ -97,12 +101,12 @@ class Attention {
   OptTensor bias_, mask_;
 };
 
-Tensor qattention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale, const Tensor& k_scale,
-                  const Tensor& v_scale, double softmax_scale, const Tensor& levels, double step, double offset,
-                  double b1, double b2, double power, bool row_anchor, bool renormalize, OptTensor bias,
-                  OptTensor mask, ScalarType out_dtype) {
-  const Attention attention(q, k, v, q_scale, k_scale, v_scale, softmax_scale, levels, step, offset, b1, b2, power,
-                            row_anchor, renormalize, bias, mask);
+Tensor qattention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale,
+                  const Tensor& k_scale, const Tensor& v_scale, double softmax_scale, const Tensor& levels,
+                  double step, double offset, double b1, double b2, double power, bool row_anchor,
+                  bool renormalize, OptTensor bias, OptTensor mask, ScalarType out_dtype) {
+  const Attention attention(q, k, v, q_scale, k_scale, v_scale, softmax_scale, levels, step, offset, b1, b2,
+                            power, row_anchor, renormalize, bias, mask);
   const DType dtype = dtype_of(out_dtype, "out_dtype");
   Tensor out = new_tensor(attention.out_shape(), out_dtype);
   if (!attention.empty()) VITQ_DISPATCH(qattention)(attention.args, out.mutable_data_ptr(), dtype);
@@ -112,13 +116,15 @@ Tensor qattention(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 QuantizedTensors qattention_quantize(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale,
                                      const Tensor& k_scale, const Tensor& v_scale, double softmax_scale,
                                      const Tensor& levels, double step, double offset, double b1, double b2,
-                                     double power, bool row_anchor, bool renormalize, OptTensor bias, OptTensor mask,
-                                     OptTensor scale, int64_t zero_point, int64_t qmin, int64_t qmax, int64_t groups,
-                                     OptTensor row_qmax, OptTensor lut, OptTensor lora_down, bool subspace) {
-  const Attention attention(q, k, v, q_scale, k_scale, v_scale, softmax_scale, levels, step, offset, b1, b2, power,
-                            row_anchor, renormalize, bias, mask);
+                                     double power, bool row_anchor, bool renormalize, OptTensor bias,
+                                     OptTensor mask, OptTensor scale, int64_t zero_point, int64_t qmin,
+                                     int64_t qmax, int64_t groups, OptTensor row_qmax, OptTensor lut,
+                                     OptTensor lora_down, bool subspace) {
+  const Attention attention(q, k, v, q_scale, k_scale, v_scale, softmax_scale, levels, step, offset, b1, b2,
+                            power, row_anchor, renormalize, bias, mask);
   const auto shape = attention.out_shape();
-  QuantTensors quant(shape, shape[0] * shape[1], scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, subspace);
+  QuantTensors quant(shape, shape[0] * shape[1], scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down,
+            subspace);
   if (shape[0] * shape[1] > 0) VITQ_DISPATCH(qattention_quantize)(attention.args, quant.tail);
   return quant.results();
 }

@@ -21,7 +21,8 @@ struct Shape {
         qk_steps(ceil_div(a.d, kStep)),
         pv_steps(keys / kStep) {}
 
-  // Queries whose scores are held at once. Fewer waste the packed keys and values on reloads, more leave the L1 cache.
+  // Queries whose scores are held at once. Fewer waste the packed keys and values on reloads, more leave the
+  // L1 cache.
   static constexpr int64_t kQueryRows = 48;
 
   int64_t blocks, rows;  // blocks of a head, rows of a block
@@ -36,7 +37,8 @@ class Arena {
   template <class T>
   T* take(int64_t n) {
     T* p = reinterpret_cast<T*>(base_ + size_);
-    size_ += lines(static_cast<size_t>(n) * sizeof(T)) + 64;  // the gap keeps equal strides out of one cache set
+    size_ +=
+        lines(static_cast<size_t>(n) * sizeof(T)) + 64;  // the gap keeps equal strides out of one cache set
     return p;
   }
   size_t size() const { return size_; }
@@ -103,7 +105,8 @@ class Attention {
   }
 
   void pack_head(int64_t b, int64_t h) {
-    pack_keys([&](int64_t j) VITQ_LAMBDA { return a.k.row(b, h, j); }, a.nk, a.d, s.qk_steps, w.keys, w.key_init);
+    pack_keys([&](int64_t j) VITQ_LAMBDA { return a.k.row(b, h, j); }, a.nk, a.d, s.qk_steps, w.keys,
+              w.key_init);
     if (a.k_scale.per_token()) {
       for (int64_t j = 0; j < a.nk; ++j) w.key_scale[j] = a.k_scale.at(b, h, j);
       for (int64_t j = a.nk; j < s.keys; ++j) w.key_scale[j] = 0.0f;
@@ -117,7 +120,8 @@ class Attention {
     for (int64_t i = 0; i < n; ++i)
       query_row(a.q.row(b, h, first + i), a.d, w.queries + i * query_width, query_width);
     const int64_t rows = round_up(n, kTileRows);
-    multiply(w.queries, query_width, rows, w.keys, s.keys / kColumns, s.qk_steps, w.key_init, w.product, s.keys);
+    multiply(w.queries, query_width, rows, w.keys, s.keys / kColumns, s.qk_steps, w.key_init, w.product,
+             s.keys);
     bool all_valid = true;
     for (int64_t i = 0; i < n; ++i) all_valid &= focus(b, h, first + i, i);
     weighted_sum(w.levels, rows, w.out);
@@ -177,9 +181,7 @@ class Attention {
     padded_row(v, out);
     const F r = set(ratio), low = set(-128.0f), high = set(127.0f);
     for (int64_t c = 0; c < s.width; c += kLanes) {
-      F x{};
-      for (int i = 0; i < kLanes; ++i) x[i] = out[c + i];
-      x = x * r;
+      F x = to_float(widen_int8(out + c)) * r;
       x = x == x ? x : F{};
       store_int8(out + c, round_to_int(min(max(x, low), high)));
     }
@@ -234,7 +236,8 @@ class Attention {
 
   // w.row = (product·step + offset·Σ V')·factor.
   void finish(const int32_t* product, const int32_t* value_sum, float factor) {
-    const F step = set(static_cast<float>(plan.focus.step)), offset = set(static_cast<float>(plan.focus.offset));
+    const F step = set(static_cast<float>(plan.focus.step)),
+            offset = set(static_cast<float>(plan.focus.offset));
     const F f = set(factor);
     for (int64_t c = 0; c < s.width; c += kLanes) {
       F o = to_float(load(product + c)) * step;
@@ -251,9 +254,11 @@ class Attention {
   Workspace w;
 };
 
-// Images [first, first + images) into `out`, whose row 0 is query 0 of the first one. Work is split over images, heads
-// and blocks of queries in this order; a thread packs a head's keys and values once for all its blocks.
-void run(const QAttentionArgs& args, const FocusPlan& plan, int64_t first, int64_t images, void* out, DType dtype) {
+// Images [first, first + images) into `out`, whose row 0 is query 0 of the first one. Work is split over
+// images, heads and blocks of queries in this order; a thread packs a head's keys and values once for all its
+// blocks.
+void run(const QAttentionArgs& args, const FocusPlan& plan, int64_t first, int64_t images, void* out,
+         DType dtype) {
   const Shape shape(args);
   pool_for(args.pool, images * args.heads * shape.blocks, 1, [&](int64_t begin, int64_t end) {
     Attention attention(args, shape, plan);
@@ -282,8 +287,8 @@ void qattention(const QAttentionArgs& args, void* out, DType dtype) {
 }
 
 void qattention_quantize(const QAttentionArgs& args, const QuantTail& tail) {
-  // Dynamic scales, lora_down and the subspace need whole rows over all heads: a few images at a time in floats, few
-  // enough to be still in the cache when they are quantized, enough to occupy every thread.
+  // Dynamic scales, lora_down and the subspace need whole rows over all heads: a few images at a time in
+  // floats, few enough to be still in the cache when they are quantized, enough to occupy every thread.
   constexpr int64_t kBytes = 1 << 20;
   const int64_t row_bytes = tail.k * 4, image_bytes = args.nq * row_bytes;
   const int64_t images = smaller(args.batch, ceil_div(kBytes * args.pool.threads, image_bytes + 1));

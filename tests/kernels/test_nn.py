@@ -202,6 +202,19 @@ def test_repacking_is_lossless_and_changes_nothing(bits, table, monkeypatch):
         assert layout in repr(layer)
 
 
+def test_moving_to_another_kind_of_device_repacks():
+    layer = QLinear.from_state(linear_state(19, 21, bits=4))
+    x = torch.randn(4, 21, generator=gen(1))
+    want, layout = layer(x), layer.layout
+    with backends.backend("ref"):
+        layer.packed_for = "elsewhere"
+        layer.to("cpu")
+    assert layer.layout == "int4"
+    layer.packed_for = "elsewhere"
+    assert layer.to("cpu").layout == layout
+    assert torch.equal(layer(x), want)
+
+
 def test_four_bits_are_packed_two_to_a_byte():
     assert QLinear.from_state(linear_state(32, 64, bits=4), backend="ref").weight.numel() == 32 * 64 // 2
     assert QLinear.from_state(linear_state(32, 64, bits=5), backend="ref").weight.numel() == 32 * 64

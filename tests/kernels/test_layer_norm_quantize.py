@@ -1,0 +1,184 @@
+"""layer_norm_quantize: against float64 with the error bound of a two-pass LayerNorm."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import vitq_kernels as vk
+from vitq_kernels.testing import assert_codes_match, assert_within, gamma, poison
+
+EPS = 1e-6
+SHAPES = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def flat(a: vk.ActQuant):
+    return (a.scale, a.zero_point, a.qmin, a.qmax, a.groups, a.row_qmax, a.lut, a.lora_down, a.subspace)
+
+
+def exact_layer_norm(x, weight, bias, eps, implementation):
+    """float64 LayerNorm and the error bound of float32 arithmetic after statistics in double.
+
+    x − mean, in two subtractions, errs by 2u of itself, rstd by 3u, product, γ and β by one each: 8u in all.
+    The float32 statistics of torch, which the oracle uses, cost K-term sums and a mean rounded to float32 besides.
+    """
+    x = x.double()
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    centred = (x - mean) / torch.sqrt(variance + eps)
+    y = centred if weight is None else centred * weight.double()
+    bound = gamma(8) * y.abs()
+    if implementation == "ref":
+        worst = gamma(x.shape[-1] + 8) * (x.abs().amax(-1, keepdim=True) / torch.sqrt(variance + eps) + centred.abs())
+        bound = bound + worst * (1.0 if weight is None else weight.double().abs())
+    if bias is not None:
+        y = y + bias.double()
+        bound = bound + gamma(2) * y.abs() + gamma(1) * bias.double().abs()
+    return y, bound
+
+
+def check(x, weight, bias, a: vk.ActQuant, implementation, eps=EPS):
+    out = vk.layer_norm_quantize(x, weight, bias, eps, a)
+    k = x.shape[-1]
+    m = x.shape[:-1].numel()
+    assert out.q.shape == x.shape
+    y, bound = exact_layer_norm(x.reshape(m, k), weight, bias, eps, implementation)
+    if a.lora_down is not None:
+        d = a.lora_down.double()
+        t = y @ d.T
+        t_bound = bound @ d.abs().T + gamma(k + 1) * (y.abs() @ d.abs().T)
+        assert_within(out.t, t, t_bound, "t")
+        if a.subspace:
+            bound = bound + t_bound @ d.abs() + gamma(d.shape[0] + 2) * (t.abs() @ d.abs() + y.abs())
+            y = y - t @ d
+    scale = out.scale.double().reshape(-1, 1)
+    exact = y / scale
+    if a.scale is None:
+        absmax = y.abs().amax(-1, keepdim=True)
+        want = torch.where(absmax == 0, 1.0, absmax / a.qmax)
+        slack = bound.amax(-1, keepdim=True) / a.qmax + gamma(1) * want
+        assert_within(scale, want, torch.where(absmax == 0, 0.0, slack), "scale")
+    tolerance = bound / scale + gamma(3) * exact.abs()
+    assert_codes_match(
+        out.q.reshape(m, k), exact, tolerance, a.qmin - a.zero_point, a.qmax - a.zero_point, a.zero_point
+    )
+    return out
+
+
+def test_hand_computed(implementation):
+    x = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+    out = vk.layer_norm_quantize(
+        x, torch.tensor([2.0, 4.0]), torch.tensor([0.0, 1.0]), 0.0, vk.ActQuant(scale=torch.tensor([1.0]))
+    )
+    # (1, 3) normalizes to (−1, 1). Without eps a constant row is 0/0: NaN, hence the codes of zero.
+    assert out.q[0].tolist() == [-2, 5]
+    assert out.q[1].tolist() == [0, 0]
+
+
+@SHAPES
+@given(m=st.integers(0, 20), k=st.integers(1, 150), seed=st.integers(0, 99))
+def test_shapes(implementation, m, k, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=g) * 3
+    weight = torch.randn(k, generator=g) if seed % 2 else None
+    bias = torch.randn(k, generator=g) if seed % 3 else None
+    down = torch.linalg.qr(torch.randn(k, min(k, 9), generator=g))[0].T.contiguous()
+    static = torch.tensor([0.03])
+    cases = (
+        {},
+        {"scale": static},
+        {"scale": static, "zero_point": -20, "qmin": -128},
+        {"lora_down": down, "scale": static},
+        {"lora_down": down, "subspace": True, "scale": static},
+    )
+    check(x, weight, bias, vk.ActQuant(**cases[seed % 5]), implementation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(implementation, dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 50, generator=g).to(dtype)
+    check(x[:, ::2], torch.randn(50, generator=g).to(dtype), torch.randn(50).to(dtype), vk.ActQuant(), implementation)
+
+
+def test_large_mean(implementation):
+    """A mean a thousand times the deviation: one-pass variance would lose every digit."""
+    x = 1000.0 + torch.randn(5, 384, generator=torch.Generator().manual_seed(0))
+    check(x, None, None, vk.ActQuant(), implementation)
+
+
+def test_outlier_channel(implementation):
+    x = torch.randn(17, 96, generator=torch.Generator().manual_seed(0))
+    x[:, 5] = 1e4
+    check(x, None, torch.ones(96), vk.ActQuant(), implementation)
+
+
+def test_special_values(implementation):
+    x = torch.randn(3, 40)
+    x[0, 7], x[1, 3], x[2] = float("nan"), float("inf"), 4.0
+    out = vk.layer_norm_quantize(x, None, None, EPS, vk.ActQuant())
+    assert out.scale[:2].isnan().all()
+    assert out.scale[2].item() == 1.0
+    assert not out.q.any()
+
+
+def test_written_everywhere_and_repeatable(implementation):
+    x = torch.randn(37, 71, generator=torch.Generator().manual_seed(0))
+    a = vk.ActQuant(lora_down=torch.randn(5, 71, generator=torch.Generator().manual_seed(1)))
+    before, outs = torch.get_num_threads(), []
+    try:
+        for byte, threads in ((0x7F, 1), (0xA5, 2)):
+            torch.set_num_threads(threads)
+            with poison(byte):
+                outs.append(vk.layer_norm_quantize(x.clone(), None, None, EPS, a))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0].q, outs[1].q)
+    assert torch.equal(outs[0].scale, outs[1].scale)
+
+
+@pytest.mark.parametrize("bug", ["unbiased variance", "eps outside the root"])
+def test_planted_bugs_are_caught(bug):
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)) * 0.01
+    y, bound = exact_layer_norm(x, None, None, 1e-4, "cpu")
+    mean, eps = x.mean(-1, keepdim=True), 1e-4
+    if bug == "unbiased variance":
+        wrong = (x - mean) / torch.sqrt(x.var(-1, keepdim=True) + eps)
+    else:
+        wrong = (x - mean) / (x.var(-1, keepdim=True, unbiased=False).sqrt() + eps)
+    with pytest.raises(AssertionError, match="codes off"):
+        assert_codes_match(torch.round(wrong / 0.01).to(torch.int8), y / 0.01, bound / 0.01, -127, 127)
+
+
+BAD = (
+    (lambda x: vk.layer_norm_quantize(x.int(), None, None, EPS, vk.ActQuant()), TypeError, "x has dtype"),
+    (lambda x: vk.layer_norm_quantize(x, torch.ones(3), None, EPS, vk.ActQuant()), ValueError, "weight has shape"),
+    (lambda x: vk.layer_norm_quantize(x, None, torch.ones(3), EPS, vk.ActQuant()), ValueError, "bias has shape"),
+    (lambda x: vk.layer_norm_quantize(x, None, None, -1.0, vk.ActQuant()), ValueError, "eps is -1.0"),
+    (lambda x: vk.layer_norm_quantize(x[:, :0], None, None, EPS, vk.ActQuant()), ValueError, "K >= 1"),
+)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.zeros(2, 8))
+
+
+def test_opcheck():
+    a = vk.ActQuant(lora_down=torch.ones(3, 8))
+    args = (torch.randn(2, 8), torch.ones(8), None, EPS, *flat(a))
+    torch.library.opcheck(torch.ops.vitq.layer_norm_quantize.default, args)
+
+
+def test_compile_and_export():
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            return vk.layer_norm_quantize(x, None, None, EPS, vk.ActQuant()).q
+
+    x = torch.randn(2, 8)
+    want = Norm()(x)
+    assert torch.equal(torch.compile(Norm(), fullgraph=True, backend="aot_eager")(x), want)
+    assert torch.equal(torch.export.export(Norm(), (x,)).module()(x), want)
