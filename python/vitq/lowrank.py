@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from vitq_kernels.formats import QuantSpec
 
 # Kernels take ranks in steps of one 16-wide tensor-core slice.
@@ -54,7 +55,7 @@ def principal_directions(c: Tensor, rank: int) -> Tensor:
 
 
 def regress(target: Tensor, cross: Tensor, c: Tensor, damping: float) -> Tensor:
-    """W minimizing E‖y − W·x‖² + damping·mean(diag C)·‖W − target‖², given cross = E[y·xᵀ]: ridge towards ``target``."""
+    """W minimizing E‖y − W·x‖² + damping·mean(diag C)·‖W − target‖², given cross = E[y·xᵀ] (ridge towards target)."""
     return target + torch.linalg.solve(damped(c, damping), (cross - target @ c).T).T
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,25 +67,30 @@ class WorkDir:
     def _file(self, step: str, unit: str) -> Path:
         return self.path / f"{step}.{unit}.safetensors"
 
-    def keep(self, step: str, unit: str, sim: SimModel) -> None:
-        """Store the quantized modules below ``unit`` as they are now."""
+    def keep(self, step: str, unit: str, sim: SimModel, ranks: dict[str, int]) -> None:
+        """Store the quantized modules below ``unit`` and its allocated ranks as they are now."""
         tensors, meta = snapshot(sim.model.get_submodule(unit))
         file = self._file(step, unit)
         partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"modules": json.dumps(meta)})
+        save_file(tensors, partial, metadata={"modules": json.dumps(meta), "ranks": json.dumps(ranks)})
         os.replace(partial, file)
 
-    def restore(self, step: str, unit: str, sim: SimModel) -> bool:
-        """Load what :meth:`keep` stored, if anything; True if so."""
+    def restore(self, step: str, unit: str, sim: SimModel) -> dict[str, int] | None:
+        """Load what :meth:`keep` stored and return the unit's ranks; None if there is nothing.
+
+        Raises: ValueError for a file that cannot be read.
+        """
         file = self._file(step, unit)
         if not file.exists():
-            return False
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as f:
-            meta = json.loads(f.metadata()["modules"])
-        apply_snapshot(sim.model.get_submodule(unit), load_file(file), meta)
-        return True
+            return None
+        try:
+            with safe_open(file, "pt") as f:
+                meta, ranks = (json.loads(f.metadata()[key]) for key in ("modules", "ranks"))
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"work_dir: {file} cannot be read ({error}); delete it to compute it again") from error
+        apply_snapshot(sim.model.get_submodule(unit), tensors, meta)
+        return ranks
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
 from vitq_kernels.formats import AttentionState, FocusSpec
 
 from . import functional as fq
@@ -32,7 +33,7 @@ class FocusQuantizer(nn.Module):
 
     @property
     def spec(self) -> FocusSpec:
-        b1, b2 = float(self.b1), float(self.b2)
+        b1, b2 = self.b1.item(), self.b2.item()
         return FocusSpec(self.bits, b1, b2, self.power, self.anchor, self.below, self.renormalize, self.grid)
 
     @torch.no_grad()
@@ -153,7 +154,7 @@ class SimAttention(nn.Module):
             out = level @ v.transpose(-1, -2) * step
         else:
             out = fq.integer_product(level, v, 255.0, self.operands.limit) * step
-        if float(offset) != 0.0:
+        if isinstance(offset, Tensor):
             out = out + v.sum(-1).unsqueeze(-2) * offset
         if self.focus.renormalize:
             denom = level.sum(-1, keepdim=True) * step + level.shape[-1] * offset

@@ -76,10 +76,13 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qm
         multiplied back this is LSQ (Esser et al. 2020), without its heuristic gradient factor.
     """
     low, high = qmin - zero_point, qmax - zero_point
-    code = round_ste(x * (1.0 / scale))
-    code = (
-        torch.clamp(code, low, high) if not isinstance(low, Tensor) else torch.maximum(torch.minimum(code, high), low)
-    )
+    ratio = x * (1.0 / scale)
+    # Clamping to integers before rounding gives the same codes as after it, and LSQ's gradient at the extreme ones.
+    if isinstance(low, Tensor):
+        ratio = torch.maximum(torch.minimum(ratio, high), low)
+    else:
+        ratio = ratio.clamp(low, high)
+    code = round_ste(ratio)
     return code if lut is None else _Snap.apply(code + zero_point, lut) - zero_point
 
 

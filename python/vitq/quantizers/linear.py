@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from vitq_kernels.formats import LinearState, LowRankSpec
 
 from . import functional as fq

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
 from vitq_kernels.formats import QuantSpec
 
 from . import functional as fq

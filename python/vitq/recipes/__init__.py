@@ -29,7 +29,7 @@ class Images(_Model):
 
 
 class Bits(_Model):
-    """Bit-widths, 2..8: weights, activations of linear layers, Q/K/V, post-softmax probabilities, first and last layer."""
+    """Bit-widths, 2..8: weights, inputs of linear layers, Q/K/V, post-softmax probabilities, first and last layer."""
 
     weights: int = Field(8, ge=2, le=8)
     activations: int = Field(8, ge=2, le=8)

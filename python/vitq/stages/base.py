@@ -6,6 +6,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, get_type_hints
 
 import torch
@@ -174,16 +175,19 @@ class Calibration:
             self.reference(self.images[:1])
         for handle in handles:
             handle.remove()
-        paths = list(seen)
-        return {a: b for a, b in zip(paths, paths[1:]) if seen[b][0] is seen[a][1]}
+        return {a: b for a, b in pairwise(seen) if seen[b][0] is seen[a][1]}
 
     def units(self, units: list[Unit] | None = None) -> Iterator[tuple[Unit, Tensor, Tensor]]:
         """:meth:`walk` that skips units finished in an earlier, interrupted run and keeps every finished one."""
         total = len(self.sim.sequence if units is None else units)
         for index, (unit, x_ref, x_sim) in enumerate(self.walk(units)):
             self.progress(self.step, index, total)
-            if self.work is None or not self.work.restore(self.step, unit.path, self.sim):
-                yield unit, x_ref, x_sim
-                if self.work is not None:
-                    self.work.keep(self.step, unit.path, self.sim)
+            kept = None if self.work is None else self.work.restore(self.step, unit.path, self.sim)
+            if kept is not None:
+                self.ranks.update(kept)
+                continue
+            yield unit, x_ref, x_sim
+            if self.work is not None:
+                ranks = {path: r for path, r in self.ranks.items() if path in self.sim.linears_of(unit)}
+                self.work.keep(self.step, unit.path, self.sim, ranks)
         self.progress(self.step, total, total)

@@ -21,8 +21,8 @@ class BlockOptions(Options):
     """
     Args:
         iterations: steps per block; batch: images per step.
-        lr_branch, lr_scale, lr_focus, lr_bias, lr_rounding, lr_weight_scale: Adam's rates, 0 freezes. Branches, scales and biases
-            are learned relative to their own size.
+        lr_branch, lr_scale, lr_focus, lr_bias, lr_rounding, lr_weight_scale: Adam's rates, 0 freezes. Branches, scales
+            and biases are learned relative to their own size.
         curriculum: λ0; step t of T draws from the easiest min(1, λ0 + (1 − λ0)·t/T) of the images, by their last
             known loss. 1 draws from all.
         mixing: chance that an image enters with its float instead of its quantized prefix (QDrop, per image) [R].
@@ -151,9 +151,9 @@ def reconstruct(
     if steps == 0:
         return
     module = nn.Sequential(*(sim.model.get_submodule(unit.path) for unit in units))
+    before = losses(module, x_sim, target, calibration.batch)
     learner = _Learner(sim, units, options, steps)
     generator = calibration.generator(units[0].path)
-    before = losses(module, x_sim, target, calibration.batch)
     start, known = learner.state(), before.clone()
     scale = 1.0 / float(target.square().mean())
     for step in range(steps):

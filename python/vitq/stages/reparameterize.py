@@ -1,4 +1,4 @@
-"""transform.reparameterize: per-channel ranges after LayerNorm become one range, at no cost and without changing the model.
+"""transform.reparameterize: per-channel ranges after LayerNorm become one range; the model computes what it did.
 
 RepQ-ViT (Li et al. 2023): a LayerNorm's output channel c with range centre m_c and half width h_c is mapped to
 (x_c − m_c)/r_c, r_c = (h_c / h̄)^strength; γ and β absorb it, and the next layer takes W·diag(r) and bias + W·m. With
