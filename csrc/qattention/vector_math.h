@@ -70,17 +70,19 @@ VITQ_INLINE float sum_of(F v) { return sum(v); }
 VITQ_INLINE float largest_of(F v) { return max_of(v); }
 #endif
 
-// 2^x for x <= 0, NaN for NaN; 2^-126 for everything below. Relative error < 2^-22.5 (polynomial 1.3·2^-24).
+// 2^x for x <= 0, NaN for NaN; 2^-126 for everything below. Relative error below 1.4·2^-24 with fused
+// operations, 1.7·2^-24 without (torch's own: 1.03; the polynomial's: 0.03).
 VITQ_INLINE F exp2_nonpositive(F x) {
   x = larger(set(-126.0f), x);  // in this order NaN stays
   const F magic = set(12582912.0f);
   const F shifted = x + magic;
   const F r = x - (shifted - magic);
-  F p = set(0.0013276472f);
-  p = fma(p, r, set(0.009675541f));
-  p = fma(p, r, set(0.05550713f));
-  p = fma(p, r, set(0.2402212f));
-  p = fma(p, r, set(0.6931469f));
+  F p = set(0.000153458124f);
+  p = fma(p, r, set(0.00133999309f));
+  p = fma(p, r, set(0.00961848907f));
+  p = fma(p, r, set(0.0555032864f));
+  p = fma(p, r, set(0.240226462f));
+  p = fma(p, r, set(0.693147182f));
   p = fma(p, r, set(1.0f));
   return (F)((I)p + ((I)shifted << 23));
 }

@@ -15,8 +15,10 @@
 #include <thread>
 #include <vector>
 
+#define VITQ_ISA portable  // for vector_math.h: the same polynomials on every instruction set
 #include "common/isa.h"
 #include "qattention/qattention_cpu.h"
+#include "qattention/vector_math.h"
 
 namespace vitq {
 namespace {
@@ -170,11 +172,27 @@ void every_form(const Size& s, const Focus& f, bool extras, const std::string& n
   expect(std::memcmp(q.get(), q2.get(), static_cast<size_t>(rows * width)) == 0, "quantized " + name);
 }
 
+// At most twice the float32 error of torch's exp (1.03 units roundoff); sampled over the whole range.
+void vector_math() {
+  using namespace portable;
+  for (float x = 0.0f; x > -126.0f; x -= 0.00101f) {
+    const double want = std::exp2(static_cast<double>(x));
+    expect(std::fabs(attention::exp2_nonpositive(set(x))[0] - want) <= want * 2.06 * 0x1p-24, "exp2");
+  }
+  for (float x = 1.5e-38f; x < 1.0f; x *= 1.0007f) {
+    const double want = std::log2(static_cast<double>(x));
+    expect(std::fabs(attention::log2_positive(set(x))[0] - want) <= (2 - want) * 0x1p-24, "log2");
+  }
+  expect(std::isnan(attention::exp2_nonpositive(set(NAN))[0]), "exp2 of NaN");
+  expect(attention::exp2_nonpositive(set(-INFINITY))[0] < 2e-38f, "exp2 of -inf");
+}
+
 }  // namespace
 
 // All cases on the selected instruction set; the number of failures.
 int attention_cases() {
   const int before = failures;
+  vector_math();
   const Size sizes[] = {{1, 1, 1, 1, 1},    {2, 1, 5, 17, 3},  {1, 2, 7, 16, 16}, {1, 3, 50, 49, 17},
                         {1, 1, 13, 65, 80}, {2, 2, 3, 198, 8}, {1, 1, 2, 33, 64}};
   for (const Size& s : sizes) {
