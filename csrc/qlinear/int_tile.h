@@ -19,6 +19,10 @@ namespace vitq::VITQ_ISA {
 
 constexpr int8_t kPlainNibbles[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
+VITQ_INLINE void put(int32_t* out, I sum, bool accumulate) {
+  store(out, accumulate ? (I)((U)sum + (U)load(out)) : sum);
+}
+
 VITQ_INLINE int32_t load_i32(const void* p) {
   int32_t v;
   std::memcpy(&v, p, 4);
@@ -55,8 +59,10 @@ struct Vnni {
   static constexpr int32_t kCodeOffset = 128, kWeightOffset = 0;
   // 24 (12) accumulators, kBlocks weight vectors and one broadcast on 32 (16) registers.
   static constexpr int kRows = 6, kBlocks = kLanes == 16 ? 4 : 1;
+  static constexpr int64_t kSliceK4 = kLanes == 16 ? 1024 : 256;
 
-  static int64_t block_bytes(Layout layout, int64_t k4) { return layout == Layout::int8_n16k4 ? 0 : k4 * 64; }
+  static constexpr int64_t kStepBytes = 64;
+  static constexpr bool kReadsInt8 = true;
 
   static void decode(Layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
     decode_nibbles(packed, k4 / 2, table, out);
@@ -79,7 +85,8 @@ struct Vnni {
 #endif
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                   bool accumulate) {
     Vector acc[MR][kVectors] = {};
     for (int64_t k = 0; k < k4; ++k) {
       Vector w[kVectors];
@@ -91,8 +98,7 @@ struct Vnni {
       }
     }
     for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < kVectors; ++j)
-        store(out + i * 16 * kBlocks + j * static_cast<int>(sizeof(Vector) / 4), acc[i][j]);
+      for (int j = 0; j < kVectors; ++j) put(out + i * 16 * kBlocks + j * kLanes, (I)acc[i][j], accumulate);
   }
 };
 
@@ -109,7 +115,9 @@ struct Words {
   static constexpr int32_t kCodeOffset = 0, kWeightOffset = 0;
   static constexpr int kRows = 6, kBlocks = 1;
 
-  static int64_t block_bytes(Layout, int64_t k4) { return k4 * 128; }
+  static constexpr int64_t kStepBytes = 128;
+  static constexpr bool kReadsInt8 = false;
+  static constexpr int64_t kSliceK4 = 128;
 
   static void decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
     alignas(64) uint8_t lines[128];
@@ -130,7 +138,8 @@ struct Words {
   // Eight of the sixteen columns: 12 accumulators, two weight vectors, one activation; every line is read
   // once per tile.
   template <int MR>
-  static void half_tile(const Code* a, int64_t lda, const uint8_t* panel, int64_t k4, int32_t* out) {
+  static void half_tile(const Code* a, int64_t lda, const uint8_t* panel, int64_t k4, int32_t* out,
+                        bool accumulate) {
     __m256i acc[MR][2] = {};
     for (int64_t k = 0; k < k4; ++k) {
       const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * 128));
@@ -146,14 +155,15 @@ struct Words {
     for (int i = 0; i < MR; ++i) {
       // hadd works within 128-bit halves: lanes n0 n1 n4 n5 | n2 n3 n6 n7.
       const __m256i pairs = _mm256_hadd_epi32(acc[i][0], acc[i][1]);
-      store(out + i * 16, _mm256_permute4x64_epi64(pairs, 0xd8));
+      put(out + i * 16, (I)_mm256_permute4x64_epi64(pairs, 0xd8), accumulate);
     }
   }
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
-    half_tile<MR>(a, lda, panel[0], k4, out);
-    half_tile<MR>(a, lda, panel[0] + 64, k4, out + 8);
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                   bool accumulate) {
+    half_tile<MR>(a, lda, panel[0], k4, out, accumulate);
+    half_tile<MR>(a, lda, panel[0] + 64, k4, out + 8, accumulate);
   }
 };
 
@@ -165,7 +175,9 @@ struct Nibbles {
   static constexpr int kRows = 6, kBlocks = 1;
   static constexpr int64_t kSteps = 8;
 
-  static int64_t block_bytes(Layout, int64_t k4) { return k4 * 64; }
+  static constexpr int64_t kStepBytes = 64;
+  static constexpr bool kReadsInt8 = false;
+  static constexpr int64_t kSliceK4 = 256;
 
   static void decode(Layout, const uint8_t* packed, int64_t k4, const int8_t*, uint8_t* out) {
     static constexpr int8_t kIdentity[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -173,7 +185,8 @@ struct Nibbles {
   }
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                   bool accumulate) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i total[MR][2] = {};
     for (int64_t k0 = 0; k0 < k4; k0 += kSteps) {
@@ -193,7 +206,7 @@ struct Nibbles {
           total[i][j] = _mm256_add_epi32(total[i][j], _mm256_madd_epi16(acc[i][j], ones));
     }
     for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < 2; ++j) store(out + i * 16 + j * 8, total[i][j]);
+      for (int j = 0; j < 2; ++j) put(out + i * 16 + j * 8, (I)total[i][j], accumulate);
   }
 };
 
@@ -209,7 +222,9 @@ struct Plain {
   static constexpr int32_t kCodeOffset = 0, kWeightOffset = 0;
   static constexpr int kRows = 2, kBlocks = 1;
 
-  static int64_t block_bytes(Layout, int64_t k4) { return k4 * 128; }
+  static constexpr int64_t kStepBytes = 128;
+  static constexpr bool kReadsInt8 = false;
+  static constexpr int64_t kSliceK4 = 128;
 
   // → [4·k4, 16] int16.
   static void decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
@@ -229,9 +244,11 @@ struct Plain {
   }
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                   bool accumulate) {
     const int16_t* w = reinterpret_cast<const int16_t*>(panel[0]);
     uint32_t acc[MR][16] = {};
+    if (accumulate) std::memcpy(acc, out, sizeof(acc));
     for (int64_t k = 0; k < k4 * 4; ++k)
       for (int i = 0; i < MR; ++i) {
         const int32_t x = a[i * lda + k];
