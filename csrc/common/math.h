@@ -47,7 +47,7 @@ VITQ_INLINE F gelu_erf(F x) {
   return x * (x < 0.0f ? lower : 1.0f - lower);
 }
 
-// x/2·(1 + tanh u) = x/(1 + e^(−2u)), u = √(2/π)·(x + 0.044715·x³).
+// x/2·(1 + tanh u) = x/(1 + e^(−2u)), u = √(2/π)·(x + 0.044715·x³). NaN for NaN.
 VITQ_INLINE F gelu_tanh(F x) {
   const F u2 = x * fma(x * x, set(-2.0f * 0.797884561f * 0.044715f), set(-2.0f * 0.797884561f));
   return x / (1.0f + exp(max(set(-80.0f), u2)));

@@ -19,16 +19,19 @@ namespace vitq::VITQ_ISA {
 
 constexpr int8_t kPlainNibbles[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
+VITQ_INLINE void put(int32_t* out, I sum, bool accumulate) {
+  store(out, accumulate ? (I)((U)sum + (U)load(out)) : sum);
+}
+
 VITQ_INLINE int32_t load_i32(const void* p) {
   int32_t v;
   std::memcpy(&v, p, 4);
   return v;
 }
 
-#if defined(__AVX2__)
-
 // int4_n16k4 → int8_n16k4: `pairs` 64-byte lines become 2·pairs; table[nibble] is the weight.
 VITQ_INLINE void decode_nibbles(const uint8_t* packed, int64_t pairs, const int8_t* table, uint8_t* out) {
+#if defined(__AVX2__)
   const __m256i lut = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   const __m256i mask = _mm256_set1_epi8(15);
   for (int64_t i = 0; i < pairs; ++i)
@@ -39,9 +42,14 @@ VITQ_INLINE void decode_nibbles(const uint8_t* packed, int64_t pairs, const int8
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * 128 + h), _mm256_shuffle_epi8(lut, low));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * 128 + 64 + h), _mm256_shuffle_epi8(lut, high));
     }
-}
-
+#else
+  for (int64_t i = 0; i < pairs; ++i)
+    for (int64_t j = 0; j < 64; ++j) {
+      out[i * 128 + j] = static_cast<uint8_t>(table[packed[i * 64 + j] & 15]);
+      out[i * 128 + 64 + j] = static_cast<uint8_t>(table[packed[i * 64 + j] >> 4]);
+    }
 #endif
+}
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
@@ -51,8 +59,10 @@ struct Vnni {
   static constexpr int32_t kCodeOffset = 128, kWeightOffset = 0;
   // 24 (12) accumulators, kBlocks weight vectors and one broadcast on 32 (16) registers.
   static constexpr int kRows = 6, kBlocks = kLanes == 16 ? 4 : 1;
+  static constexpr int64_t kSliceK4 = kLanes == 16 ? 1024 : 256;
 
-  static int64_t block_bytes(Layout layout, int64_t k4) { return layout == Layout::int8_n16k4 ? 0 : k4 * 64; }
+  static constexpr int64_t kStepBytes = 64;
+  static constexpr bool kReadsInt8 = true;
 
   static void decode(Layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
     decode_nibbles(packed, k4 / 2, table, out);
@@ -75,7 +85,8 @@ struct Vnni {
 #endif
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                   bool accumulate) {
     Vector acc[MR][kVectors] = {};
     for (int64_t k = 0; k < k4; ++k) {
       Vector w[kVectors];
@@ -87,8 +98,7 @@ struct Vnni {
       }
     }
     for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < kVectors; ++j)
-        store(out + i * 16 * kBlocks + j * static_cast<int>(sizeof(Vector) / 4), acc[i][j]);
+      for (int j = 0; j < kVectors; ++j) put(out + i * 16 * kBlocks + j * kLanes, (I)acc[i][j], accumulate);
   }
 };
 
@@ -104,9 +114,10 @@ struct Words {
   using Code = int16_t;
   static constexpr int32_t kCodeOffset = 0, kWeightOffset = 0;
   static constexpr int kRows = 6, kBlocks = 1;
-  static constexpr int kPass = 3;  // 12 accumulators and 4 weight vectors at a time
 
-  static int64_t block_bytes(Layout, int64_t k4) { return k4 * 128; }
+  static constexpr int64_t kStepBytes = 128;
+  static constexpr bool kReadsInt8 = false;
+  static constexpr int64_t kSliceK4 = 128;
 
   static void decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
     alignas(64) uint8_t lines[128];
@@ -124,33 +135,35 @@ struct Words {
     }
   }
 
+  // Eight of the sixteen columns: 12 accumulators, two weight vectors, one activation; every line is read
+  // once per tile.
   template <int MR>
-  static void pass(const Code* a, int64_t lda, const uint8_t* panel, int64_t k4, int32_t* out) {
-    __m256i acc[MR][4] = {};
+  static void half_tile(const Code* a, int64_t lda, const uint8_t* panel, int64_t k4, int32_t* out,
+                        bool accumulate) {
+    __m256i acc[MR][2] = {};
     for (int64_t k = 0; k < k4; ++k) {
-      __m256i w[4];
-      for (int j = 0; j < 4; ++j)
-        w[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * 128 + j * 32));
+      const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * 128));
+      const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * 128 + 32));
       for (int i = 0; i < MR; ++i) {
         long long four;
         std::memcpy(&four, a + i * lda + k * 4, 8);
         const __m256i x = _mm256_set1_epi64x(four);
-        for (int j = 0; j < 4; ++j) acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(x, w[j]));
+        acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(x, w0));
+        acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(x, w1));
       }
     }
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < 4; j += 2) {
-        // hadd works within 128-bit halves: lanes n0 n1 n4 n5 | n2 n3 n6 n7.
-        const __m256i pairs = _mm256_hadd_epi32(acc[i][j], acc[i][j + 1]);
-        store(out + i * 16 + j * 4, _mm256_permute4x64_epi64(pairs, 0xd8));
-      }
+    for (int i = 0; i < MR; ++i) {
+      // hadd works within 128-bit halves: lanes n0 n1 n4 n5 | n2 n3 n6 n7.
+      const __m256i pairs = _mm256_hadd_epi32(acc[i][0], acc[i][1]);
+      put(out + i * 16, (I)_mm256_permute4x64_epi64(pairs, 0xd8), accumulate);
+    }
   }
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
-    constexpr int kFirst = MR < kPass ? MR : kPass;
-    pass<kFirst>(a, lda, panel[0], k4, out);
-    if constexpr (MR > kPass) pass<MR - kPass>(a + kPass * lda, lda, panel[0], k4, out + kPass * 16);
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                   bool accumulate) {
+    half_tile<MR>(a, lda, panel[0], k4, out, accumulate);
+    half_tile<MR>(a, lda, panel[0] + 64, k4, out + 8, accumulate);
   }
 };
 
@@ -162,7 +175,9 @@ struct Nibbles {
   static constexpr int kRows = 6, kBlocks = 1;
   static constexpr int64_t kSteps = 8;
 
-  static int64_t block_bytes(Layout, int64_t k4) { return k4 * 64; }
+  static constexpr int64_t kStepBytes = 64;
+  static constexpr bool kReadsInt8 = false;
+  static constexpr int64_t kSliceK4 = 256;
 
   static void decode(Layout, const uint8_t* packed, int64_t k4, const int8_t*, uint8_t* out) {
     static constexpr int8_t kIdentity[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -170,7 +185,8 @@ struct Nibbles {
   }
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                   bool accumulate) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i total[MR][2] = {};
     for (int64_t k0 = 0; k0 < k4; k0 += kSteps) {
@@ -190,7 +206,7 @@ struct Nibbles {
           total[i][j] = _mm256_add_epi32(total[i][j], _mm256_madd_epi16(acc[i][j], ones));
     }
     for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < 2; ++j) store(out + i * 16 + j * 8, total[i][j]);
+      for (int j = 0; j < 2; ++j) put(out + i * 16 + j * 8, (I)total[i][j], accumulate);
   }
 };
 
@@ -206,25 +222,33 @@ struct Plain {
   static constexpr int32_t kCodeOffset = 0, kWeightOffset = 0;
   static constexpr int kRows = 2, kBlocks = 1;
 
-  static int64_t block_bytes(Layout, int64_t k4) { return k4 * 128; }
+  static constexpr int64_t kStepBytes = 128;
+  static constexpr bool kReadsInt8 = false;
+  static constexpr int64_t kSliceK4 = 128;
 
   // → [4·k4, 16] int16.
   static void decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
-    for (int64_t k = 0; k < k4 * 4; ++k)
-      for (int64_t n = 0; n < 16; ++n) {
-        int16_t v;
-        if (layout == Layout::int8_n16k4)
-          v = static_cast<int8_t>(packed[int8_n16k4_offset(n, k, k4 * 4)]);
-        else
-          v = table[(packed[int4_n16k4_offset(n, k, k4 * 4)] >> int4_n16k4_shift(k)) & 15];
-        std::memcpy(out + (k * 16 + n) * 2, &v, 2);
-      }
+    uint8_t lines[128];
+    for (int64_t k = 0; k < k4; ++k) {
+      const uint8_t* bytes = lines + k % 2 * 64;
+      if (layout == Layout::int8_n16k4)
+        bytes = packed + k * 64;
+      else if (k % 2 == 0)
+        decode_nibbles(packed + k * 32, 1, table, lines);
+      for (int j = 0; j < 4; ++j)
+        for (int n = 0; n < 16; ++n) {
+          const int16_t v = static_cast<int8_t>(bytes[n * 4 + j]);
+          std::memcpy(out + ((k * 4 + j) * 16 + n) * 2, &v, 2);
+        }
+    }
   }
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out) {
+  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                   bool accumulate) {
     const int16_t* w = reinterpret_cast<const int16_t*>(panel[0]);
     uint32_t acc[MR][16] = {};
+    if (accumulate) std::memcpy(acc, out, sizeof(acc));
     for (int64_t k = 0; k < k4 * 4; ++k)
       for (int i = 0; i < MR; ++i) {
         const int32_t x = a[i * lda + k];

@@ -25,7 +25,7 @@ class Linear {
         w_(args.weight),
         k4_(w_.layout == Layout::int8_n16k4 ? ceil_div(w_.k, 4) : 2 * ceil_div(w_.k, 8)),
         packed_block_(w_.layout == Layout::int8_n16k4 ? k4_ * 64 : k4_ * 32),
-        decoded_block_(P::block_bytes(w_.layout, k4_)),
+        decoded_block_(w_.layout == Layout::int8_n16k4 && P::kReadsInt8 ? 0 : k4_ * P::kStepBytes),
         lda_(k4_ * 4),
         panels_(ceil_div(w_.n, kTileN)),
         codes_(static_cast<size_t>(args.m * lda_) * sizeof(typename P::Code)),
@@ -37,7 +37,7 @@ class Linear {
     const Split split = split_rows(args_.m, panels_, args_.pool.threads, P::kRows, kSetupRows, fit);
     // Consecutive tasks share a row chunk, so one thread's activations stay in its cache.
     pool_for(args_.pool, split.chunks * panels_, grain(split.rows * kTileN), [&](int64_t begin, int64_t end) {
-      Workspace work(*this, 0);
+      Workspace work(*this, split.rows, 0);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t row = task / panels_ * split.rows;
         panel(work, task % panels_, row, smaller(row + split.rows, args_.m), nullptr, 0);
@@ -51,7 +51,7 @@ class Linear {
     const int64_t fit = kFloatBytes / (ld * 4 + 1);
     const Split split = split_rows(args_.m, 1, args_.pool.threads, P::kRows, kSetupRows, fit);
     pool_for(args_.pool, split.chunks, grain(split.rows * w_.n), [&](int64_t begin, int64_t end) {
-      Workspace work(*this, split.rows * ld);
+      Workspace work(*this, split.rows, split.rows * ld);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t row = chunk * split.rows, last = smaller(row + split.rows, args_.m);
         for (int64_t p = 0; p < panels_; ++p) panel(work, p, row, last, work.rows + p * kTileN, ld);
@@ -61,20 +61,24 @@ class Linear {
   }
 
  private:
-  // One thread's memory: a decoded panel, a transposed lora_up panel, and float rows waiting to be quantized.
+  // One thread's memory: a decoded panel, a transposed lora_up panel, the sums of a task's rows where K takes
+  // several slices (of one tile otherwise), and `floats` floats waiting to be quantized.
   struct Workspace {
-    Workspace(const Linear& linear, int64_t floats)
-        : scratch(lines(static_cast<size_t>(linear.decoded_block_) * P::kBlocks) +
-                  lines(PanelTail<kTileN>::up_bytes(linear.args_.tail.rank)) +
-                  static_cast<size_t>(floats) * 4),
-          decoded(scratch.at<uint8_t>()) {
-      const size_t at = lines(static_cast<size_t>(linear.decoded_block_) * P::kBlocks);
-      terms.up = scratch.at<float>(at);
-      rows = scratch.at<float>(at + lines(PanelTail<kTileN>::up_bytes(linear.args_.tail.rank)));
+    Workspace(const Linear& linear, int64_t task_rows, int64_t floats)
+        : decoded_bytes(lines(static_cast<size_t>(linear.decoded_block_) * P::kBlocks)),
+          up_bytes(lines(PanelTail<kTileN>::up_bytes(linear.args_.tail.rank))),
+          sum_bytes(static_cast<size_t>(linear.k4_ > P::kSliceK4 ? task_rows : P::kRows) * kTileN * 4),
+          scratch(decoded_bytes + up_bytes + sum_bytes + static_cast<size_t>(floats) * 4),
+          decoded(scratch.at<uint8_t>()),
+          sums(scratch.at<int32_t>(decoded_bytes + up_bytes)),
+          rows(scratch.at<float>(decoded_bytes + up_bytes + sum_bytes)) {
+      terms.up = scratch.at<float>(decoded_bytes);
     }
-    Scratch scratch;
-    uint8_t* decoded;
-    float* rows;
+    const size_t decoded_bytes, up_bytes, sum_bytes;
+    const Scratch scratch;
+    uint8_t* const decoded;
+    int32_t* const sums;
+    float* const rows;
     PanelTail<kTileN> terms;
     alignas(64) float w_scale[kTileN];
     alignas(64) int32_t column[kTileN];
@@ -124,22 +128,32 @@ class Linear {
     for (int64_t c = 0; c < terms.width; ++c)  // modulo 2^32: the whole sum fits, this part need not
       work.column[c] = static_cast<int32_t>(0u - offset * static_cast<uint32_t>(args_.col_sum[n0 + c]));
 
-    alignas(64) int32_t sums[P::kRows * kTileN];
-    for (int64_t i = row; i < last; i += P::kRows) {
-      const int64_t rows = smaller<int64_t>(P::kRows, last - i);
-      const auto* a = codes_.template at<typename P::Code>() + i * lda_;
-      with_rows<P::kRows>(rows,
-                          [&]<int MR>() VITQ_LAMBDA { P::template tile<MR>(a, lda_, block, k4_, sums); });
-      const int32_t* row_terms = row_terms_.template at<int32_t>() + i;
-      const auto product = [&](int64_t r, int c) VITQ_LAMBDA {
-        const I sum = (I)((U)load(sums + r * kTileN + c) + (U)load(work.column + c) + (U)set(row_terms[r]));
-        const float x_scale = args_.x_scale[args_.x_scale_per_row ? i + r : 0];
-        return to_float(sum) * (load(work.w_scale + c) * x_scale);
-      };
-      finish_tile<kTileN, P::kRows>(args_.tail, terms, w_.n, i, rows, product,
-                                    dst == nullptr ? nullptr : dst + (i - row) * ld, ld, args_.out,
-                                    args_.out_dtype);
+    for (int64_t k = 0; k < k4_ || k == 0; k += P::kSliceK4) {
+      const int64_t steps = smaller(P::kSliceK4, k4_ - k);
+      const uint8_t* slice[P::kBlocks];
+      for (int j = 0; j < P::kBlocks; ++j) slice[j] = block[j] + k * P::kStepBytes;
+      for (int64_t i = row; i < last; i += P::kRows) {
+        const int64_t rows = smaller<int64_t>(P::kRows, last - i);
+        const auto* a = codes_.template at<typename P::Code>() + i * lda_ + k * 4;
+        int32_t* sums = work.sums + (k4_ > P::kSliceK4 ? (i - row) * kTileN : 0);
+        with_rows<P::kRows>(
+            rows, [&]<int MR>() VITQ_LAMBDA { P::template tile<MR>(a, lda_, slice, steps, sums, k > 0); });
+        if (k + steps == k4_)
+          finish(work, i, rows, sums, dst == nullptr ? nullptr : dst + (i - row) * ld, ld);
+      }
     }
+  }
+
+  void finish(const Workspace& work, int64_t row, int64_t rows, const int32_t* sums, float* dst,
+              int64_t ld) const {
+    const int32_t* row_terms = row_terms_.template at<int32_t>() + row;
+    const auto product = [&](int64_t r, int c) VITQ_LAMBDA {
+      const I sum = (I)((U)load(sums + r * kTileN + c) + (U)load(work.column + c) + (U)set(row_terms[r]));
+      const float x_scale = args_.x_scale[args_.x_scale_per_row ? row + r : 0];
+      return to_float(sum) * (load(work.w_scale + c) * x_scale);
+    };
+    finish_tile<kTileN, P::kRows>(args_.tail, work.terms, w_.n, row, rows, product, dst, ld, args_.out,
+                                  args_.out_dtype);
   }
 
   const QLinearArgs& args_;

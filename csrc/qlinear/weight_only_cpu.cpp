@@ -8,31 +8,28 @@ constexpr int kVectors = kLanes == 4 ? 2 : kLanes == 16 ? 4 : 2;
 constexpr int kTileN = kVectors * kLanes < 16 ? 16 : kVectors * kLanes;
 constexpr int kTileRows = kLanes == 4 ? 2 : 6;
 constexpr int64_t kSliceK = 128;  // a decoded slice of a panel stays in the first-level cache
-constexpr int64_t kActivationBytes = 1 << 20;
+// Activations of one task should stay in the second-level cache: from the third, a tile waits for them.
+constexpr int64_t kActivationBytes = 5 << 18;
 constexpr int64_t kSetupRows = 8;
 constexpr int64_t kGrain = 1 << 18;
 
 // Codes [k0, k0 + count) of the 16-row block at `packed` as floats, out[count][kTileN] from column 0 of the
 // block.
 void decode_block(const Weight& w, const uint8_t* packed, int64_t k0, int64_t count, float* out) {
-  const int8_t* table = w.lut != nullptr ? w.lut : kPlainNibbles;
-  for (int64_t k = k0; k < k0 + count; k += 4) {
-    uint8_t bytes[64];
-    const uint8_t* line = bytes;
-    if (w.layout == Layout::int8_n16k4) {
-      line = packed + k * 16;
-    } else {
-      const uint8_t* nibbles = packed + k / 8 * 64;
-      const int shift = int4_n16k4_shift(k);
-      for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(table[(nibbles[i] >> shift) & 15]);
-    }
+  alignas(64) uint8_t lines[kSliceK * kBlockN];
+  const uint8_t* bytes = lines;
+  if (w.layout == Layout::int8_n16k4)
+    bytes = packed + k0 * kBlockN;
+  else
+    decode_nibbles(packed + k0 * kBlockN / 2, ceil_div(count, 8), w.lut != nullptr ? w.lut : kPlainNibbles,
+                   lines);
+  for (int64_t k = 0; k < count; k += kBlockK)
     // Lane n holds four k: bring each to the top of the lane, then shift its sign down.
-    for (int n = 0; n < 16; n += kLanes) {
-      const U four = load_as<U>(line + n * 4);
-      for (int j = 0; j < 4 && k + j < k0 + count; ++j)
-        store(out + (k - k0 + j) * kTileN + n, to_float((I)(four << (24 - 8 * j)) >> 24));
+    for (int n = 0; n < kBlockN; n += kLanes) {
+      const U four = load_as<U>(bytes + k * kBlockN + n * kBlockK);
+      for (int j = 0; j < kBlockK && k + j < count; ++j)
+        store(out + (k + j) * kTileN + n, to_float((I)(four << (24 - 8 * j)) >> 24));
     }
-  }
 }
 
 }  // namespace
@@ -45,15 +42,15 @@ void qlinear_weight_only(const WeightOnlyArgs& args) {
   const int64_t packed_block = w.layout == Layout::int8_n16k4 ? ceil_div(w.k, 4) * 64 : ceil_div(w.k, 8) * 64;
   const Split split =
       split_rows(args.m, panels, args.pool.threads, kTileRows, kSetupRows, kActivationBytes / (w.k * 4 + 1));
-  const float* x = static_cast<const float*>(args.x.data);
-  const Scratch converted(args.x.dtype == DType::f32 ? 0 : static_cast<size_t>(args.m * w.k) * 4);
-  if (args.x.dtype != DType::f32) {
-    float* out = converted.at<float>();
-    pool_for(args.pool, args.m, ceil_div(1 << 15, w.k + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) read_row(out + i * w.k, args.x.at(i * w.k), w.k);
-    });
-    x = out;
-  }
+  // Activations as [slices, M, kSliceK] float32: a tile then reads one short contiguous stretch. Rows of K
+  // floats apart would be dozens of streams for the prefetcher, and often of one cache set.
+  const Scratch sliced(static_cast<size_t>(ceil_div(w.k, kSliceK) * args.m * kSliceK) * 4);
+  float* x = sliced.at<float>();
+  pool_for(args.pool, args.m, ceil_div(1 << 15, w.k + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t k0 = 0; k0 < w.k; k0 += kSliceK)
+        read_row(x + k0 * args.m + i * kSliceK, args.x.at(i * w.k + k0), smaller(kSliceK, w.k - k0));
+  });
   const int64_t work_per_task = split.rows * kTileN * (w.k + 1);
   pool_for(
       args.pool, split.chunks * panels, ceil_div(kGrain, work_per_task), [&](int64_t begin, int64_t end) {
@@ -77,7 +74,7 @@ void qlinear_weight_only(const WeightOnlyArgs& args) {
                            count, slice + b * kBlockN);
             for (int64_t i = row; i < last; i += kTileRows)
               with_rows<kTileRows>(smaller<int64_t>(kTileRows, last - i), [&]<int MR>() VITQ_LAMBDA {
-                float_tile<MR, kTileN / kLanes, true>(x + i * w.k + k0, w.k, slice, count,
+                float_tile<MR, kTileN / kLanes, true>(x + k0 * args.m + i * kSliceK, kSliceK, slice, count,
                                                       sums + (i - row) * kTileN);
               });
           }
