@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-
 from vitq import jobs
 from vitq.bench.latency import threads
 from vitq.commands import environment
