@@ -24,6 +24,7 @@ from .bench.latency import threads
 from .convert import to_integer
 from .data import load_data
 from .evaluate import agreement, predict, sqnr_db, top1
+from .models import adapter_for
 from .restore import to_simulated
 from .sources import ModelSource, load_float
 
@@ -88,6 +89,7 @@ def quantize(args: argparse.Namespace) -> None:
     source = _source(args)
     model = load_float(source)
     # Before hours of calibration rather than after them.
+    adapter_for(model)
     splits = {} if args.no_eval else _splits(args.data, model, args.eval_images)
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
     with _progress() as progress:

@@ -112,7 +112,7 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--set", "colour=3"], "colour is no field"),
         (["quantize", NAME, "OUT", "--data", "/nowhere"], "/nowhere"),
         (["quantize", NAME, "OUT", "--images", "0"], "'0' is not a positive whole number"),
-        (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--images", "100000"], "limit must be between 1 and"),
+        (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--images", "100000"], "between 1 and 1097"),
         (["quantize", NAME, "OUT", "--weights", "/nowhere.pth"], "weights is '/nowhere.pth', expected a file"),
         (["quantize", NAME, "OUT", "--weights", "x", "--random-weights"], "both given"),
         (["quantize", NAME, "OUT", "--model-arg", "colour=3"], "do not fit"),
@@ -127,7 +127,9 @@ def test_demo_writes_summary_and_picture(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(argv, said, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Where there is a network there is none here, nor a cache: pretrained weights cannot be had.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     argv = [str(tmp_path / "out") if a == "OUT" else a for a in argv]
     assert said in failure(capsys, *argv)
     assert not (tmp_path / "out").exists()
