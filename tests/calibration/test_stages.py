@@ -220,7 +220,7 @@ def test_rank_search_picks_the_planted_rank():
         attention.operands.set(None)
         attention.focus = None
     search = {"candidates": (0, 16, 32, 48), "iterations": 60, "batch": 8, "drop": 0.0, "lr_alpha": 0.1}
-    step(c, "allocate", "rank_search", cost_weight=1e-5, **search)
+    step(c, "allocate", "rank_search", cost_weight=1e-6, **search)
     assert c.ranks == dict.fromkeys(c.interior(), 16)
 
 

@@ -103,13 +103,14 @@ class SimAttention(nn.Module):
 
     def scores(self, q: Tensor, k: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> Tensor:
         """[B, H, N, N] softmax inputs."""
+        mul, add = fq.arithmetic()
         if self.operands.spec is None:
             s = (q * self.softmax_scale) @ k.transpose(-1, -2)
         else:
             acc = fq.integer_product(q, k, self.operands.limit, self.operands.limit)
-            s = acc * (qs * self.softmax_scale).unsqueeze(-1) * ks.unsqueeze(-2)
+            s = mul(mul(acc, (qs * self.softmax_scale).unsqueeze(-1)), ks.unsqueeze(-2))
         if self.bias is not None:
-            s = s + self.bias
+            s = add(s, self.bias)
         if mask is not None:
             b, h, n, _ = s.shape
             g = mask.shape[0]

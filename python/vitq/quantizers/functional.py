@@ -6,6 +6,8 @@ are *centred*: they hold ``q − zero_point``, which is what enters an integer p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,12 +60,18 @@ def integer_product(a: Tensor, b: Tensor, limit_a: float, limit_b: float) -> Ten
     return (a.double() @ b.double().transpose(-1, -2)).float()
 
 
+def arithmetic() -> tuple[Callable, Callable]:
+    """mul(a, b) and add(a, b) of a tensor that nothing else refers to: in place where no gradient is recorded."""
+    return (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
+
+
 def dynamic_scale(x: Tensor, qmax: float) -> Tensor:
     """absmax/qmax over the last dimension (kept), 1 for rows of zeros; not differentiated.
 
     Not differentiated: with straight-through rounding the scale's gradient is the mean of rounding errors, noise.
     """
-    absmax = x.detach().abs().amax(-1, keepdim=True)
+    low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
+    absmax = torch.maximum(-low, high)
     scale = absmax / float(qmax)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
@@ -78,11 +86,12 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qm
     low, high = qmin - zero_point, qmax - zero_point
     ratio = x * (1.0 / scale)
     # Clamping to integers before rounding gives the same codes as after it, and LSQ's gradient at the extreme ones.
-    if isinstance(low, Tensor):
-        ratio = torch.maximum(torch.minimum(ratio, high), low)
+    if not torch.is_grad_enabled():
+        code = ratio.clamp_(low, high).round_()
+    elif isinstance(low, Tensor):
+        code = round_ste(torch.maximum(torch.minimum(ratio, high), low))
     else:
-        ratio = ratio.clamp(low, high)
-    code = round_ste(ratio)
+        code = round_ste(ratio.clamp(low, high))
     return code if lut is None else _Snap.apply(code + zero_point, lut) - zero_point
 
 
@@ -92,10 +101,10 @@ def focus_codes(u: Tensor, b1: Tensor, b2: Tensor, power: float, n: int) -> Tens
     ``b1`` and ``b2`` are float64 scalars: the kernel's reciprocal is taken in float64 and rounded once.
     """
     x = (u - b1) * (1.0 / (b2 - b1))
-    if power != 1.0:
+    if power == 1.0:
+        x = x.clamp(0.0, 1.0)
+    else:
         # A floor of 1e-30 leaves code 0 a 0 (n·1e-30^(1/power) < ½ for power < 12) and the root differentiable.
         x = x.clamp(1e-30, 1.0)
         x = x.sqrt() if power == 2.0 else x.pow(1.0 / power)
-    else:
-        x = x.clamp(0.0, 1.0)
-    return round_ste(x * n)
+    return round_ste(x * n) if torch.is_grad_enabled() else x.mul_(n).round_()

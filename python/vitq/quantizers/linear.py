@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitq_kernels.formats import LinearState, LowRankSpec
@@ -81,25 +80,24 @@ class SimLinear(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """[M, K] to [M, N]."""
+        mul, add = fq.arithmetic()
         weight = self.effective_weight() if self.quant.spec is None else self.codes()
         t = x @ self.lora_down.T if self._side else None
         if self._side and self.lora.kind == "subspace":
             x = x - t @ self.lora_down
         if self.act.spec is not None and self.quant.spec is not None:
             q, scale = self.act(x)
-            y = fq.integer_product(q, weight, self.act.limit, self.quant.limit) * (scale * self.quant.scale)
+            y = fq.integer_product(q, weight, self.act.limit, self.quant.limit)
+            y = mul(y, scale * self.quant.scale)
         elif self.act.spec is not None:
-            q, scale = self.act(x)
-            y = F.linear(q * scale, weight)
+            y = mul(*self.act(x)) @ weight.T
         else:
             y = x @ weight.T
             if self.quant.spec is not None:
-                y = y * self.quant.scale
+                y = mul(y, self.quant.scale)
         if t is not None:
-            y = y + t @ self.lora_up.T
-        if self.bias is not None:
-            y = y + self.bias
-        return y
+            y = add(y, t @ self.lora_up.T)
+        return y if self.bias is None else add(y, self.bias)
 
     @torch.no_grad()
     def export(self) -> LinearState:

@@ -23,11 +23,13 @@ from .base import Calibration, Options, Unit, method
 class RankSearchOptions(Options):
     """
     Args: candidates: S, before clipping; iterations: α steps per block; batch: images per step; lr_alpha, lr_branch:
-    Adam's; drop: chance that a candidate sits a step out; cost_weight: price of a rank, relative to the loss.
+    Adam's; drop: chance that a candidate sits a step out; cost_weight: price of a rank, relative to the loss;
+    least_iterations: where the recipe's effort leaves fewer, the choice would be noise and the recipe's rank stays.
     """
 
     candidates: tuple[int, ...] = (0, 16, 32, 64, 96, 160)
     iterations: int = Field(2000, ge=0)
+    least_iterations: int = Field(0, ge=0)
     batch: int = Field(24, ge=1)
     lr_alpha: float = Field(0.05, gt=0.0)
     lr_branch: float = Field(1e-3, gt=0.0)
@@ -92,6 +94,8 @@ def rank_search(calibration: Calibration, options: RankSearchOptions) -> None:
     if calibration.recipe.low_rank.kind == "none":
         raise ValueError("allocate.rank_search needs a branch: low_rank.kind is 'none'")
     steps = calibration.iterations(options.iterations)
+    if steps < options.least_iterations:
+        return
     units = [unit for unit in calibration.sim.sequence if isinstance(unit, BlockSite)]
     for unit, x_ref, x_sim in calibration.units(units):
         target = calibration.run(calibration.reference, unit, x_ref)
