@@ -18,7 +18,10 @@ SAMPLE = 1 << 19
 
 
 class Search(BaseModel):
-    """How a static range is found: ``minmax``, ``percentile``, or ``mse``: the least Σ|x − Q(x)|^norm."""
+    """How a static range is found: ``minmax``, ``percentile``, or ``mse``: the least Σ|x − Q(x)|^norm.
+
+    ``margin`` widens what was found: images unlike those of calibration reach beyond it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,9 +29,11 @@ class Search(BaseModel):
     percentile: float = Field(0.999, gt=0.5, le=1.0)
     norm: float = Field(2.0, gt=0.0)
     steps: int = Field(50, ge=2)
+    margin: float = Field(1.0, ge=1.0, le=4.0)
 
     def range(self, h: Histogram, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        return search_range(h, spec, self.method, percentile=self.percentile, norm=self.norm, steps=self.steps)
+        scale, zero = search_range(h, spec, self.method, percentile=self.percentile, norm=self.norm, steps=self.steps)
+        return scale * self.margin, zero
 
 
 def _sample(x: Tensor) -> Tensor:

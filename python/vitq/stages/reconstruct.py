@@ -26,6 +26,8 @@ class BlockOptions(Options):
         curriculum: λ0; step t of T draws from the easiest min(1, λ0 + (1 − λ0)·t/T) of the images, by their last
             known loss. 1 draws from all.
         mixing: chance that an image enters with its float instead of its quantized prefix (QDrop, per image) [R].
+        holdout: share of the images that are not learned from but decide, block by block, whether what was learned
+            replaces the start. 0 decides on the images learned from.
         rounding_weight: of AdaRound's regulariser, with β from 20 to 2 after ``rounding_warmup`` of the steps.
     """
 
@@ -39,6 +41,7 @@ class BlockOptions(Options):
     lr_rounding: float = Field(0.0, ge=0.0)
     curriculum: float = Field(0.5, gt=0.0, le=1.0)
     mixing: float = Field(0.0, ge=0.0, le=1.0)
+    holdout: float = Field(0.25, ge=0.0, lt=1.0)
     rounding_weight: float = Field(0.01, ge=0.0)
     rounding_warmup: float = Field(0.2, ge=0.0, lt=1.0)
 
@@ -143,7 +146,7 @@ def _rounding_penalty(linears: list[SimLinear], beta: float) -> Tensor:
 def reconstruct(
     calibration: Calibration, units: list[Unit], x_ref: Tensor, x_sim: Tensor, target: Tensor, options: BlockOptions
 ) -> None:
-    """Learn ``units`` (run one after the other) to map x_sim to ``target``; keep the start if it was better.
+    """Learn ``units`` (run one after the other) to map x_sim to ``target``; keep the start if the judges prefer it.
 
     Subspace directions stay: they must remain orthonormal.
     """
@@ -151,14 +154,18 @@ def reconstruct(
     if steps == 0:
         return
     module = nn.Sequential(*(sim.model.get_submodule(unit.path) for unit in units))
+    generator = calibration.generator(units[0].path)
+    kept = min(len(x_sim) - 1, int(options.holdout * len(x_sim)))
+    order = torch.randperm(len(x_sim), generator=generator)
+    judges, learned = (order[:kept] if kept else order), order[kept:]
     before = losses(module, x_sim, target, calibration.batch)
     learner = _Learner(sim, units, options, steps)
-    generator = calibration.generator(units[0].path)
     start, known = learner.state(), before.clone()
     scale = 1.0 / float(target.square().mean())
     for step in range(steps):
-        count = max(min(options.batch, len(x_sim)), round(easy_fraction(step, steps, options.curriculum) * len(x_sim)))
-        pool = known.argsort()[:count]
+        easy = round(easy_fraction(step, steps, options.curriculum) * len(learned))
+        count = max(min(options.batch, len(learned)), easy)
+        pool = learned[known[learned].argsort()[:count]]
         chosen = pool[torch.randperm(count, generator=generator)[: options.batch]]
         x = x_sim[chosen]
         if options.mixing > 0.0:
@@ -174,5 +181,6 @@ def reconstruct(
             ) / len(x)
         learner.step(loss)
     learner.finish()
-    if float(losses(module, x_sim, target, calibration.batch).mean()) > float(before.mean()):
+    after = losses(module, x_sim[judges], target[judges], calibration.batch)
+    if float(after.mean()) > float(before[judges].mean()):
         learner.load(start)
