@@ -15,6 +15,8 @@
 #endif
 
 #define VITQ_INLINE static inline __attribute__((always_inline))
+// Register tiles: inlined into a larger function, their accumulators may be spilled.
+#define VITQ_TILE static __attribute__((noinline))
 #define VITQ_LAMBDA __attribute__((always_inline))
 
 namespace vitq::VITQ_ISA {
@@ -136,18 +138,6 @@ VITQ_INLINE float max_of(F v) {
   for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
   return top;
 }
-VITQ_INLINE bool any(I mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)mask) != 0;
-#else
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= mask[i];
-  return bits != 0;
-#endif
-}
-
 // v as doubles, low half and high half.
 VITQ_INLINE D low_double(F v) {
   HalfF h;
@@ -158,6 +148,28 @@ VITQ_INLINE D high_double(F v) {
   HalfF h;
   std::memcpy(&h, reinterpret_cast<const char*>(&v) + sizeof(h), sizeof(h));
   return __builtin_convertvector(h, D);
+}
+
+// fn(Index<0>) ... fn(Index<N − 1>), unrolled in the front end: arrays of vectors indexed by constants become
+// registers, which loops that the optimizer unrolls later do not guarantee (GCC 12 then keeps accumulators in
+// memory).
+template <int V>
+struct Index {
+  constexpr operator int() const { return V; }
+};
+template <int N, class Fn>
+VITQ_INLINE void unroll(const Fn& fn) {
+  if constexpr (N > 0) {
+    unroll<N - 1>(fn);
+    fn(Index<N - 1>{});
+  }
+}
+
+// Zeros every element of a two-dimensional array of vectors; `= {}` would be one store to memory that GCC
+// keeps.
+template <class V, int M, int N>
+VITQ_INLINE void clear(V (&a)[M][N]) {
+  unroll<M>([&](auto i) VITQ_LAMBDA { unroll<N>([&](auto j) VITQ_LAMBDA { a[i][j] = V{}; }); });
 }
 
 template <class T>

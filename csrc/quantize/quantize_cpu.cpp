@@ -10,23 +10,21 @@ namespace {
 // same order whatever the tile, so results do not depend on how rows are grouped.
 template <int MR, int NR>
 void project_tile(const float* x, int64_t ld, const float* d, int64_t k, float* t, int64_t rank) {
-  F acc[MR][NR] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= k; c += kLanes) {
+  F acc[MR][NR];
+  clear(acc);
+  const auto step = [&](int64_t c, auto load_at) VITQ_LAMBDA {
     F dv[NR];
-    for (int j = 0; j < NR; ++j) dv[j] = load(d + j * k + c);
-    for (int i = 0; i < MR; ++i) {
-      const F xv = load(x + i * ld + c);
-      for (int j = 0; j < NR; ++j) acc[i][j] = fma(xv, dv[j], acc[i][j]);
-    }
-  }
-  if (c < k) {
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < NR; ++j)
-        acc[i][j] = fma(load_first(x + i * ld + c, k - c), load_first(d + j * k + c, k - c), acc[i][j]);
-  }
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) t[i * rank + j] = sum(acc[i][j]);
+    unroll<NR>([&](auto j) VITQ_LAMBDA { dv[j] = load_at(d + j * k + c); });
+    unroll<MR>([&](auto i) VITQ_LAMBDA {
+      const F xv = load_at(x + i * ld + c);
+      unroll<NR>([&](auto j) VITQ_LAMBDA { acc[i][j] = fma(xv, dv[j], acc[i][j]); });
+    });
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= k; c += kLanes) step(c, [](const float* p) VITQ_LAMBDA { return load(p); });
+  if (c < k) step(c, [&](const float* p) VITQ_LAMBDA { return load_first(p, k - c); });
+  unroll<MR>([&](auto i)
+                 VITQ_LAMBDA { unroll<NR>([&](auto j) VITQ_LAMBDA { t[i * rank + j] = sum(acc[i][j]); }); });
 }
 
 // 16 accumulators fit beside the operands on 32 registers, 8 on 16.
@@ -51,36 +49,34 @@ void subtract_rows(const float* x, float* residual, int64_t ld, const QuantTail&
     for (int64_t r = 0; r < tail.rank; ++r) {
       const float* d = tail.lora_down + r * tail.k + c;
       const F dv = load_upto(d, n);
-      for (int i = 0; i < MR; ++i) acc[i] = fma(set(t[i * tail.rank + r]), dv, acc[i]);
+      unroll<MR>([&](auto i) VITQ_LAMBDA { acc[i] = fma(set(t[i * tail.rank + r]), dv, acc[i]); });
     }
-    for (int i = 0; i < MR; ++i) {
-      const float* in = x + i * ld + c;
-      store_upto(residual + i * ld + c, load_upto(in, n) - acc[i], n);
-    }
+    unroll<MR>([&](auto i) VITQ_LAMBDA {
+      store_upto(residual + i * ld + c, load_upto(x + i * ld + c, n) - acc[i], n);
+    });
   }
 }
 
-// max|x|; NaN if any element is NaN (or the maximum infinite).
-float finite_absmax(const float* x, int64_t n) {
-  F top{};
-  I nan{};
+// max|x|; NaN if any element is NaN: the magnitudes' bit patterns order as integers, NaN above infinity.
+float absmax(const float* x, int64_t n) {
+  constexpr int kChains = 4;  // independent maxima, so that none waits for the last
+  I top[kChains] = {};
+  const auto larger = [](I a, I b) VITQ_LAMBDA { return a > b ? a : b; };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const F v = load(x + i);
-    nan |= v != v;
-    top = max(abs(v), top);
-  }
-  if (i < n) {
-    const F v = load_first(x + i, n - i);
-    nan |= v != v;
-    top = max(abs(v), top);
-  }
-  return any(nan) ? __builtin_nanf("") : max_of(top);
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes)
+    unroll<kChains>([&](auto c) VITQ_LAMBDA { top[c] = larger((I)abs(load(x + i + c * kLanes)), top[c]); });
+  for (; i < n; i += kLanes) top[0] = larger((I)abs(load_upto(x + i, n - i)), top[0]);
+  const I all = larger(larger(top[0], top[1]), larger(top[2], top[3]));
+  int32_t best = 0;
+  for (int lane = 0; lane < kLanes; ++lane) best = all[lane] > best ? all[lane] : best;
+  float out;
+  std::memcpy(&out, &best, 4);
+  return out;
 }
 
-float dynamic_scale(float absmax, float top) {
-  if (absmax == 0.0f) return 1.0f;
-  const float scale = absmax / top;
+float dynamic_scale(float largest, float top) {
+  if (largest == 0.0f) return 1.0f;
+  const float scale = largest / top;
   if (!(scale <= 3.40282347e38f)) return __builtin_nanf("");  // NaN or infinite
   return scale == 0.0f ? 1.0f : scale;  // a subnormal row underflowed: a reciprocal of 0 would be infinite
 }
@@ -138,7 +134,7 @@ void quantize_rows(const QuantTail& tail, const float* x, float* residual, int64
       if (tail.scale != nullptr) {
         scale = tail.scale[(tail.scale_per_row ? row * tail.groups : 0) + g];
       } else {
-        scale = dynamic_scale(finite_absmax(in, width), high);
+        scale = dynamic_scale(absmax(in, width), high);
         tail.out_scale[row * tail.groups + g] = scale;
       }
       quantize_group(in, width, 1.0f / scale, low, high, tail.zero_point, q + g * width);
