@@ -123,21 +123,59 @@ VITQ_INLINE void store_int8(int8_t* p, I v) {
 #endif
 }
 
-VITQ_INLINE float sum(F v) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+// Reductions of all lanes, pairwise.
+#if defined(__AVX2__)
+VITQ_INLINE float sum(__m256 v) {
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
-VITQ_INLINE double sum(D v) {
-  for (int half = kLanes / 4; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+VITQ_INLINE double sum(__m256d v) {
+  const __m128d a = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(a, _mm_unpackhi_pd(a, a)));
 }
-VITQ_INLINE float max_of(F v) {
-  float top = v[0];
+VITQ_INLINE float max_of(__m256 v) {
+  __m128 a = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
+}
+VITQ_INLINE int32_t max_of(__m256i v) {
+  __m128i a = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  a = _mm_max_epi32(a, _mm_unpackhi_epi64(a, a));
+  return _mm_cvtsi128_si32(_mm_max_epi32(a, _mm_shuffle_epi32(a, 1)));
+}
+#endif
+#if defined(__AVX512F__)
+// Half 0 or 1. The zero-masked form: GCC 12 warns of the undefined operand in the plain one.
+template <int kHalf>
+VITQ_INLINE __m256d half(__m512d v) {
+  return _mm512_maskz_extractf64x4_pd(0xf, v, kHalf);
+}
+template <int kHalf>
+VITQ_INLINE __m256 half(F v) {
+  return _mm256_castpd_ps(half<kHalf>(_mm512_castps_pd((__m512)v)));
+}
+template <int kHalf>
+VITQ_INLINE __m256i half(I v) {
+  return _mm256_castpd_si256(half<kHalf>(_mm512_castsi512_pd((__m512i)v)));
+}
+VITQ_INLINE float sum(F v) { return sum(_mm256_add_ps(half<0>(v), half<1>(v))); }
+VITQ_INLINE double sum(D v) { return sum(_mm256_add_pd(half<0>(v), half<1>(v))); }
+VITQ_INLINE float max_of(F v) { return max_of(_mm256_max_ps(half<0>(v), half<1>(v))); }
+VITQ_INLINE int32_t max_of(I v) { return max_of(_mm256_max_epi32(half<0>(v), half<1>(v))); }
+#elif defined(__AVX2__)
+VITQ_INLINE int32_t max_of(I v) { return max_of((__m256i)v); }
+#else
+VITQ_INLINE float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+VITQ_INLINE double sum(D v) { return v[0] + v[1]; }
+template <class V>
+VITQ_INLINE auto max_of(V v) {
+  auto top = v[0];
   for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
   return top;
 }
+#endif
+
 // v as doubles, low half and high half.
 VITQ_INLINE D low_double(F v) {
   HalfF h;
