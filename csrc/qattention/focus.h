@@ -3,63 +3,9 @@
 
 #include "common/simd.h"
 #include "qattention/qattention_cpu.h"
+#include "qattention/vector_math.h"
 
 namespace vitq::VITQ_ISA::attention {
-
-// 2^x for x <= 0, NaN for NaN; 2^-126 for everything below. Relative error < 2^-22.5 (polynomial 1.3·2^-24).
-VITQ_INLINE F exp2_nonpositive(F x) {
-  x = max(set(-126.0f), x);  // in this order NaN stays
-  const F magic = set(12582912.0f);
-  const F shifted = x + magic;
-  const F r = x - (shifted - magic);
-  F p = set(0.0013276472f);
-  p = fma(p, r, set(0.009675541f));
-  p = fma(p, r, set(0.05550713f));
-  p = fma(p, r, set(0.2402212f));
-  p = fma(p, r, set(0.6931469f));
-  p = fma(p, r, set(1.0f));
-  return (F)((I)p + ((I)shifted << 23));
-}
-
-// log2 x for normal x > 0, absolute error < 2^-24·(2 + |log2 x|).
-VITQ_INLINE F log2_positive(F x) {
-  const I bits = (I)x - 0x3f3504f3;  // sqrt(1/2): the mantissa is taken in [sqrt(1/2), sqrt(2))
-  const F exponent = to_float(bits >> 23);
-  const F m = (F)((bits & 0x007fffff) + 0x3f3504f3);
-  const F s = (m - 1.0f) / (m + 1.0f), ss = s * s;
-  F p = set(0.43173470f);
-  p = fma(p, ss, set(0.57671444f));
-  p = fma(p, ss, set(0.96179885f));
-  p = fma(p, ss, set(2.8853901f));
-  return fma(p, s, exponent);
-}
-
-VITQ_INLINE F sqrt(F v) {
-#if defined(__AVX512F__)
-  return (F)_mm512_sqrt_ps((__m512)v);
-#elif defined(__AVX2__)
-  return (F)_mm256_sqrt_ps((__m256)v);
-#else
-  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
-  return v;
-#endif
-}
-
-VITQ_INLINE I larger(I a, I b) { return a > b ? a : b; }
-VITQ_INLINE I lane_index() {
-  I v;
-  for (int i = 0; i < kLanes; ++i) v[i] = i;
-  return v;
-}
-
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-VITQ_INLINE Bytes to_bytes(I v) {
-#if defined(__AVX512F__)
-  return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
-#else
-  return __builtin_convertvector(v, Bytes);
-#endif
-}
 
 // What one call's Focus comes to.
 //
@@ -71,15 +17,23 @@ struct FocusPlan {
       : focus(f),
         direct(f.b1 == 0.0),
         total_of_exp(!f.row_anchor || !f.renormalize),
-        exponent(1.4426950408889634 / (direct ? f.power : 1.0)) {
+        exponent(1.4426950408889634 / (direct ? f.power : 1.0)),
+        gain(f.top * __builtin_pow(f.b2, -1.0 / f.power)) {
     identity = true;
     for (int c = 0; c <= f.top; ++c) identity &= f.levels[c] == c;
+  }
+  // K of a row whose exponentials sum to `total`.
+  float row_gain(float total) const {
+    if (focus.power == 1.0) return static_cast<float>(gain / total);
+    if (focus.power == 2.0) return static_cast<float>(gain / __builtin_sqrt(total));
+    return static_cast<float>(gain * __builtin_pow(total, -1.0 / focus.power));
   }
   const Focus& focus;
   bool direct;
   bool total_of_exp;  // the row's sum of exponentials is needed (or else only whether it is NaN)
   bool identity;      // levels are the codes
   double exponent;    // scores are kept times this: log2 e, over the power if direct
+  double gain;        // n·b2^(-1/power)
 };
 
 // What a row of scores is made of: z = (product·scale·key_scale + (bias + mask)·exponent) in FocusPlan's
@@ -114,11 +68,11 @@ VITQ_INLINE float store_scores(const RowScores& row, F exponent, uint8_t* valid,
       if (n < kLanes) z = lane_index() < set(static_cast<int32_t>(n)) ? z : minus_inf;
     }
     store(row.product + j, z);
-    top = max(z, top);
+    top = larger(z, top);
     if (valid != nullptr) {
       const I out = z == minus_inf;
       excluded += out;
-      store(valid + j, to_bytes(~out));
+      store_bytes(valid + j, ~out & 255);
     }
   }
   if (valid != nullptr) {
@@ -126,17 +80,19 @@ VITQ_INLINE float store_scores(const RowScores& row, F exponent, uint8_t* valid,
     for (int i = 0; i < kLanes; ++i) n += excluded[i];
     *count = n;
   }
-  return max_of(top);
+  return largest_of(top);
 }
 
-VITQ_INLINE int32_t largest_product(const RowScores& row) {
-  I top_v = set(INT32_MIN);
-  int64_t j = 0;
-  for (; j + kLanes <= row.keys; j += kLanes) top_v = larger(load(row.product + j), top_v);
-  int32_t top = INT32_MIN;
-  for (int i = 0; i < kLanes; ++i) top = top_v[i] > top ? top_v[i] : top;
-  for (; j < row.keys; ++j) top = row.product[j] > top ? row.product[j] : top;
-  return top;
+// Largest product as a float (rounding keeps the order).
+VITQ_INLINE float largest_product(const RowScores& row) {
+  const F least = set(static_cast<float>(INT32_MIN));
+  F top_v = least;
+  for (int64_t j = 0; j < row.keys; j += kLanes) {
+    F x = to_float(load(row.product + j));
+    if (row.keys - j < kLanes) x = lane_index() < set(static_cast<int32_t>(row.keys - j)) ? x : least;
+    top_v = larger(x, top_v);
+  }
+  return largest_of(top_v);
 }
 
 // Scores without additive terms stay the integers that they are: only their maximum is needed beforehand.
@@ -164,9 +120,9 @@ VITQ_INLINE float codes_at_once(const LoadX& load_x, int64_t n, float k, float t
   for (int64_t j = 0; j < n; j += kLanes) {
     const F x = load_x(j), t = exp2_nonpositive(x);
     sum_v += powered<Power>(t, x, powerv);
-    store(codes + j, to_bytes(round_to_int(min(t * kv, topv))));
+    store_bytes(codes + j, round_to_int(min(t * kv, topv)));
   }
-  return sum(sum_v);
+  return sum_of(sum_v);
 }
 
 // out = 2^x; returns the sum of exponentials.
@@ -179,14 +135,13 @@ VITQ_INLINE float exponentials(const LoadX& load_x, int64_t n, float power, floa
     sum_v += powered<Power>(t, x, powerv);
     store(out + j, t);
   }
-  return sum(sum_v);
+  return sum_of(sum_v);
 }
 
 // codes = rne(min(k·t, top)).
 VITQ_INLINE void codes_direct(const float* t, int64_t n, float k, float top, uint8_t* codes) {
   const F kv = set(k), topv = set(top);
-  for (int64_t j = 0; j < n; j += kLanes)
-    store(codes + j, to_bytes(round_to_int(min(load(t + j) * kv, topv))));
+  for (int64_t j = 0; j < n; j += kLanes) store_bytes(codes + j, round_to_int(min(load(t + j) * kv, topv)));
 }
 
 // codes = rne(top·clamp(e·slope − shift, 0, 1)^(1/Power)).
@@ -199,14 +154,14 @@ VITQ_INLINE void codes_clamped(const float* e, int64_t n, double slope, double s
   const F high = set(static_cast<float>(inside)), root = set(static_cast<float>(1.0 / power));
   const F topv = set(static_cast<float>(top));
   for (int64_t j = 0; j < n; j += kLanes) {
-    F x = min(max(fma(load(e + j), a, b), F{}), high);
+    F x = min(larger(fma(load(e + j), a, b), F{}), high);
     if constexpr (Power == 2) x = sqrt(x);
     if constexpr (Power == 0) {
       const F tiny = set(1.17549435e-38f);
-      const F y = exp2_nonpositive(min(log2_positive(max(x, tiny)) * root, F{}));
+      const F y = exp2_nonpositive(min(log2_positive(larger(x, tiny)) * root, F{}));
       x = x < tiny ? F{} : y * topv;
     }
-    store(codes + j, to_bytes(round_to_int(x)));
+    store_bytes(codes + j, round_to_int(x));
   }
 }
 
@@ -216,7 +171,7 @@ VITQ_INLINE float quantize_row(const FocusPlan& plan, const LoadX& load_x, int64
   const Focus& f = plan.focus;
   const float top = static_cast<float>(f.top), power = static_cast<float>(f.power);
   if (plan.direct && f.row_anchor) {
-    const float k = static_cast<float>(f.top * __builtin_pow(f.b2, -1.0 / f.power));
+    const float k = static_cast<float>(plan.gain);
     if (!plan.total_of_exp || f.power == 1.0) return codes_at_once<1>(load_x, n, k, top, power, codes);
     if (f.power == 2.0) return codes_at_once<2>(load_x, n, k, top, power, codes);
     return codes_at_once<0>(load_x, n, k, top, power, codes);
@@ -230,8 +185,7 @@ VITQ_INLINE float quantize_row(const FocusPlan& plan, const LoadX& load_x, int64
     } else {
       total = exponentials<0>(load_x, n, power, scratch);
     }
-    const double k = f.top * __builtin_pow(f.b2 * total, -1.0 / f.power);
-    codes_direct(scratch, n, static_cast<float>(k), top, codes);
+    codes_direct(scratch, n, plan.row_gain(total), top, codes);
     return total;
   }
   const float total = exponentials<1>(load_x, n, power, scratch);
@@ -246,9 +200,46 @@ VITQ_INLINE float quantize_row(const FocusPlan& plan, const LoadX& load_x, int64
   return total;
 }
 
-// codes = levels[codes], n a multiple of 16 (and codes readable to a multiple of 64).
+#if defined(__AVX512BW__)
+// 64 codes a step through a table in four registers; Cascade Lake is the one VNNI machine without it.
+__attribute__((target("avx512vbmi"), noinline)) static void look_up_vbmi(const uint8_t* table, int64_t n,
+                                                                         uint8_t* codes) {
+  const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
+  const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
+  for (int64_t j = 0; j < n; j += 64) {
+    const __m512i c = _mm512_loadu_si512(codes + j);
+    const __m512i low = _mm512_permutex2var_epi8(t0, c, t1), high = _mm512_permutex2var_epi8(t2, c, t3);
+    _mm512_storeu_si512(codes + j, _mm512_mask_blend_epi8(_mm512_movepi8_mask(c), low, high));
+  }
+}
+#endif
+
+// codes = levels[codes]; up to 48 bytes behind the last code may be overwritten.
 VITQ_INLINE void look_up(const FocusPlan& plan, int64_t n, uint8_t* codes) {
-  for (int64_t j = 0; j < n; ++j) codes[j] = plan.focus.levels[codes[j]];
+  const uint8_t* table = plan.focus.levels;
+#if defined(__AVX512BW__)
+  static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
+  if (vbmi) return look_up_vbmi(table, n, codes);
+#endif
+#if defined(__AVX2__)
+  // Sixteen levels at a time: a code of another sixteen saturates to an index with its top bit set, which
+  // yields 0.
+  const __m256i bias = _mm256_set1_epi8(0x70);
+  for (int64_t j = 0; j < n; j += 32) {
+    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j));
+    __m256i out = _mm256_setzero_si256();
+    for (int t = 0; t <= plan.focus.top; t += 16) {
+      const __m256i levels =
+          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table + t)));
+      const __m256i index =
+          _mm256_adds_epu8(_mm256_xor_si256(c, _mm256_set1_epi8(static_cast<char>(t))), bias);
+      out = _mm256_or_si256(out, _mm256_shuffle_epi8(levels, index));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + j), out);
+  }
+#else
+  for (int64_t j = 0; j < n; ++j) codes[j] = table[codes[j]];
+#endif
 }
 
 // Levels [padded] of one row (0 for keys of score −inf and behind the last key).
@@ -258,9 +249,10 @@ VITQ_INLINE RowResult focus_row(const FocusPlan& plan, const RowScores& row, uin
   float* const z = reinterpret_cast<float*>(row.product);
   RowResult result{0.0f, row.keys};
   if (plain(row)) {
-    const F scale = set(row.scale), top = set(-(static_cast<float>(largest_product(row)) * row.scale));
+    // Subtracted before scaling: exact for products below 2^24, and the largest is exactly 0.
+    const F scale = set(row.scale), top = set(largest_product(row));
     const auto load_x = [&](int64_t j) VITQ_LAMBDA {
-      const F x = fma(to_float(load(row.product + j)), scale, top);
+      const F x = (to_float(load(row.product + j)) - top) * scale;
       if (j + kLanes <= row.keys) return x;
       return lane_index() < set(static_cast<int32_t>(row.keys - j)) ? x : set(-__builtin_inff());
     };

@@ -4,9 +4,8 @@
 // [n/16][k/step][16][step]: a 64-byte line holds `step` consecutive k of 16 columns, and a 32-bit lane of it
 // meets as many of A, broadcast.
 //
-//   VNNI        A uint8, B int8, step 4: vpdpbusd. Signed queries are shifted by 128, which init takes out
-//   again. otherwise   A, B int16, step 2: vpmaddwd. Not vpmaddubsw: two products of 255·127 saturate its 16
-//   bits.
+// VNNI: A uint8, B int8, step 4, vpdpbusd; signed queries are shifted by 128, which init takes out again.
+// Otherwise: A, B int16, step 2, vpmaddwd; not vpmaddubsw, whose 16 bits two products of 255·127 saturate.
 #pragma once
 
 #include "common/simd.h"
@@ -142,13 +141,30 @@ void pack_keys(const Row& row, int64_t n, int64_t d, int64_t steps, B* packed, i
   }
 }
 
-// `kStep` rows of values (int8, [width], width a multiple of 16) as the lines of step s.
+VITQ_INLINE I widen_int8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  I v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// `kStep` rows of values ([width], width a multiple of 16) as the lines of step s: one 32-bit lane per
+// column.
 VITQ_INLINE void pack_value_step(const int8_t* const* rows, int64_t width, int64_t s, int64_t steps,
                                  B* packed) {
-  for (int64_t g = 0; g < width / kColumns; ++g) {
-    B* line = packed + (g * steps + s) * kLine;
-    for (int c = 0; c < kColumns; ++c)
-      for (int t = 0; t < kStep; ++t) line[c * kStep + t] = rows[t][g * kColumns + c];
+  constexpr int kBits = 32 / kStep;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    U lanes{};
+    for (int t = 0; t < kStep; ++t) {
+      const U value = (U)widen_int8(rows[t] + c);
+      lanes |= (value & (0xffffffffu >> (32 - kBits))) << (t * kBits);
+    }
+    store(packed + (c / kColumns * steps + s) * kLine + c % kColumns * kStep, lanes);
   }
 }
 

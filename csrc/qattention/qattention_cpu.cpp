@@ -139,7 +139,7 @@ class Attention {
  private:
   // V' = rne(V·s_v/S), S the head's largest scale; one scale for all tokens leaves the codes alone.
   void pack_values(int64_t b, int64_t h) {
-    float top = a.v_scale.at(b, h, 0);
+    float top = a.nk > 0 ? a.v_scale.at(b, h, 0) : 0.0f;
     if (a.v_scale.per_token()) {
       for (int64_t j = 0; j < a.nk; ++j) {
         const float scale = a.v_scale.at(b, h, j);
@@ -181,9 +181,7 @@ class Attention {
     padded_row(v, out);
     const F r = set(ratio), low = set(-128.0f), high = set(127.0f);
     for (int64_t c = 0; c < s.width; c += kLanes) {
-      F x{};
-      for (int i = 0; i < kLanes; ++i) x[i] = out[c + i];
-      x = x * r;
+      F x = to_float(widen_int8(out + c)) * r;
       x = x == x ? x : F{};
       store_int8(out + c, round_to_int(min(max(x, low), high)));
     }
@@ -258,21 +256,28 @@ class Attention {
 
 // Images [first, first + images) into `out`, whose row 0 is query 0 of the first one. Work is split over
 // images, heads and blocks of queries in this order; a thread packs a head's keys and values once for all its
-// blocks.
+// blocks. finish(row, n) is called once for every n rows of `out` that all heads have written, by the thread
+// that wrote the last of them.
+template <class Finish>
 void run(const QAttentionArgs& args, const FocusPlan& plan, int64_t first, int64_t images, void* out,
-         DType dtype) {
+         DType dtype, const Finish& finish) {
   const Shape shape(args);
+  Scratch counters(static_cast<size_t>(images * shape.blocks) * sizeof(int64_t));
+  int64_t* heads_done = counters.at<int64_t>();
+  std::memset(heads_done, 0, static_cast<size_t>(images * shape.blocks) * sizeof(int64_t));
   pool_for(args.pool, images * args.heads * shape.blocks, 1, [&](int64_t begin, int64_t end) {
     Attention attention(args, shape, plan);
     int64_t packed = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t head = unit / shape.blocks, image = head / args.heads, h = head % args.heads;
+      const int64_t head = unit / shape.blocks, block = unit % shape.blocks;
+      const int64_t image = head / args.heads, h = head % args.heads;
       if (head != packed) attention.pack_head(first + image, h);
       packed = head;
-      const int64_t query = unit % shape.blocks * shape.rows;
-      if (query < args.nq)
-        attention.block(first + image, h, query, smaller(shape.rows, args.nq - query), out, dtype,
-                        image * args.nq + query);
+      const int64_t query = block * shape.rows, n = smaller(shape.rows, args.nq - query);
+      if (n <= 0) continue;
+      attention.block(first + image, h, query, n, out, dtype, image * args.nq + query);
+      int64_t* done = heads_done + image * shape.blocks + block;
+      if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == args.heads) finish(image * args.nq + query, n);
     }
   });
 }
@@ -281,34 +286,26 @@ void run(const QAttentionArgs& args, const FocusPlan& plan, int64_t first, int64
 }  // namespace attention
 
 void qattention(const QAttentionArgs& args, void* out, DType dtype) {
-  if (args.nk == 0) {
-    std::memset(out, 0, static_cast<size_t>(args.batch * args.nq * args.heads * args.d * size_of(dtype)));
-    return;
-  }
-  attention::run(args, attention::FocusPlan(args.focus), 0, args.batch, out, dtype);
+  attention::run(args, attention::FocusPlan(args.focus), 0, args.batch, out, dtype, [](int64_t, int64_t) {});
 }
 
 void qattention_quantize(const QAttentionArgs& args, const QuantTail& tail) {
-  // Dynamic scales, lora_down and the subspace need whole rows over all heads: a few images at a time in
-  // floats, few enough to be still in the cache when they are quantized, enough to occupy every thread.
-  constexpr int64_t kBytes = 1 << 20;
-  const int64_t row_bytes = tail.k * 4, image_bytes = args.nq * row_bytes;
-  const int64_t images = smaller(args.batch, ceil_div(kBytes * args.pool.threads, image_bytes + 1));
+  // Dynamic scales, lora_down and the subspace need whole rows over all heads, so o exists in floats. A row
+  // is quantized as soon as its last head is there, in the same parallel region: a second one would cost a
+  // second barrier. The buffer is bounded by going through large batches in equal parts.
+  constexpr int64_t kBytes = 16 << 20;
+  const int64_t image_bytes = args.nq * tail.k * 4;
+  const int64_t parts = smaller(args.batch, ceil_div(args.batch * image_bytes + 1, kBytes));
+  const int64_t images = ceil_div(args.batch, parts);
   Scratch rows(static_cast<size_t>(images * image_bytes));
   float* x = rows.at<float>();
   const attention::FocusPlan plan(args.focus);
-  for (int64_t b = 0; b < args.batch; b += images) {
-    const int64_t now = smaller(images, args.batch - b);
-    if (args.nk == 0) {
-      std::memset(x, 0, static_cast<size_t>(now * image_bytes));
-    } else {
-      attention::run(args, plan, b, now, x, DType::f32);
-    }
-    pool_for(args.pool, now * args.nq, 16, [&](int64_t begin, int64_t end) {
-      float* in = x + begin * tail.k;
-      quantize_rows(tail, in, in, tail.k, b * args.nq + begin, end - begin);
-    });
-  }
+  for (int64_t b = 0; b < args.batch; b += images)
+    attention::run(args, plan, b, smaller(images, args.batch - b), x, DType::f32,
+                   [&](int64_t row, int64_t n) {
+                     float* in = x + row * tail.k;
+                     quantize_rows(tail, in, in, tail.k, b * args.nq + row, n);
+                   });
 }
 
 }  // namespace vitq::VITQ_ISA

@@ -102,6 +102,7 @@ class Config(_Strict):
     kwargs: dict[str, Any]
     data: DataConfig
     recipe: dict[str, Any]
+    source: dict[str, Any]
     metrics: dict[str, Any]
     sites: dict[str, Annotated[LinearConfig | AttentionConfig, Field(discriminator="kind")]]
     float_bytes: int
@@ -126,12 +127,12 @@ def save(path: str | os.PathLike, state: ModelState, *, overwrite: bool = False)
     folder = Path(path)
     _check_target(folder, overwrite)
     tensors, sites = _disassemble(state)
-    fields = {k: _plain(f"state.{k}", getattr(state, k)) for k in ("kwargs", "data", "recipe", "metrics")}
+    fields = {k: _plain(f"state.{k}", getattr(state, k)) for k in ("kwargs", "data", "recipe", "source", "metrics")}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
     committed = None
     try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "version": str(VERSION)})
+        save_file(tensors, temporary, metadata={FORMAT: str(VERSION)})  # one key: their order is not deterministic
         digest, size = _sha256(temporary), temporary.stat().st_size
         weights = WeightsFile(file=f"model-{digest[:16]}.safetensors", sha256=digest, bytes=size)
         config = _validated(
@@ -215,7 +216,8 @@ def load_state(path: str | os.PathLike) -> tuple[ModelState, Config]:
         raise CheckpointError(f"{file}: holds {sorted(tensors)[0]!r}, which {CONFIG} does not mention")
     data = config.data.model_dump(exclude_none=True)
     try:
-        state = ModelState(config.architecture, sites, floats, config.kwargs, data, config.recipe, config.metrics)
+        plain = {k: getattr(config, k) for k in ("kwargs", "recipe", "source", "metrics")}
+        state = ModelState(config.architecture, sites, floats, data=data, **plain)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     return state, config

@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-eval", action="store_true", help="write the checkpoint only")
     p.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     p.add_argument("--work-dir", help="keeps progress, so that an interrupted run resumes (default: OUTPUT.work)")
+    p.add_argument("--fast", action="store_true", help="the recipe's reduced iterations, as the demo uses them")
     p.add_argument("--force", action="store_true", help="replace an existing checkpoint")
 
     p = command("eval", run.evaluate, "Top-1, agreement and SQNR of the float, simulated and integer model.")

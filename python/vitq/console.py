@@ -29,15 +29,16 @@ def print_rows(console: Console, title: str, rows: list[dict[str, Any]], columns
 def cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def progress(console: Console) -> Progress:
+def progress() -> Progress:
+    """A bar on stderr that vanishes when it is done."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
-        console=console,
+        console=Console(stderr=True),
         transient=True,
     )

@@ -28,6 +28,7 @@ class ModelState:
         data: what images must look like: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
             ``num_classes``, and ``class_names`` where known.
         recipe: the recipe that produced the state, plain JSON values.
+        source: where the float model came from (see ``vitq.sources.ModelSource``), plain JSON values.
         metrics: figures worth keeping with the model (accuracy, SQNR, calibration seconds), plain JSON values.
     """
 
@@ -37,6 +38,7 @@ class ModelState:
     kwargs: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ def _spread(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def images(model: nn.Module, n: int = 4, seed: int = 1) -> torch.Tensor:
+def images(model: nn.Module, n: int = 6, seed: int = 1) -> torch.Tensor:
     size = model.patch_embed.img_size
     return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(seed))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from vitq import checkpoint
 from vitq.checkpoint import CheckpointError
 from vitq.convert import to_integer
-from vitq.models import data_config
+from vitq.models import state_data
 
 from vitq_kernels.formats import FocusSpec, LevelTable, QuantSpec
 
@@ -60,7 +60,7 @@ def make(name="vit-static"):
         state,
         architecture=architecture,
         kwargs=kwargs,
-        data=data_config(model),
+        data=state_data(model),
         recipe={"name": "test", "bits": [4, 8]},
     )
     return model, state, x

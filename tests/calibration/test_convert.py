@@ -53,17 +53,26 @@ STATES = {
 }
 
 
-def assert_same_function(integer: nn.Module, oracle: nn.Module, x: torch.Tensor) -> None:
-    """Float precision where no code differs; one code apart costs a step.
+def assert_same_function(integer: nn.Module, oracle: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
+    """Unit by unit on the oracle's own activations, then end to end.
 
-    A value whose float64 quotient x/scale lies within float32 rounding (2^-21 relative) of a tie may round either way:
-    with 1e5 codes an image that is one or none in most images. So some images agree to float precision, and in the
-    others a step is all there is.
+    A code may round the other way where float64 x/scale lies within float32 rounding of a tie (1e-5 of all codes). One
+    such code costs the tokens that see it about a step, 1e-2 of the largest value; all others agree to float precision.
+    End to end these steps add up to far less than quantization itself.
     """
-    want, got = oracle(x.double()), integer(x)
-    each = [sqnr(want[i], got[i]) for i in range(len(x))]
-    assert sum(db > 85 for db in each) >= len(x) / 4, each
-    assert min(each) > 18, each
+    read, _ = minmax.inputs_of(oracle, _units(model), x.double())
+    for path, value in read.items():
+        want, got = (m.get_submodule(path)(value.to(t)) for m, t in ((oracle, torch.float64), (integer, torch.float32)))
+        error = (got - want).abs().amax(1 if path.startswith("patch_embed") else -1)
+        agree = (error <= 2e-4 * want.abs().amax()).float().mean()
+        assert agree >= 0.7, f"{path}: {agree:.0%} of the tokens agree"
+    assert sqnr(oracle(x.double()), integer(x)) > 18
+
+
+def _units(model: nn.Module) -> list[str]:
+    """Blocks and the layers between them, each with the LayerNorm that conversion moves into it."""
+    sites = adapter_for(model).sequence()
+    return [s.path.rpartition(".")[0] if getattr(s, "norm", None) is not None else s.path for s in sites]
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -73,7 +82,7 @@ def test_integer_model_is_the_simulation(name, state):
     x = minmax.images(model)
     s = minmax_state(model, x, **STATES[state])
     integer = to_integer(model, s)
-    assert_same_function(integer, simulated(model, s), x)
+    assert_same_function(integer, simulated(model, s), model, x)
     assert sum(isinstance(m, QBlock) for m in integer.modules()) == len(adapter_for(model).blocks())
     assert not any(isinstance(m, nn.Linear | nn.Conv2d | nn.Dropout) for m in integer.modules())
 
@@ -105,7 +114,7 @@ def test_planted_bugs_are_caught(plant, name):
     x = minmax.images(model)
     s = minmax_state(model, x)
     integer, oracle = to_integer(model, s), simulated(model, s)
-    assert_same_function(integer, oracle, x)
+    assert_same_function(integer, oracle, model, x)
     attentions = [block.attn for block in integer.modules() if isinstance(block, QBlock)]
     # Swin's last block is shifted, the one before is padded without a mask to hide it.
     attn = attentions[{"shift": -1, "mask": -1, "padding": -2}.get(plant, 0)]
@@ -127,7 +136,7 @@ def test_planted_bugs_are_caught(plant, name):
     elif plant == "norm":
         attn.qkv.norm.eps = 1e-3
     with pytest.raises(AssertionError):
-        assert_same_function(integer, oracle, x)
+        assert_same_function(integer, oracle, model, x)
 
 
 def test_forward_api_is_timms():
@@ -160,11 +169,11 @@ def test_attention_masks_reach_the_integer_attention():
     assert sqnr(want, got) > 30
     assert sqnr(integer(x), got) < 20
     additive = torch.zeros(17, 17).masked_fill(~keep, float("-inf"))
-    assert torch.equal(integer(x, attn_mask=additive.expand(4, 1, 17, 17)), got)
+    assert torch.equal(integer(x, attn_mask=additive.expand(6, 1, 17, 17)), got)
     with pytest.raises(ValueError, match="is_causal is True"):
-        integer(x, is_causal=True)
+        integer.blocks[0](torch.zeros(1, 17, 32), is_causal=True)
     with pytest.raises(ValueError, match="attn_mask has shape"):
-        integer(x, attn_mask=additive.expand(4, 2, 17, 17))
+        integer(x, attn_mask=additive.expand(6, 2, 17, 17))
 
 
 # What stays float, and why.
@@ -191,7 +200,7 @@ def test_what_cannot_be_converted_is_listed_and_the_rest_is_integer(name):
     assert reason in integer.vitq_report.floating[path]
     assert path in str(integer.vitq_report)
     assert not any(isinstance(m, nn.Linear | nn.Conv2d) for m in integer.modules()), "linear layers are integer anyway"
-    assert_same_function(integer, simulated(model, s), x)
+    assert_same_function(integer, simulated(model, s), model, x)
 
 
 def test_unknown_blocks_stay_float():
@@ -204,7 +213,7 @@ def test_unknown_blocks_stay_float():
     integer = to_integer(model, s)
     assert set(s.sites) == {"patch_embed.proj", "head"}
     assert set(refused) <= set(integer.vitq_report.floating)
-    assert_same_function(integer, simulated(model, s), x)
+    assert_same_function(integer, simulated(model, s), model, x)
 
 
 @pytest.mark.parametrize("skip", ["attn", "mlp.fc1", "mlp.fc2", "mlp", "patch_embed.proj", "head"])
@@ -219,7 +228,7 @@ def test_sites_without_a_state_stay_float(name, skip):
     integer = to_integer(model, s)
     assert all(integer.vitq_report.floating[p] == "the state leaves it float" for p in left)
     assert not left & set(integer.vitq_report.integer)
-    assert_same_function(integer, simulated(model, s), x)
+    assert_same_function(integer, simulated(model, s), model, x)
 
 
 def test_every_parameter_is_accounted_for():
@@ -240,7 +249,7 @@ def test_weight_only_layers():
     every = tuple(site.path for site in adapter_for(model).linears())
     s = minmax_state(model, x, weight_only=every, rank=3)
     integer = to_integer(model, s)
-    assert_same_function(integer, simulated(model, s), x)
+    assert_same_function(integer, simulated(model, s), model, x)
     assert "float input" in integer.vitq_report.integer["head.fc"]
 
 
@@ -298,10 +307,10 @@ def test_windows_and_masks_are_timms(name):
 # Graphs.
 
 
-@pytest.mark.parametrize("name", ["distilled", "swin"])
+@pytest.mark.parametrize("make", [lambda: vit(VisionTransformerDistilled, depth=1), lambda: swin(depths=(2, 1))])
 @pytest.mark.parametrize("backend", [None, "ref"])
-def test_compile_export_deepcopy(name, backend):
-    model = MODELS[name]()
+def test_compile_export_deepcopy(make, backend):
+    model = make()
     x = minmax.images(model)
     integer = to_integer(model, minmax_state(model, x, act=TOKEN4, operands=HEADS, rank=4, kind="subspace"), backend)
     exported = torch.export.export(integer, (x,))  # first: nothing may depend on an eager call before

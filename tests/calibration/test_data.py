@@ -1,5 +1,6 @@
 """Digits and image folders: splits, seeds, transforms and refusals."""
 
+import hashlib
 import re
 from dataclasses import fields
 
@@ -68,6 +69,15 @@ def test_splits_repeat_bit_for_bit_and_are_not_shared():
         again = load_digits(split).tensors
         assert torch.equal(again[0], second[0])
         assert torch.equal(again[1], second[1])
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [("train", "232155519d337cd7"), ("test", "cda0d82d2d80b4aa"), ("hard", "4712fd4e200bf316")],
+)
+def test_pixels_are_the_ones_that_published_figures_refer_to(split, digest):
+    pixels = ((load_digits(split).tensors[0] * 0.5 + 0.5) * 255).round().to(torch.uint8)
+    assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16] == digest
 
 
 def test_splits_do_not_depend_on_global_state_or_threads():
@@ -261,6 +271,14 @@ def test_a_class_named_train_is_not_a_split(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
     assert load_folder(tmp_path, "test", vit_digits_patch4_32(num_classes=2)).classes == ["boat", "train"]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_every_colour_mode_becomes_rgb(tmp_path, mode):
+    (tmp_path / "grey").mkdir()
+    Image.radial_gradient("L").resize((32, 32)).convert(mode).save(tmp_path / "grey" / "0.png")
+    image, _ = load_folder(tmp_path, "train", vit_digits_patch4_32())[0]
+    assert image.shape == (3, SIZE, SIZE)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])

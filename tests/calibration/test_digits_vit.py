@@ -68,13 +68,14 @@ def test_accuracy(model):
 
 
 def test_training_is_deterministic_and_learns(monkeypatch, capsys):
-    few = tuple(tensor[:64] for tensor in training_pixels())
-    monkeypatch.setattr(train_digits, "training_pixels", lambda: few)
-    first, second = (train(8, 32, 1e-3, seed=1).state_dict() for _ in range(2))
+    images, labels = training_pixels()
+    few = (labels < 2).nonzero().squeeze(1)[:32]  # two classes: the head's bias alone learns fast
+    monkeypatch.setattr(train_digits, "training_pixels", lambda: (images[few], labels[few]))
+    first, second = (train(5, 16, 1e-3, seed=1).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 16
-    assert losses[7] < min(losses[0], math.log(10)) - 0.1
+    assert len(losses) == 10
+    assert losses[4] < min(losses[0], math.log(10)) - 0.3
 
 
 def test_script_writes_what_it_trained(model, monkeypatch, tmp_path, capsys):

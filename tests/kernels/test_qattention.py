@@ -247,6 +247,19 @@ def test_all_extreme_codes_do_not_saturate(backend, focus):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_hard_attention_is_the_mean_over_the_best_keys(backend):
+    """Scores of 1e8: their rounding errors are units, so the maximum must be exact where it is subtracted."""
+    data = make(nq=20, nk=60, d=32)
+    q, k, v, *_ = data
+    one, focus = torch.ones(1), FocusSpec(anchor="row")
+    got = call((q, k, v, 1000 * one, one, one, 1.0, None, None), focus, backend)
+    product = q.double() @ k.double().mT
+    best = (product == product.amax(-1, keepdim=True)).double()
+    want = (best @ v.double()) / best.sum(-1, keepdim=True)
+    torch.testing.assert_close(got.double(), want.transpose(1, 2).reshape(2, 20, -1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sharp_and_flat_rows(backend):
     """Scores of ±1e3 units (every other probability underflows) and identical scores."""
     data = make(nq=20, nk=60, d=32)
@@ -424,7 +437,7 @@ def flat_args(data, focus):
     from vitq_kernels.ops.qattention import _flat
 
     *operands, softmax_scale, bias, mask = data
-    return _flat(*operands, focus, softmax_scale, bias, mask)
+    return _flat(*operands, focus, softmax_scale, bias, mask, None)
 
 
 @pytest.mark.parametrize("shape", [{}, {"nq": 0}, {"nk": 0}, {"b": 0}])
@@ -514,6 +527,7 @@ BAD = {
     "mask_groups": ({"mask": torch.zeros(3, 9, 11)}, ValueError, "mask has shape (3, 9, 11), expected (a divisor of 2"),
     "mask_none": ({"mask": torch.zeros(0, 9, 11)}, ValueError, "mask has shape (0, 9, 11), expected (a divisor of 2"),
     "mask_rows": ({"mask": torch.zeros(1, 4, 11)}, ValueError, "mask has shape (1, 4, 11), expected (a divisor of 2"),
+    "levels": ({"levels": torch.zeros(3, dtype=torch.uint8)}, ValueError, "levels has shape (3,), expected (256)"),
     "focus": ({"focus": 4}, TypeError, "focus is int, expected a FocusSpec"),
     "out_dtype": ({"out_dtype": torch.int8}, TypeError, "out_dtype is torch.int8, expected torch.float32 or"),
     "softmax_scale": ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan, expected a finite number"),

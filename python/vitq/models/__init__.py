@@ -3,7 +3,7 @@
 from .digits_vit import vit_digits_patch4_32
 from .outlier import outlier_variant
 from .sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite
-from .timm_family import adapter_for, data_config
+from .timm_family import adapter_for, state_data
 
 __all__ = [
     "AttentionSite",
@@ -13,7 +13,7 @@ __all__ = [
     "MlpSite",
     "NormSite",
     "adapter_for",
-    "data_config",
     "outlier_variant",
+    "state_data",
     "vit_digits_patch4_32",
 ]

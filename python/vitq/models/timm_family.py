@@ -6,13 +6,13 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
-from timm.data import resolve_model_data_config
 from timm.layers import DropPath, PatchDropout, PatchEmbed, attention_pool, mlp, norm
 from timm.layers import activations as act
 from timm.models import swin_transformer as swin
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
+from vitq.data import data_config
 from vitq_kernels.nn.window import Window
 
 from .sites import AttentionSite, BlockSite, BranchSite, Family, LinearSite, MlpSite, NormSite, Role
@@ -35,9 +35,9 @@ def adapter_for(model: nn.Module) -> Family:
     raise TypeError(f"model is {type(model).__name__}, expected a timm VisionTransformer (DeiT too) or SwinTransformer")
 
 
-def data_config(model: nn.Module) -> dict[str, Any]:
+def state_data(model: nn.Module) -> dict[str, Any]:
     """``ModelState.data`` of a timm model: input size, normalization, crop, and class names where timm knows them."""
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     data = {key: config[key] for key in keys} | {"num_classes": model.num_classes}
     names = model.pretrained_cfg.get("label_names")
@@ -216,7 +216,7 @@ class TimmSwin(_TimmFamily):
         attn = module.attn
         if type(attn) is not swin.WindowAttention:
             reason = f"is a {type(attn).__name__}, expected timm's WindowAttention"
-        elif module.dynamic_mask:
+        elif getattr(module, "dynamic_mask", False):
             reason = "builds its windows for each input size (strict_img_size=False)"
         else:
             norm1 = self._norm(branch.norm)

@@ -117,7 +117,7 @@ def qattention(
               o = S·(step·Σ_j levels[c]·V' + offset·Σ_j V') / denom,
               denom = Σ_j P if renormalize, else Σ (row anchor) or 1 (absolute).
     Args:     q ([B, H, Nq, d] int8), k, v ([B, H, Nk, d] int8): any strides with a contiguous last dimension, so views
-              of a fused QKV result need no copy. *_scale: float32 (1), (H) or (B, H, N); zero points are 0.
+              of a fused QKV result need no copy. *_scale: positive float32 (1), (H) or (B, H, N); zero points are 0.
               focus: FocusSpec. softmax_scale: d^-½ if None.
               bias ([H, Nq, Nk] float): added to the scores (relative position).
               mask ([G, Nq or 1, Nk] float): added; image b uses mask[b mod G] (G divides B). A key of score −inf is

@@ -1,0 +1,181 @@
+"""The parts of AIQViT and of the deployment recipes, one at a time, on the shipped model.
+
+python -m vitq.bench.ablation --output bench/results/ablation.json --markdown docs/ablation.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import jobs
+from ..data import load_data
+from ..evaluate import predict, sqnr_db, top1
+from ..models.digits_vit import NAME
+from ..recipes import load_recipe
+from ..sources import ModelSource, load_float
+
+PAPER_FOCUS = {"anchor": "absolute", "power": 1.0, "below": "floor", "renormalize": False}
+FIXED = {"b1": 0.0, "b2": 1.0}
+NO_BRANCH = {"kind": "none", "rank": 0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a recipe with overrides."""
+
+    group: str
+    label: str
+    recipe: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def _bits(weights: int, activations: int, operands: int = 8, softmax: int = 8) -> dict[str, int]:
+    return {"weights": weights, "activations": activations, "operands": operands, "softmax": softmax}
+
+
+def aiqvit_cases() -> list[Case]:
+    """The paper's ablation: parts added one by one at W4A4, static, the paper's quantizer of the softmax."""
+    group = "AIQViT at W4A4, part by part"
+
+    def case(label: str, branch: bool, focus: bool, curriculum: float) -> Case:
+        overrides = {
+            "focus": {**PAPER_FOCUS, **FIXED},
+            "low_rank": {"kind": "error", "rank": 32} if branch else NO_BRANCH,
+            "initialise": [{"method": "scales", "focus_search": 12 if focus else 0}],
+            "allocate": [],
+            "reconstruct": [{"method": "blocks", "curriculum": curriculum, "lr_focus": 1e-2 if focus else 0.0}],
+        }
+        return Case(group, label, "aiqvit-w4a4", overrides)
+
+    return [
+        case("reconstruction alone", False, False, 1.0),
+        case("+ low-rank branch", True, False, 1.0),
+        case("+ focusing quantizer", False, True, 1.0),
+        case("+ both", True, True, 1.0),
+        case("+ both + curriculum", True, True, 0.5),
+    ]
+
+
+def branch_cases() -> list[Case]:
+    """Kinds of low-rank branch at equal rank, closed form only."""
+    out = []
+    for bits, recipe in ((_bits(4, 4), "vitq-w4a4"), (_bits(3, 8), "vitq-w4a8")):
+        group = f"Low-rank branch, rank 32, W{bits['weights']}A{bits['activations']} per token"
+        for label, kind, start in (
+            ("none", "none", "whitened"),
+            ("merged", "merged", "whitened"),
+            ("error, plain SVD", "error", "plain"),
+            ("error, whitened SVD", "error", "whitened"),
+            ("error, whole output error", "error", "output"),
+            ("subspace", "subspace", "whitened"),
+        ):
+            low_rank = {"kind": kind, "rank": 0 if kind == "none" else 32}
+            steps = [{"method": "closed_form", "start": start}]
+            out.append(Case(group, label, recipe, {"bits": bits, "low_rank": low_rank, "compensate": steps}))
+    return out
+
+
+def focus_cases() -> list[Case]:
+    """The softmax quantizer alone: everything else at 8 bits, no learning but the interval's grid search."""
+    forms = (
+        ("AIQViT: absolute, floor", {**PAPER_FOCUS}, 12),
+        ("absolute, zero", {**PAPER_FOCUS, "below": "zero"}, 12),
+        ("absolute, renormalized", {**PAPER_FOCUS, "renormalize": True}, 12),
+        ("absolute, power 2, renormalized", {**PAPER_FOCUS, "power": 2.0, "renormalize": True}, 12),
+        ("absolute, power 3, renormalized", {**PAPER_FOCUS, "power": 3.0, "renormalize": True}, 12),
+        ("row, power 1", {**PAPER_FOCUS, **FIXED, "anchor": "row"}, 0),
+        ("row, power 2", {**PAPER_FOCUS, **FIXED, "anchor": "row", "power": 2.0}, 0),
+        ("row, power 2, renormalized", {**PAPER_FOCUS, **FIXED, "anchor": "row", "power": 2.0, "renormalize": True}, 0),
+    )
+    return [
+        Case(
+            f"Softmax quantizer alone, {bits} bits",
+            label,
+            "vitq-w8a8",
+            {
+                "bits": _bits(8, 8, 8, bits),
+                "focus": focus,
+                "initialise": [{"method": "scales", "focus_search": search}],
+            },
+        )
+        for bits in (8, 4, 3, 2)
+        for label, focus, search in forms
+    ]
+
+
+def level_cases() -> list[Case]:
+    """Uniform codes against level tables on the int8 grid, no branch."""
+    out = []
+    for what, bits in (("activation", _bits(8, 4)), ("activation", _bits(8, 3)), ("weight", _bits(4, 8)),
+                       ("weight", _bits(3, 8))):  # fmt: skip
+        for levels in ("uniform", "table"):
+            overrides = {
+                "bits": bits,
+                "low_rank": NO_BRANCH,
+                f"{what}_levels": levels,
+                "compensate": [{"method": "closed_form"}],
+            }
+            group = f"Levels, W{bits['weights']}A{bits['activations']} per token, no branch"
+            out.append(Case(group, f"{what}s {levels}", "vitq-w8a8", overrides))
+    return out
+
+
+def run(cases: list[Case], limit: int | None = None, progress: Callable[[str, int, int], None] | None = None):
+    """One row per case: top-1 and logit SQNR of the integer model on both splits, calibration seconds."""
+    source = ModelSource(NAME)
+    model = load_float(source)
+    splits = {name: load_data("digits", name, model, limit) for name in ("test", "hard")}
+    reference = {name: predict(model, data) for name, data in splits.items()}
+    rows = []
+    for i, case in enumerate(cases):
+        if progress is not None:
+            progress(f"{case.group}: {case.label}", i, len(cases))
+        recipe = load_recipe(case.recipe, fast=True, **case.overrides)
+        done = jobs.quantize(model, source, recipe, "digits")
+        row: dict[str, Any] = {"group": case.group, "case": case.label, "calibration_s": done.seconds}
+        for name, data in splits.items():
+            floats, labels = reference[name]
+            logits, _ = predict(done.integer, data)
+            row[f"{name}_top1"], row[f"{name}_sqnr_db"] = top1(logits, labels), sqnr_db(floats, logits)
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as one Markdown table per group."""
+    lines = [
+        "# Ablations",
+        "",
+        "Integer models on the shipped digits ViT; top-1 in percent and logit SQNR in dB against the float model, on",
+        "the clean and the hard split. Reduced iterations, as `make demo` uses them. Made by",
+        "`python -m vitq.bench.ablation --output bench/results/ablation.json --markdown docs/ablation.md`.",
+    ]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines += ["", f"## {group}", "", "| | clean top-1 | SQNR | hard top-1 | SQNR |", "|---|---|---|---|---|"]
+        for row in rows:
+            if row["group"] == group:
+                cells = (f"{row[k]:.2f}" for k in ("test_top1", "test_sqnr_db", "hard_top1", "hard_sqnr_db"))
+                lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--markdown", type=Path, help="Markdown file to write")
+    parser.add_argument("--limit", type=int, help="images per split (default: all)")
+    args = parser.parse_args()
+    cases = aiqvit_cases() + branch_cases() + focus_cases() + level_cases()
+    rows = run(cases, args.limit, lambda what, i, n: print(f"{i + 1}/{n} {what}", flush=True))
+    args.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The whole of calibration: a float model, images and a recipe in; a simulated model and a ModelState out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .models import adapter_for
+from .recipes import Recipe, load_recipe
+from .simulate import SimModel
+from .stages.base import Calibration, Progress
+from .state import ModelState
+from .workdir import WorkDir, tensor_digest
+
+
+@dataclass(frozen=True)
+class CalibratedModel:
+    """What :func:`calibrate` returns.
+
+    Attributes:
+        sim: the simulated model; computes what the integer model of ``state`` computes.
+        state: everything that model is.
+        seconds: wall time by step.
+    """
+
+    sim: SimModel
+    state: ModelState
+    seconds: dict[str, float]
+
+
+def calibrate(
+    model: nn.Module,
+    images: Tensor,
+    recipe: Recipe | str | Path,
+    *,
+    seed: int = 0,
+    work_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    architecture: str | None = None,
+    **fields: Any,
+) -> CalibratedModel:
+    """Quantize ``model`` by ``recipe``.
+
+    Args:
+        model: float timm model (see ``vitq.models.adapter_for``); left untouched.
+        images ([B, C, H, W] float32): preprocessed calibration images.
+        recipe: a Recipe, a shipped recipe's name or a YAML file.
+        seed: of every random choice; the same seed, model, images and thread count give the same state, bit for bit.
+        work_dir: keep finished units here; a later call with the same arguments goes on where this one stopped and
+            gives the identical result.
+        progress: called with (step, units done, units in all).
+        architecture: timm name for the state; default the model's own.
+        fields: further fields of ModelState (kwargs, data, metrics).
+
+    Raises:
+        TypeError: a model of no known family.
+        ValueError: images that are no finite [B, C, H, W] batch, a bad recipe, a work_dir of another calibration.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if images.dim() != 4 or not images.is_floating_point() or images.shape[0] == 0:
+        raise ValueError(f"images is {images.dtype} {tuple(images.shape)}, expected a float batch [B, C, H, W]")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images has NaN or Inf, expected finite values")
+    sim = SimModel(adapter_for(model))
+    work = None if work_dir is None else WorkDir(work_dir, identity(model, images, recipe, seed))
+    calibration = Calibration(sim, images.float(), recipe, seed, work, progress or (lambda what, done, total: None))
+    seconds: dict[str, float] = {}
+    for index, (stage, method, options) in enumerate(recipe.steps()):
+        if stage != "transform" and calibration.reference is None:
+            # After the transforms, before the first quantizer.
+            calibration.reference = sim.twin()
+        calibration.step = f"{index}.{stage}.{method.name}"
+        calibration.progress(calibration.step, 0, 1)
+        start = time.perf_counter()
+        method.run(calibration, options)
+        seconds[calibration.step] = time.perf_counter() - start
+        calibration.progress(calibration.step, 1, 1)
+    sim.requires_grad_(False)
+    name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    state = sim.export(name, recipe=recipe.plain(), **fields)
+    return CalibratedModel(sim, state, seconds)
+
+
+def identity(model: nn.Module, images: Tensor, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What a work directory is of."""
+    return {
+        "recipe": recipe.plain(),
+        "model": tensor_digest(dict(model.state_dict())),
+        "images": tensor_digest({"images": images}),
+        "seed": seed,
+    }

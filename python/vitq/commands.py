@@ -1,0 +1,262 @@
+"""What the subcommands of ``vitq`` do. Heavy imports live here, behind the parser."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from torch import nn
+
+from vitq_kernels import _native, backends
+
+from . import __version__, checkpoint, console, jobs, recipes
+from .bench.latency import threads
+from .convert import to_integer
+from .data import load_data
+from .evaluate import agreement, predict, sqnr_db, top1
+from .models import adapter_for
+from .restore import to_simulated
+from .sources import ModelSource, load_float
+
+MODES = ("float", "simulated", "integer")
+RUN_COLUMNS = {
+    "split": "split",
+    "top1_float": "float top-1 %",
+    "top1_simulated": "simulated %",
+    "top1_integer": "integer %",
+    "agreement_simulated_integer": "sim = int",
+    "logit_sqnr_db": "SQNR dB",
+}
+BENCH_COLUMNS = {
+    "model": "model",
+    "batch": "batch",
+    "threads": "threads",
+    "latency_ms": "ms",
+    "p20": "p20",
+    "p80": "p80",
+    "images_per_second": "images/s",
+    "speedup": "speed-up",
+    "peak_mb": "peak MB",
+    "model_mb": "model MB",
+}
+
+
+def _emit(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    if args.json:
+        print(json.dumps(record, indent=2))
+
+
+def _source(args: argparse.Namespace) -> ModelSource:
+    if args.weights and args.random_weights:
+        raise ValueError("--weights and --random-weights are both given, expected at most one")
+    kwargs = dict(args.model_arg)
+    return ModelSource(args.model, not args.random_weights, args.weights, args.outlier, kwargs)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that calibration's progress callback moves."""
+    with console.progress() as bar:
+        task = bar.add_task("calibrating", total=None)
+        yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total)
+
+
+def _splits(data: str, model: nn.Module, limit: int | None) -> dict[str, Any]:
+    names = ("test", "hard") if data == "digits" else ("test",)
+    return {name: load_data(data, name, model, limit) for name in names}
+
+
+def quantize(args: argparse.Namespace) -> None:
+    out = console.make(args.json)
+    recipe = recipes.load_recipe(args.recipe, fast=args.fast, **dict(args.overrides))
+    if args.images:
+        recipe = recipe.model_copy(
+            update={"calibration": recipe.calibration.model_copy(update={"images": args.images})}
+        )
+    target = Path(args.output)
+    if target.exists() and not args.force:
+        raise ValueError(f"'{target}' exists already; give --force to replace it")
+    source = _source(args)
+    model = load_float(source)
+    # Before hours of calibration rather than after them.
+    adapter_for(model)
+    splits = {} if args.no_eval else _splits(args.data, model, args.eval_images)
+    work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
+    with _progress() as progress:
+        done = jobs.quantize(model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress)
+    state = replace(done.state, metrics={"calibration_s": done.seconds})
+    checkpoint.save(target, state, overwrite=args.force)
+    if not args.work_dir:
+        shutil.rmtree(work, ignore_errors=True)
+    record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}
+    out.print(f"{target}: {recipe.name}, calibrated in {done.seconds:.1f} s, {_reasons(done.integer)}")
+    if splits:
+        rows = jobs.evaluate(model, done.calibrated.sim, done.integer, splits)
+        times = jobs.time_models({"float": model, "integer": done.integer}, [1], 1.0)
+        record["runs"] = jobs.summarize(recipe, done, model, checkpoint.disk_bytes(target), rows, times)
+        console.print_rows(out, f"{source.name}, {recipe.name}", record["runs"], RUN_COLUMNS)
+        run = record["runs"][0]
+        out.print(
+            f"batch 1, {run['threads']} threads: float {run['latency_ms_float']:.2f} ms, integer "
+            f"{run['latency_ms_integer']:.2f} ms ({run['speedup']:.2f}x); "
+            f"{run['size_bytes_float'] / 1e6:.2f} MB -> {run['size_bytes_integer'] / 1e6:.2f} MB"
+        )
+    _emit(args, record)
+
+
+def _reasons(integer: nn.Module) -> str:
+    report = integer.vitq_report
+    return f"{len(report.integer)} integer sites, {len(report.floating)} float modules (vitq info lists them)"
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    out = console.make(args.json)
+    modes = args.modes.split(",")
+    if unknown := [m for m in modes if m not in MODES]:
+        raise ValueError(f"--modes has {unknown[0]!r}, expected a selection of {', '.join(MODES)}")
+    if args.backend is not None and args.backend not in backends.NAMES:
+        raise ValueError(f"--backend is {args.backend!r}, expected one of {', '.join(backends.NAMES)}")
+    state, config = checkpoint.load_state(args.checkpoint)
+    skeleton = checkpoint.build_float(Path(args.checkpoint), config)
+    build = {
+        "float": lambda: load_float(_recorded_source(config)),
+        "simulated": lambda: to_simulated(skeleton, state),
+        "integer": lambda: to_integer(skeleton, state, args.backend),
+    }
+    models = {mode: build[mode]() for mode in modes}
+    data = load_data(args.data, args.split, skeleton, args.limit)
+    logits: dict[str, torch.Tensor] = {}
+    with console.progress() as bar:
+        task = bar.add_task("evaluating", total=len(data) * len(models))
+        for mode, model in models.items():
+            logits[mode], labels = predict(model, data, args.batch_size, lambda n: bar.advance(task, n))
+    rows = [_evaluation(mode, logits, labels) for mode in modes]
+    columns = {
+        "mode": "mode",
+        "top1": "top-1 %",
+        "sqnr_db": "SQNR to float dB",
+        "agreement_float": "= float",
+        "agreement_simulated": "= simulated",
+    }
+    console.print_rows(out, f"{args.checkpoint} on {args.data}/{args.split}, {len(data)} images", rows, columns)
+    _emit(args, {"checkpoint": args.checkpoint, "split": args.split, "images": len(data), "rows": rows})
+
+
+def _recorded_source(config: checkpoint.Config) -> ModelSource:
+    try:
+        return ModelSource(**config.source)
+    except TypeError as error:
+        raise ValueError("the checkpoint does not say where its float model came from; leave float out") from error
+
+
+def _evaluation(mode: str, logits: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, Any]:
+    row: dict[str, Any] = {"mode": mode, "top1": top1(logits[mode], labels)}
+    for other in ("float", "simulated"):
+        row[f"agreement_{other}"] = agreement(logits[other], logits[mode]) if other in logits else None
+    reference = logits.get("float")
+    row["sqnr_db"] = None if reference is None or mode == "float" else sqnr_db(reference, logits[mode])
+    return row
+
+
+def bench(args: argparse.Namespace) -> None:
+    out = console.make(args.json)
+    if Path(args.model).exists():
+        state, config = checkpoint.load_state(args.model)
+        model = checkpoint.build_float(Path(args.model), config)
+        models = {"float32": model, config.recipe.get("name", "integer"): to_integer(model, state)}
+    else:
+        models = _calibrated_on_noise(args)
+    rows: list[dict[str, Any]] = []
+    for n in args.bench_threads or [torch.get_num_threads()]:
+        with threads(n):
+            rows += jobs.time_models(models, args.batch, args.seconds)
+    for row in rows:
+        peak = row["activation_peak_bytes"]
+        row["peak_mb"] = None if peak is None else peak / 1e6
+        row["model_mb"] = row["model_bytes"] / 1e6
+    console.print_rows(out, f"{args.model} on {platform.processor() or platform.machine()}", rows, BENCH_COLUMNS)
+    _emit(args, {"model": args.model, "environment": environment(), "rows": rows})
+
+
+def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The float model and its integer forms; latency does not depend on what the images show."""
+    source = _source(args)
+    model = load_float(source)
+    images = torch.randn(8, *jobs.state_data(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    models: dict[str, nn.Module] = {"float32": model}
+    with _progress() as progress:
+        for name in args.recipe.split(","):
+            recipe = recipes.load_recipe(name, fast=True)
+            models[recipe.name] = jobs.quantize(model, source, recipe, images, progress=progress).integer
+    return models
+
+
+def environment() -> dict[str, Any]:
+    """What figures depend on."""
+    extension = _native.extension()
+    return {
+        "vitq": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_isa": None if extension is None else extension.cpu_isa(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def info(args: argparse.Namespace) -> None:
+    out = console.make(args.json)
+    if args.checkpoint:
+        _describe_checkpoint(args, out)
+        return
+    extension = _native.extension()
+    live = {name: reason or "live" for name, reason in backends.status().items()}
+    record = {
+        "environment": environment(),
+        "backends": live,
+        "build": None if extension is None else extension.build_info(),
+        "cpu_features": None if extension is None else list(extension.cpu_features()),
+        "recipes": recipes.names(),
+    }
+    rows = [{"name": k, "value": v} for k, v in record["environment"].items()]
+    rows += [{"name": f"back end {k}", "value": v} for k, v in live.items()]
+    rows += [{"name": k, "value": str(record[k])} for k in ("build", "cpu_features")]
+    rows.append({"name": "recipes", "value": ", ".join(record["recipes"])})
+    console.print_rows(out, "vitq", rows, {"name": "", "value": "what"})
+    _emit(args, record)
+
+
+def _describe_checkpoint(args: argparse.Namespace, out: Console) -> None:
+    model = checkpoint.load(args.checkpoint)
+    report, config = model.vitq_report, model.vitq_config
+    rows = [{"path": k, "how": v} for k, v in report.integer.items()]
+    rows += [{"path": k, "how": f"float: {v}"} for k, v in report.floating.items()]
+    size = checkpoint.disk_bytes(args.checkpoint)
+    sizes = f"{size / 1e6:.2f} MB (float {config.float_bytes / 1e6:.2f})"
+    title = f"{config.architecture}, {config.recipe.get('name')}, {sizes}"
+    console.print_rows(out, title, rows, {"path": "", "how": "what"})
+    record = {"architecture": config.architecture, "recipe": config.recipe, "source": config.source, "bytes": size}
+    _emit(args, {**record, "float_bytes": config.float_bytes, "integer": report.integer, "float": report.floating})
+
+
+def demo(args: argparse.Namespace) -> None:
+    from . import demo as job
+
+    out = console.make(args.json)
+    output = Path(args.output)
+    with _progress() as progress:
+        summary = job.run(output, progress)
+    console.print_rows(out, f"{job.NAME} on handwritten digits", summary["runs"], job.COLUMNS)
+    out.print(f"figures: {output / 'summary.json'}   picture: {output / 'demo.png'}")
+    _emit(args, summary)

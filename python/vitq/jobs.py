@@ -1,0 +1,138 @@
+"""The main job: a float model, images and a recipe become an integer model that is evaluated and timed on the spot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .bench.latency import compare_models, tensor_bytes
+from .calibrate import CalibratedModel, calibrate
+from .convert import to_integer
+from .data import load_calibration
+from .evaluate import Comparison, predict
+from .models import state_data
+from .recipes import Recipe
+from .sources import ModelSource
+from .state import ModelState
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A finished job.
+
+    Attributes: calibrated: simulated model, state, seconds by step. integer: the model that runs. seconds: in all.
+    """
+
+    calibrated: CalibratedModel
+    integer: nn.Module
+    seconds: float
+
+    @property
+    def state(self) -> ModelState:
+        return self.calibrated.state
+
+
+def quantize(
+    model: nn.Module,
+    source: ModelSource,
+    recipe: Recipe,
+    images: Tensor | str,
+    *,
+    seed: int = 0,
+    work_dir: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Quantized:
+    """Calibrate ``model`` and build its integer form.
+
+    Args:
+        images: [B, C, H, W] preprocessed calibration images, or where to take the recipe's number of them from
+            ("digits" or an image folder).
+        work_dir: keeps progress for resuming.
+    """
+    if isinstance(images, str):
+        wanted = recipe.calibration
+        images = load_calibration(images, model, wanted.images, seed=seed, augment=wanted.augment)
+    start = time.perf_counter()
+    calibrated = calibrate(
+        model,
+        images,
+        recipe,
+        seed=seed,
+        work_dir=work_dir,
+        progress=progress,
+        architecture=source.name,
+        kwargs=dict(source.kwargs),
+        data=state_data(model),
+        source=source.record(),
+    )
+    seconds = time.perf_counter() - start
+    return Quantized(calibrated, to_integer(model, calibrated.state), seconds)
+
+
+def average_bits(state: ModelState) -> tuple[float, float]:
+    """Bits per weight and per activation of the linear layers, averaged over weights and over in-features.
+
+    Layers with float inputs count 16 bits for those.
+    """
+    weights = bits_w = inputs = bits_a = 0
+    for linear in state.linears().values():
+        n, k = linear.codes.shape
+        weights, bits_w = weights + n * k, bits_w + n * k * linear.weight.bits
+        inputs, bits_a = inputs + k, bits_a + k * (16 if linear.act is None else linear.act.bits)
+    return bits_w / max(weights, 1), bits_a / max(inputs, 1)
+
+
+def evaluate(
+    floating: nn.Module, simulated: nn.Module, integer: nn.Module, splits: dict[str, Dataset], batch_size: int = 64
+) -> list[dict[str, Any]]:
+    """One row per split: top-1 of the three models, their agreement, logit SQNR."""
+    rows = []
+    for name, data in splits.items():
+        logits = [predict(m, data, batch_size) for m in (floating, simulated, integer)]
+        comparison = Comparison.of(logits[0][1], *(x[0] for x in logits))
+        rows.append({"split": name, "images": len(data), **asdict(comparison)})
+    return rows
+
+
+def time_models(models: dict[str, nn.Module], batches: Iterable[int], seconds: float) -> list[dict[str, Any]]:
+    """``compare_models`` on random images of the first model's input size, at torch's current number of threads."""
+    shape = state_data(next(iter(models.values())))["input_size"]
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for batch in batches:
+        images = torch.randn(batch, *shape, generator=generator)
+        rows += compare_models(models, images, torch.get_num_threads(), seconds)
+    return rows
+
+
+def summarize(recipe: Recipe, done: Quantized, floating: nn.Module, size: int, splits: list[dict], times: list[dict]):
+    """The rows of a run, one per split: what ``summary.json`` and the tables hold.
+
+    Args: size: bytes of the checkpoint on disk; splits: rows of :func:`evaluate`; times: rows of :func:`time_models`
+          for one batch size, float first.
+    """
+    weight_bits, act_bits = average_bits(done.state)
+    base, integer = times
+    common = {
+        "recipe": recipe.name,
+        "weight_bits": recipe.bits.weights,
+        "act_bits": recipe.bits.activations,
+        "average_weight_bits": weight_bits,
+        "average_act_bits": act_bits,
+        "calibration_s": done.seconds,
+        "batch": base["batch"],
+        "threads": base["threads"],
+        "latency_ms_float": base["latency_ms"],
+        "latency_ms_integer": integer["latency_ms"],
+        "speedup": integer["speedup"],
+        "size_bytes_float": tensor_bytes(floating),
+        "size_bytes_integer": size,
+    }
+    return [{**common, **split} for split in splits]

@@ -1,0 +1,8 @@
+"""Differentiable simulation of the integer layers."""
+
+from .activation import ActivationQuantizer
+from .attention import FocusQuantizer, SimAttention
+from .linear import SimLinear, SimPatchConv
+from .weight import WeightQuantizer
+
+__all__ = ["ActivationQuantizer", "FocusQuantizer", "SimAttention", "SimLinear", "SimPatchConv", "WeightQuantizer"]

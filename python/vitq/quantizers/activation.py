@@ -1,0 +1,75 @@
+"""Quantizer of activations: static (scale and zero point learnable) or dynamic per token, with or without a table."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vitq_kernels.formats import QuantSpec
+
+from . import functional as fq
+
+
+class ActivationQuantizer(nn.Module):
+    """Rows of floats to centred codes and scales, as ``vitq_kernels.quantize`` does it.
+
+    Args:
+        groups: number of equal column groups with scales of their own.
+
+    Attributes:
+        spec: QuantSpec, or None for operands that stay float.
+        scale: Parameter float32 [groups] for static specs, else None.
+        zero_point: Parameter float32 [1] in code units, rounded where it is used; 0 unless the spec is asymmetric.
+    """
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.groups = groups
+        self.spec: QuantSpec | None = None
+        self.register_parameter("scale", None)
+        self.register_parameter("zero_point", None)
+        self.register_buffer("lut", None, persistent=False)
+
+    def set(self, spec: QuantSpec | None, scale: Tensor | None = None, zero_point: float = 0.0) -> None:
+        """Take ``spec``; static ones with their ``scale`` ([groups], positive) and ``zero_point``.
+
+        Raises: ValueError for a scale where the spec is dynamic, none where it is static, or one that is not positive.
+        """
+        if spec is None or spec.dynamic:
+            if scale is not None:
+                raise ValueError("scale is given for a dynamic or absent spec, expected None")
+            self.scale = self.zero_point = None
+        else:
+            if scale is None or tuple(scale.shape) != (self.groups,):
+                raise ValueError(f"scale is {None if scale is None else tuple(scale.shape)}, expected ({self.groups},)")
+            if not bool(((scale > 0) & scale.isfinite()).all()):
+                raise ValueError(f"scale spans [{scale.min():.3g}, {scale.max():.3g}], expected positive finite values")
+            self.scale = nn.Parameter(scale.detach().float().clone())
+            self.zero_point = nn.Parameter(scale.new_full((1,), float(zero_point)), requires_grad=not spec.symmetric)
+        self.spec = spec
+        self.lut = None if spec is None or spec.table is None else spec.table.lut()
+
+    @property
+    def integer_zero_point(self) -> int:
+        return 0 if self.zero_point is None else int(self._zero_point())
+
+    def _zero_point(self) -> Tensor:
+        return fq.round_ste(self.zero_point).clamp(self.spec.qmin, self.spec.qmax)
+
+    @property
+    def limit(self) -> float:
+        """Largest magnitude of a centred code."""
+        spec = self.spec
+        return float(max(spec.qmax, -spec.qmin) if spec.symmetric else spec.qmax - spec.qmin)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, K] floats to centred codes [M, K] and scales [M or 1, groups]."""
+        spec, (m, k) = self.spec, x.shape
+        grouped = x.reshape(m, self.groups, k // self.groups)
+        if spec.dynamic:
+            scale = fq.dynamic_scale(grouped, spec.qmax)
+            code = fq.quantize(grouped, scale, 0.0, spec.qmin, spec.qmax, self.lut)
+        else:
+            scale = self.scale.reshape(1, self.groups, 1)
+            zero_point = 0.0 if spec.symmetric else self._zero_point()
+            code = fq.quantize(grouped, scale, zero_point, spec.qmin, spec.qmax, self.lut)
+        return code.reshape(m, k), scale.squeeze(-1)

@@ -1,0 +1,184 @@
+"""Simulated attention: integer q·kᵀ, the focusing softmax quantizer with a learnable interval, integer P·V."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitq_kernels.formats import AttentionState, FocusSpec
+
+from . import functional as fq
+from .activation import ActivationQuantizer
+from .linear import SimLinear
+
+# Smallest learnable width of the focusing interval.
+MIN_WIDTH = 1e-3
+
+
+class FocusQuantizer(nn.Module):
+    """Learnable form of a FocusSpec: b1 and b2 are float64 scalars (the kernels' arguments are doubles).
+
+    Attributes: bits, power, anchor, below, renormalize, grid as in FocusSpec; b1, b2 Parameters.
+    """
+
+    def __init__(self, spec: FocusSpec) -> None:
+        super().__init__()
+        self.bits, self.power, self.grid, self.renormalize = spec.bits, spec.power, spec.grid, spec.renormalize
+        self.anchor: Literal["absolute", "row"] = spec.anchor
+        self.below: Literal["floor", "zero"] = spec.below
+        self.b1 = nn.Parameter(torch.tensor(spec.b1, dtype=torch.float64))
+        self.b2 = nn.Parameter(torch.tensor(spec.b2, dtype=torch.float64))
+
+    @property
+    def spec(self) -> FocusSpec:
+        b1, b2 = self.b1.item(), self.b2.item()
+        return FocusSpec(self.bits, b1, b2, self.power, self.anchor, self.below, self.renormalize, self.grid)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Back into 0 ≤ b1 < b2 ≤ 1 after an optimizer step."""
+        self.b1.clamp_(0.0, 1.0 - MIN_WIDTH)
+        self.b2.clamp_(max=1.0).clamp_(min=float(self.b1) + MIN_WIDTH)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Integer levels of u in [0, 1], their step and offset: P ≈ level·step + offset."""
+        spec = self.spec
+        code = fq.focus_codes(u, self.b1, self.b2, self.power, spec.n)
+        width = self.b2 - self.b1
+        if spec.affine:
+            return code, width / spec.n, self.b1
+        levels, _, _ = spec.decode()
+        step = self.b2 / self.grid
+        level = levels.to(code)[code.long()]
+        if torch.is_grad_enabled():
+            smooth = (self.b1 + width * (code / spec.n) ** self.power) / step
+            if self.below == "zero":
+                smooth = smooth * (code > 0)
+            # A zero that carries the gradient of the unsnapped level.
+            level = level + (smooth - smooth.detach())
+        return level, step, 0.0
+
+
+class SimAttention(nn.Module):
+    """Multi-head self-attention in the arithmetic of ``vitq_kernels.qattention``; a drop-in for timm's.
+
+    Attributes:
+        qkv, proj: SimLinear.
+        operands: ActivationQuantizer of the fused [3, H, d] output of qkv; no spec leaves Q, K, V float.
+        focus: FocusQuantizer, or None for float probabilities.
+        norm: float module between the product with V and proj (timm's scale_norm), nothing in most models.
+        bias: [H, N, N] additive scores, or None.
+    """
+
+    def __init__(
+        self,
+        qkv: SimLinear,
+        proj: SimLinear,
+        heads: int,
+        softmax_scale: float,
+        bias: Tensor | None = None,
+        norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.heads, self.softmax_scale = qkv, proj, heads, float(softmax_scale)
+        self.norm = nn.Identity() if norm is None else norm
+        self.operands = ActivationQuantizer(3 * heads)
+        self.focus: FocusQuantizer | None = None
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, N, C] to [B, N, C']; mask ([G, N, N] or None) is added to the scores, image b uses mask[b mod G].
+
+        ``attn_mask`` and ``is_causal`` are the arguments of timm's ViT attention, which image models leave unused.
+
+        Raises: ValueError if they are used.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask or is_causal is given, the integer attention takes neither")
+        return self.proj(self.norm(self.attend(self.qkv(x), mask)))
+
+    def scores(self, q: Tensor, k: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, H, N, N] softmax inputs."""
+        mul, add = fq.arithmetic()
+        if self.operands.spec is None:
+            s = (q * self.softmax_scale) @ k.transpose(-1, -2)
+        else:
+            acc = fq.integer_product(q, k, self.operands.limit, self.operands.limit)
+            s = mul(mul(acc, (qs * self.softmax_scale).unsqueeze(-1)), ks.unsqueeze(-2))
+        if self.bias is not None:
+            s = add(s, self.bias)
+        if mask is not None:
+            b, h, n, _ = s.shape
+            g = mask.shape[0]
+            s = (s.reshape(b // g, g, h, n, n) + mask.unsqueeze(1)).reshape(b, h, n, n)
+        return s
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N, 3·H·d] to codes [3, B, H, N, d] and scales [3, B or 1, H or 1, N or 1]."""
+        b, n, c = qkv.shape
+        h = self.heads
+        if self.operands.spec is None:
+            codes, scale = qkv, qkv.new_ones(1, 1, 3, 1)
+        else:
+            codes, scale = self.operands(qkv.reshape(b * n, c))
+            groups = self.operands.groups // 3
+            scale = scale.reshape(b, n, 3, groups) if scale.shape[0] != 1 else scale.reshape(1, 1, 3, groups)
+        return codes.reshape(b, n, 3, h, c // (3 * h)).permute(2, 0, 3, 1, 4), scale.permute(2, 0, 3, 1)
+
+    def attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The attention between the two linear layers: [B, N, 3·H·d] to [B, N, H·d]."""
+        (q, k, v), (qs, ks, vs) = self.split(qkv)
+        b, h, n, d = q.shape
+        s = self.scores(q, k, qs, ks, mask)
+        top = s.amax(-1, keepdim=True)
+        e = torch.exp(s - top)
+        total = e.sum(-1, keepdim=True)
+        v_top = vs.amax(-1, keepdim=True)
+        if vs.shape[-1] > 1:
+            v = fq.round_ste(v * (vs / v_top).unsqueeze(-1))
+        v_top = v_top.unsqueeze(-1)
+        if self.focus is None:
+            out = (e / total) @ v * v_top
+        else:
+            out = self._focused(e, total, v, v_top)
+        return out.transpose(1, 2).reshape(b, n, h * d)
+
+    def _focused(self, e: Tensor, total: Tensor, v: Tensor, v_top: Tensor) -> Tensor:
+        row = self.focus.anchor == "row"
+        level, step, offset = self.focus(e if row else e / total)
+        v = v.transpose(-1, -2)
+        if self.operands.spec is None:
+            out = level @ v.transpose(-1, -2) * step
+        else:
+            out = fq.integer_product(level, v, 255.0, self.operands.limit) * step
+        if isinstance(offset, Tensor):
+            out = out + v.sum(-1).unsqueeze(-2) * offset
+        if self.focus.renormalize:
+            denom = level.sum(-1, keepdim=True) * step + level.shape[-1] * offset
+            empty = denom == 0
+            return torch.where(empty, torch.zeros_like(out), out * (v_top / torch.where(empty, denom + 1, denom)))
+        return out * (v_top / total) if row else out * v_top
+
+    @torch.no_grad()
+    def export(self) -> AttentionState:
+        """The finished attention.
+
+        Raises: ValueError if an operand or the softmax is still float.
+        """
+        if self.operands.spec is None or self.focus is None:
+            raise ValueError("attention operands or probabilities are not quantized, expected QuantSpec and FocusSpec")
+        scale = self.operands.scale
+        return AttentionState(
+            qkv=self.qkv.export(),
+            proj=self.proj.export(),
+            heads=self.heads,
+            softmax_scale=self.softmax_scale,
+            operands=self.operands.spec,
+            operand_scale=None if scale is None else scale.detach().clone(),
+            focus=self.focus.spec,
+            bias=self.bias,
+        )

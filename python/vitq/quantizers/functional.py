@@ -1,0 +1,110 @@
+"""The numerics contract of the integer kernels, differentiable: straight-through rounding, scales factored out.
+
+Every function computes what ``vitq_kernels.ops.*.ref`` computes, on integer-valued floats, in the same order. Codes
+are *centred*: they hold ``q − zero_point``, which is what enters an integer product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+EXACT_IN_FLOAT32 = float(1 << 24)
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """rne(x) with the identity as gradient (x + (rne(x) − x) would not be an integer exactly)."""
+    return _Round.apply(x)
+
+
+class _Snap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, code: Tensor, lut: Tensor) -> Tensor:
+        return lut[code.long() + 128].to(code.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def integer_product(a: Tensor, b: Tensor, limit_a: float, limit_b: float) -> Tensor:
+    """Σ_k a[..., m, k]·b[..., n, k] of integer-valued floats, exact; float32.
+
+    Args:
+        limit_a, limit_b: largest magnitudes that the formats of a and b allow.
+
+    Numerics: every partial sum is bounded by K·limit_a·limit_b and by the product of the rows' norms
+        (Cauchy-Schwarz); where one of these is below 2^24 float32 is exact in any order of summation, else the sum
+        runs in float64.
+    """
+    exact = a.shape[-1] * limit_a * limit_b <= EXACT_IN_FLOAT32
+    if not exact and a.numel() and b.numel():
+        with torch.no_grad():
+            norms = a.norm(dim=-1).amax() * b.norm(dim=-1).amax()
+        # The norms are themselves rounded; one part in 10^4 covers it.
+        exact = float(norms) * 1.0001 <= EXACT_IN_FLOAT32
+    if exact or a.dtype == torch.float64:
+        return a @ b.transpose(-1, -2)
+    return (a.double() @ b.double().transpose(-1, -2)).float()
+
+
+def arithmetic() -> tuple[Callable, Callable]:
+    """mul(a, b) and add(a, b) of a tensor that nothing else refers to: in place where no gradient is recorded."""
+    return (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
+
+
+def dynamic_scale(x: Tensor, qmax: float) -> Tensor:
+    """absmax/qmax over the last dimension (kept), 1 for rows of zeros; not differentiated.
+
+    Not differentiated: with straight-through rounding the scale's gradient is the mean of rounding errors, noise.
+    """
+    low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
+    absmax = torch.maximum(-low, high)
+    scale = absmax / float(qmax)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qmax: int, lut: Tensor | None) -> Tensor:
+    """Centred codes: clamp(rne(x·(1/scale)), qmin − z, qmax − z), through the level table if any.
+
+    Args: x, scale broadcast against each other; zero_point an integer (float tensor or number).
+    Gradients: straight through the rounding, zero to x and ±1 to scale·code outside the clamp: with the scale
+        multiplied back this is LSQ (Esser et al. 2020), without its heuristic gradient factor.
+    """
+    low, high = qmin - zero_point, qmax - zero_point
+    ratio = x * (1.0 / scale)
+    # Clamping to integers before rounding gives the same codes as after it, and LSQ's gradient at the extreme ones.
+    if not torch.is_grad_enabled():
+        code = ratio.clamp_(low, high).round_()
+    elif isinstance(low, Tensor):
+        code = round_ste(torch.maximum(torch.minimum(ratio, high), low))
+    else:
+        code = round_ste(ratio.clamp(low, high))
+    return code if lut is None else _Snap.apply(code + zero_point, lut) - zero_point
+
+
+def focus_codes(u: Tensor, b1: Tensor, b2: Tensor, power: float, n: int) -> Tensor:
+    """Codes 0..n of u in [0, 1]: rne(n·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power)), straight through the rounding.
+
+    ``b1`` and ``b2`` are float64 scalars: the kernel's reciprocal is taken in float64 and rounded once.
+    """
+    x = (u - b1) * (1.0 / (b2 - b1))
+    if power == 1.0:
+        x = x.clamp(0.0, 1.0)
+    else:
+        # A floor of 1e-30 leaves code 0 a 0 (n·1e-30^(1/power) < ½ for power < 12) and the root differentiable.
+        x = x.clamp(1e-30, 1.0)
+        x = x.sqrt() if power == 2.0 else x.pow(1.0 / power)
+    return round_ste(x * n) if torch.is_grad_enabled() else x.mul_(n).round_()

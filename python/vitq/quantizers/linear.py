@@ -1,0 +1,139 @@
+"""Simulated linear layer: the integer layer's arithmetic in differentiable float32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitq_kernels.formats import LinearState, LowRankSpec
+
+from . import functional as fq
+from .activation import ActivationQuantizer
+from .weight import WeightQuantizer
+
+
+class SimLinear(nn.Module):
+    """y = s_x·s_w·Σ (q_x − z)·q_w + t·Uᵀ + bias, exactly as ``vitq_kernels.qlinear`` computes it.
+
+    Operands without a spec stay float, so that a fresh SimLinear is the float layer.
+
+    Attributes:
+        weight: [N, K], the *latent* weight: rounding it gives the codes. Compensation may move it away from the float
+            model's weight.
+        bias: [N] or None.
+        act, quant: quantizers of the input and the weight.
+        lora: LowRankSpec; lora_down [R, K], lora_up [N, R] Parameters, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+        self.act = ActivationQuantizer()
+        self.quant = WeightQuantizer()
+        self.lora = LowRankSpec()
+        self.register_parameter("lora_down", None)
+        self.register_parameter("lora_up", None)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> SimLinear:
+        return cls(linear.weight, linear.bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)"""
+        return tuple(self.weight.shape)
+
+    def set_low_rank(
+        self,
+        kind: Literal["merged", "error", "subspace"],
+        lora_down: Tensor | None = None,
+        lora_up: Tensor | None = None,
+    ) -> None:
+        """Take a branch of lora_down [R, K] and lora_up [N, R], or none."""
+        rank = 0 if lora_down is None else lora_down.shape[0]
+        self.lora = LowRankSpec(rank, kind)
+        self.lora_down = nn.Parameter(lora_down.detach().float().clone()) if rank else None
+        self.lora_up = nn.Parameter(lora_up.detach().float().clone()) if rank else None
+
+    @property
+    def _side(self) -> bool:
+        return self.lora.rank > 0 and self.lora.kind != "merged"
+
+    def effective_weight(self) -> Tensor:
+        """What is rounded: the latent weight, with a merged branch added."""
+        if self.lora.rank and self.lora.kind == "merged":
+            return self.weight + self.lora_up @ self.lora_down
+        return self.weight
+
+    def codes(self) -> Tensor:
+        return self.quant(self.effective_weight())
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The layer's input as the rows [M, K] that it multiplies."""
+        return x.reshape(-1, x.shape[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self.rows(x)).reshape(*x.shape[:-1], -1)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """[M, K] to [M, N]."""
+        mul, add = fq.arithmetic()
+        weight = self.effective_weight() if self.quant.spec is None else self.codes()
+        t = x @ self.lora_down.T if self._side else None
+        if self._side and self.lora.kind == "subspace":
+            x = x - t @ self.lora_down
+        if self.act.spec is not None and self.quant.spec is not None:
+            q, scale = self.act(x)
+            y = fq.integer_product(q, weight, self.act.limit, self.quant.limit)
+            y = mul(y, scale * self.quant.scale)
+        elif self.act.spec is not None:
+            y = mul(*self.act(x)) @ weight.T
+        else:
+            y = x @ weight.T
+            if self.quant.spec is not None:
+                y = mul(y, self.quant.scale)
+        if t is not None:
+            y = add(y, t @ self.lora_up.T)
+        return y if self.bias is None else add(y, self.bias)
+
+    @torch.no_grad()
+    def export(self) -> LinearState:
+        """The finished layer.
+
+        Raises: ValueError if the weight has no QuantSpec.
+        """
+        if self.quant.spec is None:
+            raise ValueError(f"the weight of a {self.shape} layer is not quantized, expected a QuantSpec")
+        side = self._side
+        static = self.act.scale is not None
+        return LinearState(
+            codes=self.codes().to(torch.int8),
+            weight_scale=self.quant.scale.detach().clone(),
+            weight=self.quant.spec,
+            bias=None if self.bias is None else self.bias.detach().clone(),
+            act=self.act.spec,
+            act_scale=self.act.scale.detach().clone() if static else None,
+            act_zero_point=self.act.integer_zero_point,
+            lora=self.lora,
+            lora_down=self.lora_down.detach().clone() if side else None,
+            lora_up=self.lora_up.detach().clone() if side else None,
+        )
+
+
+class SimPatchConv(SimLinear):
+    """A convolution whose stride is its kernel, as a linear layer over flattened patches [C·p·p]."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.weight.flatten(1), conv.bias)
+        self.kernel = tuple(conv.kernel_size)
+
+    def rows(self, x: Tensor) -> Tensor:
+        (b, c, h, w), (p, q) = x.shape, self.kernel
+        return x.reshape(b, c, h // p, p, w // q, q).permute(0, 2, 4, 1, 3, 5).reshape(-1, c * p * q)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (b, _, h, w), (p, q) = x.shape, self.kernel
+        return self.compute(self.rows(x)).reshape(b, h // p, w // q, -1).permute(0, 3, 1, 2)

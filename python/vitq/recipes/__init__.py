@@ -1,0 +1,238 @@
+"""Recipes: a paper's or a deployment's whole calibration as one validated YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vitq_kernels.formats import FocusSpec, QuantSpec
+
+from ..stages import STAGES, find
+from ..stages.base import Method, Options
+
+FOLDER = Path(__file__).parent
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Images(_Model):
+    """Calibration images: how many, what fraction of them augmented, how many at a time."""
+
+    images: int = Field(128, ge=1)
+    augment: float = Field(0.0, ge=0.0, le=1.0)
+    batch: int = Field(32, ge=1)
+
+
+class Bits(_Model):
+    """Bit-widths, 2..8: weights, inputs of linear layers, Q/K/V, post-softmax probabilities, first and last layer."""
+
+    weights: int = Field(8, ge=2, le=8)
+    activations: int = Field(8, ge=2, le=8)
+    operands: int = Field(8, ge=2, le=8)
+    softmax: int = Field(8, ge=2, le=8)
+    boundary: int = Field(8, ge=2, le=8)
+
+
+class Focus(_Model):
+    """Form of the post-softmax quantizer (see FocusSpec); ``b1`` and ``b2`` are where it starts."""
+
+    anchor: Literal["absolute", "row"] = "row"
+    power: float = Field(2.0, ge=1.0)
+    below: Literal["floor", "zero"] = "floor"
+    renormalize: bool = False
+    grid: int = Field(255, ge=1, le=255)
+    b1: float = Field(0.0, ge=0.0, lt=1.0)
+    b2: float = Field(1.0, gt=0.0, le=1.0)
+
+
+class LowRank(_Model):
+    """The low-rank branch of every interior linear layer; ``rank`` is clipped to what layer and kernels can use."""
+
+    kind: Literal["none", "merged", "error", "subspace"] = "none"
+    rank: int = Field(0, ge=0, le=1024)
+
+
+class Step(_Model):
+    """One step of a stage: a method's name and its options, already validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    method: str
+    options: Options
+
+
+class Recipe(_Model):
+    """What is quantized to what, and by which methods.
+
+    Attributes: one list of steps per stage; ``effort`` scales every iteration count, ``fast`` is the effort that demos
+    use.
+    """
+
+    name: str = Field(min_length=1)
+    summary: str = ""
+    source: str = ""
+    calibration: Images = Images()
+    bits: Bits = Bits()
+    activations: Literal["static", "dynamic"] = "static"
+    activation_levels: Literal["uniform", "table"] = "uniform"
+    weight_levels: Literal["uniform", "table"] = "uniform"
+    operands: Literal["static", "dynamic"] = "static"
+    operand_scales: Literal["per_tensor", "per_head"] = "per_head"
+    focus: Focus = Focus()
+    low_rank: LowRank = LowRank()
+    effort: float = Field(1.0, gt=0.0)
+    fast: float = Field(1.0, gt=0.0)
+    transform: tuple[Step, ...] = ()
+    initialise: tuple[Step, ...] = ()
+    allocate: tuple[Step, ...] = ()
+    compensate: tuple[Step, ...] = ()
+    reconstruct: tuple[Step, ...] = ()
+    refine: tuple[Step, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {k: tuple(_step(k, s) for s in _as_list(k, v)) if k in STAGES else v for k, v in data.items()}
+
+    def steps(self) -> list[tuple[str, Method, Options]]:
+        """(stage, method, options) in the order in which they run."""
+        return [(s, find(s, step.method), step.options) for s in STAGES for step in getattr(self, s)]
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as plain JSON values; :func:`parse` takes them back."""
+        out = self.model_dump(mode="json", exclude=set(STAGES))
+        for stage in STAGES:
+            out[stage] = [{"method": s.method, **s.options.model_dump(mode="json")} for s in getattr(self, stage)]
+        return out
+
+    def weight_spec(self, boundary: bool) -> QuantSpec:
+        """Without a level table: that is fitted later."""
+        return QuantSpec(self.bits.boundary if boundary else self.bits.weights, granularity="per_channel")
+
+    def activation_spec(self, boundary: bool) -> QuantSpec:
+        bits = self.bits.boundary if boundary else self.bits.activations
+        if self.activations == "dynamic":
+            return QuantSpec(bits, granularity="per_token", dynamic=True)
+        return QuantSpec(bits, symmetric=False)
+
+    def operand_spec(self) -> QuantSpec:
+        if self.operands == "dynamic":
+            return QuantSpec(self.bits.operands, granularity="per_token", dynamic=True)
+        return QuantSpec(self.bits.operands, granularity=self.operand_scales)
+
+    def focus_spec(self) -> FocusSpec:
+        f = self.focus
+        return FocusSpec(self.bits.softmax, f.b1, f.b2, f.power, f.anchor, f.below, f.renormalize, f.grid)
+
+
+def _as_list(stage: str, value: Any) -> list:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{stage} is {value!r}, expected a list of steps, each {{method: name, ...}}")
+    return list(value)
+
+
+def _step(stage: str, value: Any) -> Step:
+    if isinstance(value, Step):
+        return value
+    if isinstance(value, str):
+        value = {"method": value}
+    if not isinstance(value, dict) or not isinstance(value.get("method"), str):
+        raise ValueError(f"{stage} has step {value!r}, expected {{method: name, ...options}}")
+    known = find(stage, value["method"])
+    options = {k: v for k, v in value.items() if k != "method"}
+    try:
+        return Step(method=known.name, options=known.options(**options))
+    except ValidationError as error:
+        raise ValueError(f"{stage}.{known.name}: {_reasons(error)}") from error
+
+
+def _reasons(error: ValidationError) -> str:
+    """One line: field, what is wrong with it, its value."""
+    lines = []
+    for e in error.errors():
+        where = ".".join(map(str, e["loc"]))
+        if e["type"] == "extra_forbidden":
+            lines.append(f"{where} is no field of it")
+        elif e["type"] == "value_error":
+            lines.append(str(e["ctx"]["error"]))
+        elif e["type"] == "missing":
+            lines.append(f"{where} is missing")
+        else:
+            lines.append(f"{where} is {e['input']!r}, {e['msg'][0].lower()}{e['msg'][1:]}")
+    return "; ".join(lines)
+
+
+def parse(data: Any, where: str = "recipe") -> Recipe:
+    """A Recipe of plain values. Raises: ValueError in one line, naming ``where``, field, value and what is expected."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is a {type(data).__name__}, expected a mapping of recipe fields")
+    try:
+        return Recipe(**data)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_reasons(error)}") from error
+
+
+def names() -> list[str]:
+    """The recipes that ship with the package."""
+    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+
+
+def _merged(base: dict, over: dict) -> dict:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    if path in seen:
+        raise ValueError(f"recipe {path.name} extends itself: {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"recipe {path} holds a {type(data).__name__}, expected a mapping of recipe fields")
+    parent = data.pop("extends", None)
+    return data if parent is None else _merged(_read(_find(str(parent), path.parent), (*seen, path)), data)
+
+
+def _find(name: str, folder: Path | None = None) -> Path:
+    candidates = [Path(name)] + [f / f"{name}.yaml" for f in (folder, FOLDER) if f is not None]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ValueError(f"recipe is {name!r}, expected a YAML file or one of {', '.join(names())}")
+
+
+def load_recipe(name: str | Path, *, fast: bool = False, **overrides: Any) -> Recipe:
+    """A shipped recipe by name, or a YAML file of your own.
+
+    Args:
+        name: name of a shipped recipe, with ``-static`` or ``-dynamic`` appended at will, or a path.
+        fast: scale iteration counts by the recipe's own ``fast`` factor.
+        overrides: fields to replace; mappings are merged into theirs.
+
+    A file may name another recipe as ``extends`` and give only what differs. ``-dynamic`` replaces the static ranges of
+    activations and attention operands by scales per token.
+
+    Raises: ValueError in one line for an unknown recipe, a file that is no YAML, or a field that does not fit.
+    """
+    stem, form = str(name), {}
+    for suffix in ("static", "dynamic"):
+        if stem.endswith(f"-{suffix}") and not Path(stem).is_file():
+            stem, form = stem.removesuffix(f"-{suffix}"), {"activations": suffix, "operands": suffix}
+    path = _find(stem)
+    data = {"name": path.stem, **_merged(_read(path), _merged(form, overrides))}
+    if form:
+        data["name"] = f"{data['name']}-{form['activations']}"
+    if fast:
+        data["effort"] = data.get("fast", 1.0)
+    return parse(data, f"recipe {data['name']}")

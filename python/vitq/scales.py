@@ -1,0 +1,104 @@
+"""Give a simulated layer its formats: specs, searched scales, level tables."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from vitq_kernels.formats import FocusSpec, QuantSpec
+
+from .levels import activation_table, weight_table
+from .observers import Histogram, search_range, weight_scale
+from .quantizers import FocusQuantizer, SimAttention, SimLinear
+
+SAMPLE = 1 << 19
+
+
+class Search(BaseModel):
+    """How a static range is found: ``minmax``, ``percentile``, or ``mse``: the least Σ|x − Q(x)|^norm."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["minmax", "percentile", "mse"] = "mse"
+    percentile: float = Field(0.999, gt=0.5, le=1.0)
+    norm: float = Field(2.0, gt=0.0)
+    steps: int = Field(50, ge=2)
+
+    def range(self, h: Histogram, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        return search_range(h, spec, self.method, percentile=self.percentile, norm=self.norm, steps=self.steps)
+
+
+def _sample(x: Tensor) -> Tensor:
+    """At most SAMPLE values of the last dimension, evenly drawn."""
+    return x[..., :: max(1, -(-x.shape[-1] // SAMPLE))]
+
+
+def set_weight(
+    linear: SimLinear,
+    weight: Tensor,
+    spec: QuantSpec,
+    search: Search,
+    importance: Tensor | None = None,
+    table: bool = False,
+) -> None:
+    """Quantize ``linear``'s weight by ``spec`` with scales searched for ``weight`` ([N, K], usually its own).
+
+    Args: importance [K] of the columns' squared errors; table: replace uniform levels by a table fitted to the weight.
+    """
+    if table:
+        spec = weight_table(weight, spec, importance)
+    linear.quant.set(spec, weight_scale(weight, spec, importance, search.method, search.norm, search.steps))
+
+
+def set_activation(
+    linear: SimLinear, rows: Tensor, spec: QuantSpec | None, search: Search, table: bool = False
+) -> None:
+    """Quantize what enters ``linear`` by ``spec``, static ranges from ``rows`` [T, K] (after the subspace, if any)."""
+    if spec is not None and table:
+        spec = activation_table(rows, spec)
+    if spec is None or spec.dynamic:
+        linear.act.set(spec)
+        return
+    scale, zero = search.range(Histogram.of(_sample(rows.reshape(1, -1))), spec)
+    linear.act.set(spec, scale, float(zero))
+
+
+def set_operands(attention: SimAttention, qkv: Tensor, spec: QuantSpec, search: Search) -> None:
+    """Quantize Q, K, V by ``spec``; static scales from fused outputs ``qkv`` [B, N, 3·H·d]."""
+    operands = attention.operands
+    operands.groups = 3 if spec.granularity == "per_tensor" else 3 * attention.heads
+    if spec.dynamic:
+        operands.set(spec)
+        return
+    values = qkv.reshape(-1, operands.groups, qkv.shape[-1] // operands.groups).transpose(0, 1)
+    scale, _ = search.range(Histogram.of(_sample(values.reshape(operands.groups, -1))), spec)
+    operands.set(spec, scale)
+
+
+@torch.no_grad()
+def search_focus(attention: SimAttention, spec: FocusSpec, qkv: Tensor, mask: Tensor | None, steps: int) -> FocusSpec:
+    """b1 and b2 with the least squared error of the attention's output over ``qkv`` [B, N, 3·H·d] (float operands).
+
+    A grid of ``steps`` upper ends, spaced evenly in the logarithm, then of lower ends below the best one. [R]
+    """
+    focus, operands = attention.focus, attention.operands.spec
+    attention.operands.spec = attention.focus = None
+    target = attention.attend(qkv, mask)
+
+    def error(b1: float, b2: float) -> float:
+        attention.focus = FocusQuantizer(_with(spec, b1, b2))
+        return float((attention.attend(qkv, mask) - target).square().sum())
+
+    uppers = torch.logspace(-2, 0, steps).tolist()
+    b2 = min(uppers, key=lambda b: error(0.0, b))
+    lowers = [0.0, *(b2 * f for f in torch.logspace(-3, -0.5, steps // 2).tolist())]
+    b1 = min(lowers, key=lambda b: error(b, b2))
+    attention.focus, attention.operands.spec = focus, operands
+    return _with(spec, b1, b2)
+
+
+def _with(spec: FocusSpec, b1: float, b2: float) -> FocusSpec:
+    return FocusSpec(spec.bits, b1, b2, spec.power, spec.anchor, spec.below, spec.renormalize, spec.grid)

@@ -1,0 +1,193 @@
+"""What every calibration method is given and how it is found by name."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, get_type_hints
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ..lowrank import kernel_rank
+from ..models.sites import BlockSite, LinearSite
+from ..observers import Observations, observe
+from ..quantizers import SimLinear
+from ..simulate import SimModel, inputs_of
+from ..workdir import WorkDir
+
+if TYPE_CHECKING:
+    from ..recipes import Recipe
+
+STAGES = ("transform", "initialise", "allocate", "compensate", "reconstruct", "refine")
+
+Unit = LinearSite | BlockSite
+Progress = Callable[[str, int, int], None]
+
+
+class Options(BaseModel):
+    """Options of one method; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to do a stage."""
+
+    stage: str
+    name: str
+    options: type[Options]
+    run: Callable[[Calibration, Options], None]
+
+
+_methods: dict[tuple[str, str], Method] = {}
+
+
+def method(stage: str, name: str) -> Callable:
+    """Register ``run(calibration, options: SomeOptions) -> None`` as ``name`` of ``stage``."""
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}, expected one of {', '.join(STAGES)}")
+
+    def register(run: Callable) -> Callable:
+        if (stage, name) in _methods:
+            raise ValueError(f"method {name!r} of {stage} is registered already")
+        hints = get_type_hints(run)
+        options = hints[list(inspect.signature(run).parameters)[1]]
+        _methods[stage, name] = Method(stage, name, options, run)
+        return run
+
+    return register
+
+
+def find(stage: str, name: str) -> Method:
+    """The registered method. Raises: ValueError listing what there is."""
+    if (stage, name) not in _methods:
+        known = sorted(n for s, n in _methods if s == stage)
+        raise ValueError(f"{stage}.method is {name!r}, expected one of {', '.join(known) or '(none yet)'}")
+    return _methods[stage, name]
+
+
+@dataclass
+class Calibration:
+    """One calibration run: what methods read and write.
+
+    Attributes:
+        sim: the model being quantized. reference: its float twin, transformed alike, from ``initialise`` on.
+        images: [B, C, H, W] calibration images. recipe: the validated recipe. seed: of every random choice.
+        work: where finished units are kept for resuming, or None. progress: called with (what, done, total).
+    """
+
+    sim: SimModel
+    images: Tensor
+    recipe: Recipe
+    seed: int = 0
+    work: WorkDir | None = None
+    progress: Progress = lambda what, done, total: None
+    reference: SimModel | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
+    step: str = ""
+    _observed: Observations | None = field(default=None, repr=False)
+
+    @property
+    def batch(self) -> int:
+        return self.recipe.calibration.batch
+
+    def generator(self, *what: object) -> torch.Generator:
+        """A generator of its own for every purpose, so that a resumed run draws what an uninterrupted one does."""
+        key = "/".join(map(str, (self.seed, self.step, *what)))
+        return torch.Generator().manual_seed(zlib.crc32(key.encode()))
+
+    def iterations(self, full: int) -> int:
+        """``full`` scaled by the recipe's effort, at least 1 (0 stays 0)."""
+        return 0 if full == 0 else max(1, round(full * self.recipe.effort))
+
+    def observations(self) -> Observations:
+        """What the calibration images do in the float model, taken once; transforms discard it."""
+        if self._observed is None:
+            self._observed = observe(self.sim, self.images, self.batch)
+        return self._observed
+
+    def discard_observations(self) -> None:
+        self._observed = None
+
+    def boundary(self, path: str) -> bool:
+        """True for the model's first and last layers, which keep the recipe's boundary bits."""
+        return self.sim.sites[path].role in ("patch_embed", "head")
+
+    def interior(self) -> dict[str, SimLinear]:
+        """Every linear layer that is no boundary."""
+        return {path: linear for path, linear in self.sim.linears.items() if not self.boundary(path)}
+
+    def rank(self, path: str) -> int:
+        """Rank of a layer's low-rank branch: what ``allocate`` chose, else the recipe's, as layer and kernels allow."""
+        low_rank = self.recipe.low_rank
+        if low_rank.kind == "none" or self.boundary(path):
+            return 0
+        return kernel_rank(self.ranks.get(path, low_rank.rank), *self.sim.linears[path].shape)
+
+    def batches(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Inputs [B, ...] of a unit in the recipe's batches."""
+        return x.split(self.batch)
+
+    def run(self, model: SimModel, unit: Unit, x: Tensor) -> Tensor:
+        """The unit's module on inputs [B, ...], in batches, without gradients."""
+        module = model.model.get_submodule(unit.path)
+        with torch.no_grad():
+            return torch.cat([module(part) for part in self.batches(x)])
+
+    def walk(self, units: list[Unit] | None = None) -> Iterator[tuple[Unit, Tensor, Tensor]]:
+        """Units in execution order with what enters them in the reference and in the quantized prefix.
+
+        Whatever the consumer changes in a unit before it asks for the next one is in the next one's input.
+        """
+        units = self.sim.sequence if units is None else units
+        previous: tuple[str, Tensor, Tensor] | None = None
+        successors = self._successors()
+        for unit in units:
+            if previous is not None and successors.get(previous[0]) == unit.path:
+                inputs = previous[1:]
+            else:
+                inputs = tuple(
+                    inputs_of(m.model, unit.path, self.images, self.batch) for m in (self.reference, self.sim)
+                )
+            yield unit, *inputs
+            if unit.path in successors:
+                outputs = (self.run(m, unit, x) for m, x in zip((self.reference, self.sim), inputs))
+                previous = (unit.path, *outputs)
+            else:
+                previous = None
+
+    def _successors(self) -> dict[str, str]:
+        """Unit -> the unit that reads its output and nothing else, as one image shows it."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        modules = {unit.path: self.reference.model.get_submodule(unit.path) for unit in self.sim.sequence}
+
+        def hook(path: str) -> Callable:
+            return lambda module, inputs, output: seen.__setitem__(path, (inputs[0], output))
+
+        handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
+        with torch.no_grad():
+            self.reference(self.images[:1])
+        for handle in handles:
+            handle.remove()
+        return {a: b for a, b in pairwise(seen) if seen[b][0] is seen[a][1]}
+
+    def units(self, units: list[Unit] | None = None) -> Iterator[tuple[Unit, Tensor, Tensor]]:
+        """:meth:`walk` that skips units finished in an earlier, interrupted run and keeps every finished one."""
+        total = len(self.sim.sequence if units is None else units)
+        for index, (unit, x_ref, x_sim) in enumerate(self.walk(units)):
+            self.progress(self.step, index, total)
+            kept = None if self.work is None else self.work.restore(self.step, unit.path, self.sim)
+            if kept is not None:
+                self.ranks.update(kept)
+                continue
+            yield unit, x_ref, x_sim
+            if self.work is not None:
+                ranks = {path: r for path, r in self.ranks.items() if path in self.sim.linears_of(unit)}
+                self.work.keep(self.step, unit.path, self.sim, ranks)
+        self.progress(self.step, total, total)

@@ -1,0 +1,178 @@
+"""reconstruct.blocks: learn branches, scales, focusing intervals and rounding so that each block does what it did.
+
+AIQViT's block-wise reconstruction with curriculum [P], and what the rest of the family adds to it, as options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..models.sites import BlockSite
+from ..quantizers import SimLinear
+from ..simulate import SimModel
+from .base import Calibration, Options, Unit, method
+
+
+class BlockOptions(Options):
+    """
+    Args:
+        iterations: steps per block; batch: images per step.
+        lr_branch, lr_scale, lr_focus, lr_bias, lr_rounding, lr_weight_scale: Adam's rates, 0 freezes. Branches, scales
+            and biases are learned relative to their own size.
+        curriculum: λ0; step t of T draws from the easiest min(1, λ0 + (1 − λ0)·t/T) of the images, by their last
+            known loss. 1 draws from all.
+        mixing: chance that an image enters with its float instead of its quantized prefix (QDrop, per image) [R].
+        rounding_weight: of AdaRound's regulariser, with β from 20 to 2 after ``rounding_warmup`` of the steps.
+    """
+
+    iterations: int = Field(6000, ge=0)
+    batch: int = Field(24, ge=1)
+    lr_branch: float = Field(3e-3, ge=0.0)
+    lr_scale: float = Field(1e-3, ge=0.0)
+    lr_weight_scale: float = Field(0.0, ge=0.0)
+    lr_focus: float = Field(3e-3, ge=0.0)
+    lr_bias: float = Field(3e-3, ge=0.0)
+    lr_rounding: float = Field(0.0, ge=0.0)
+    curriculum: float = Field(0.5, gt=0.0, le=1.0)
+    mixing: float = Field(0.0, ge=0.0, le=1.0)
+    rounding_weight: float = Field(0.01, ge=0.0)
+    rounding_warmup: float = Field(0.2, ge=0.0, lt=1.0)
+
+
+@method("reconstruct", "blocks")
+def blocks(calibration: Calibration, options: BlockOptions) -> None:
+    units = [unit for unit in calibration.sim.sequence if isinstance(unit, BlockSite)]
+    for unit, x_ref, x_sim in calibration.units(units):
+        target = calibration.run(calibration.reference, unit, x_ref)
+        reconstruct(calibration, [unit], x_ref, x_sim, target, options)
+
+
+def easy_fraction(step: int, steps: int, start: float) -> float:
+    """λ(t) = min(1, λ0 + (1 − λ0)·t/T)."""
+    return min(1.0, start + (1.0 - start) * step / max(1, steps))
+
+
+def losses(module: nn.Module, x: Tensor, target: Tensor, batch: int) -> Tensor:
+    """[B] squared error of each image's output, without gradients."""
+    with torch.no_grad():
+        parts = [(module(a) - b).square().flatten(1).mean(1) for a, b in zip(x.split(batch), target.split(batch))]
+    return torch.cat(parts)
+
+
+class _Learner:
+    """Parameters of a unit under Adam, each group at a rate of its own, with a cosine to zero."""
+
+    def __init__(self, sim: SimModel, units: list[Unit], options: BlockOptions, steps: int) -> None:
+        self.focuses, self.linears, self.scales = [], [], []
+        groups: list[dict] = []
+
+        def learn(parameters: Iterator[nn.Parameter | None], rate: float, relative: bool) -> None:
+            for p in parameters:
+                if p is not None and rate > 0.0:
+                    size = float(p.detach().double().square().mean().sqrt()) if relative else 1.0
+                    p.requires_grad_(True)
+                    groups.append({"params": [p], "lr": rate * (size if size > 0.0 else 1e-3)})
+
+        for unit in units:
+            for linear in sim.linears_of(unit).values():
+                self.linears.append(linear)
+                if options.lr_rounding > 0.0 and linear.quant.lut is None:
+                    linear.quant.learn_rounding(linear.effective_weight())
+                    linear.quant.soft = True
+                    learn([linear.quant.alpha], options.lr_rounding, False)
+                directions = None if linear.lora.kind == "subspace" else linear.lora_down
+                learn([linear.lora_up, directions], options.lr_branch, True)
+                learn([linear.bias], options.lr_bias, True)
+                learn([linear.quant.scale], options.lr_weight_scale, True)
+                self._activation(learn, linear.act, options.lr_scale)
+            attention = sim.attention_of(unit)
+            if attention is not None:
+                self._activation(learn, attention.operands, options.lr_scale)
+                if attention.focus is not None and options.lr_focus > 0.0:
+                    self.focuses.append(attention.focus)
+                    learn([attention.focus.b1, attention.focus.b2], options.lr_focus, False)
+        self.optimizer = torch.optim.Adam(groups)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps))
+        self.parameters = [p for g in groups for p in g["params"]]
+        self.bounds = [(s, float(s.detach().min()) * 0.05) for s in self.scales]
+
+    def _activation(self, learn, quantizer, rate: float) -> None:
+        if quantizer.scale is not None:
+            self.scales.append(quantizer.scale)
+            learn([quantizer.scale], rate, True)
+            if quantizer.zero_point.requires_grad or not quantizer.spec.symmetric:
+                # In code units: a zero point moves by fractions of a code.
+                learn([quantizer.zero_point], 10.0 * rate, False)
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        with torch.no_grad():
+            for scale, least in self.bounds:
+                scale.clamp_(min=least)
+        for focus in self.focuses:
+            focus.project()
+
+    def state(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.parameters]
+
+    def load(self, state: list[Tensor]) -> None:
+        with torch.no_grad():
+            for p, value in zip(self.parameters, state):
+                p.copy_(value)
+
+    def finish(self) -> None:
+        for p in self.parameters:
+            p.requires_grad_(False)
+        for linear in self.linears:
+            linear.quant.soft = False
+
+
+def _rounding_penalty(linears: list[SimLinear], beta: float) -> Tensor:
+    return sum(
+        (1 - (2 * q.rounding() - 1).abs().pow(beta)).sum() for q in (l.quant for l in linears) if q.alpha is not None
+    )
+
+
+def reconstruct(
+    calibration: Calibration, units: list[Unit], x_ref: Tensor, x_sim: Tensor, target: Tensor, options: BlockOptions
+) -> None:
+    """Learn ``units`` (run one after the other) to map x_sim to ``target``; keep the start if it was better.
+
+    Subspace directions stay: they must remain orthonormal.
+    """
+    sim, steps = calibration.sim, calibration.iterations(options.iterations)
+    if steps == 0:
+        return
+    module = nn.Sequential(*(sim.model.get_submodule(unit.path) for unit in units))
+    before = losses(module, x_sim, target, calibration.batch)
+    learner = _Learner(sim, units, options, steps)
+    generator = calibration.generator(units[0].path)
+    start, known = learner.state(), before.clone()
+    scale = 1.0 / float(target.square().mean())
+    for step in range(steps):
+        count = max(min(options.batch, len(x_sim)), round(easy_fraction(step, steps, options.curriculum) * len(x_sim)))
+        pool = known.argsort()[:count]
+        chosen = pool[torch.randperm(count, generator=generator)[: options.batch]]
+        x = x_sim[chosen]
+        if options.mixing > 0.0:
+            swap = torch.rand(len(chosen), generator=generator) < options.mixing
+            x = torch.where(swap.reshape(-1, *[1] * (x.dim() - 1)), x_ref[chosen], x)
+        error = (module(x) - target[chosen]).square().flatten(1).mean(1)
+        known[chosen] = error.detach()
+        loss = error.mean() * scale
+        if options.lr_rounding > 0.0 and step >= options.rounding_warmup * steps:
+            done = (step / steps - options.rounding_warmup) / (1.0 - options.rounding_warmup)
+            loss = loss + options.rounding_weight * scale * _rounding_penalty(
+                learner.linears, 20.0 - 18.0 * done
+            ) / len(x)
+        learner.step(loss)
+    learner.finish()
+    if float(losses(module, x_sim, target, calibration.batch).mean()) > float(before.mean()):
+        learner.load(start)

@@ -1,0 +1,178 @@
+"""The command line: the whole path on little data, and one clear line for every kind of bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from vitq import checkpoint, demo
+from vitq.cli import main
+from vitq.models.digits_vit import NAME
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "checkpoint"
+    assert main(["quantize", NAME, str(folder), "--recipe", "minmax-w4a4", "--images", "16", "--no-eval"]) == 0
+    return folder
+
+
+def failure(capsys, *argv: str) -> str:
+    """Runs a command that must fail; returns its one line on stderr."""
+    try:
+        code = main(list(argv))
+    except SystemExit as stop:  # argparse's own refusals
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2, (code, err)
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    assert "error: " in lines[0]
+    return lines[0]
+
+
+def figures(capsys, *argv: str) -> dict:
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_quantize_evaluates_and_times_on_the_spot(tmp_path, capsys):
+    target = tmp_path / "c"
+    argv = ["quantize", NAME, str(target), "--recipe", "minmax-w4a4", "--images", "16", "--eval-images", "32"]
+    record = figures(capsys, *argv, "--set", 'bits={"weights": 8, "activations": 8, "operands": 8, "softmax": 8}')
+    assert [run["split"] for run in record["runs"]] == ["test", "hard"]
+    for run in record["runs"]:
+        assert run["agreement_simulated_integer"] == 1.0
+        assert run["images"] == 32
+        assert run["average_weight_bits"] == 8
+        assert run["logit_sqnr_db"] > 20
+        assert run["latency_ms_integer"] > 0
+    assert record["runs"][0]["size_bytes_integer"] == checkpoint.disk_bytes(target)
+    assert record["runs"][0]["size_bytes_integer"] < 0.4 * record["runs"][0]["size_bytes_float"]
+    assert not target.with_name("c.work").exists()
+
+
+def test_eval_of_a_checkpoint(quantized, capsys):
+    record = figures(capsys, "eval", str(quantized), "--split", "test", "--limit", "32")
+    rows = {row["mode"]: row for row in record["rows"]}
+    assert set(rows) == {"float", "simulated", "integer"}
+    assert rows["integer"]["agreement_simulated"] == 1.0
+    assert rows["float"]["sqnr_db"] is None
+    assert rows["integer"]["sqnr_db"] == pytest.approx(rows["simulated"]["sqnr_db"], abs=0.5)
+    # On one back end after another: the same model.
+    for backend in ("ref", "cpu"):
+        only = figures(capsys, "eval", str(quantized), "--modes", "integer", "--limit", "32", "--backend", backend)
+        assert only["rows"][0]["top1"] == rows["integer"]["top1"]
+
+
+def test_bench_of_a_checkpoint_and_of_an_architecture(quantized, capsys):
+    record = figures(capsys, "bench", str(quantized), "--batch", "1,2", "--seconds", "0.01")
+    assert [(row["model"], row["batch"]) for row in record["rows"]] == [
+        ("float32", 1), ("minmax-w4a4", 1), ("float32", 2), ("minmax-w4a4", 2)
+    ]  # fmt: skip
+    assert record["rows"][1]["model_bytes"] < record["rows"][0]["model_bytes"] / 4
+    argv = ["bench", NAME, "--random-weights", "--recipe", "minmax-w4a4", "--batch", "1", "--seconds", "0.01"]
+    assert [row["model"] for row in figures(capsys, *argv)["rows"]] == ["float32", "minmax-w4a4"]
+
+
+def test_info(quantized, capsys):
+    record = figures(capsys, "info")
+    assert record["backends"]["ref"] == "live"
+    assert "minmax-w4a4" in record["recipes"]
+    record = figures(capsys, "info", str(quantized))
+    assert record["architecture"] == NAME
+    assert len(record["integer"]) > 25
+    assert record["bytes"] < record["float_bytes"] / 4
+
+
+def test_demo_writes_summary_and_picture(tmp_path):
+    seen = []
+    summary = demo.run(tmp_path, lambda *step: seen.append(step), recipes=("minmax-w4a4",), limit=16)
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert {(r["variant"], r["split"]) for r in summary["runs"]} == {
+        (variant, split) for variant in ("plain", "outlier") for split in ("test", "hard")
+    }
+    assert all(r["agreement_simulated_integer"] == 1.0 for r in summary["runs"])
+    assert Image.open(tmp_path / "demo.png").size[0] > 800
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["quantize", "vit_of_nobody", "OUT"], "model is 'vit_of_nobody', expected an architecture of timm"),
+        (["quantize", NAME, "OUT", "--recipe", "nothing"], "recipe is 'nothing', expected"),
+        (["quantize", NAME, "OUT", "--set", "bits.weights"], "is not of the form key=value"),
+        (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--set", 'bits={"weights": 1}'], "bits.weights is 1"),
+        (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--set", "colour=3"], "colour is no field"),
+        (["quantize", NAME, "OUT", "--data", "/nowhere"], "/nowhere"),
+        (["quantize", NAME, "OUT", "--images", "0"], "'0' is not a positive whole number"),
+        (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--images", "100000"], "between 1 and 1097"),
+        (["quantize", NAME, "OUT", "--weights", "/nowhere.pth"], "weights is '/nowhere.pth', expected a file"),
+        (["quantize", NAME, "OUT", "--weights", "x", "--random-weights"], "both given"),
+        (["quantize", NAME, "OUT", "--model-arg", "colour=3"], "do not fit"),
+        (["quantize", "resnet18", "OUT", "--random-weights"], "expected a timm VisionTransformer"),
+        (["quantize", "vit_tiny_patch16_224", "OUT"], "pretrained weights of vit_tiny_patch16_224 cannot be had"),
+        (["eval", "/nowhere"], "/nowhere: no such folder"),
+        (["bench", "/nowhere"], "model is '/nowhere'"),
+        (["bench", NAME, "--batch", "1,x"], "'x' is not a positive whole number"),
+        (["info", "/nowhere"], "no such folder"),
+        (["fly"], "invalid choice: 'fly'"),
+        ([], "required"),
+    ],
+)
+def test_bad_input_is_one_line(argv, said, capsys, tmp_path, monkeypatch):
+    # Where there is a network there is none here, nor a cache: pretrained weights cannot be had.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    argv = [str(tmp_path / "out") if a == "OUT" else a for a in argv]
+    assert said in failure(capsys, *argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_to_eval(quantized, capsys):
+    assert "--modes has 'fixed'" in failure(capsys, "eval", str(quantized), "--modes", "fixed")
+    assert "--backend is 'tpu'" in failure(capsys, "eval", str(quantized), "--backend", "tpu")
+    assert "no back end serves" in failure(capsys, "eval", str(quantized), "--modes", "integer", "--backend", "cuda")
+    assert "split" in failure(capsys, "eval", str(quantized), "--split", "evening")
+    assert "exists already" in failure(capsys, "quantize", NAME, str(quantized))
+
+
+def test_damaged_checkpoint(quantized, capsys, tmp_path):
+    for file in quantized.iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+    assert "truncated" in failure(capsys, "eval", str(tmp_path))
+
+
+def test_bad_image_folder(quantized, capsys, tmp_path):
+    for split in ("train", "val"):
+        for name in map(str, range(10)):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / split / name / "a.png")
+    assert main(["eval", str(quantized), "--data", str(tmp_path), "--modes", "integer"]) == 0
+    capsys.readouterr()
+    whole = (tmp_path / "val" / "3" / "a.png").read_bytes()
+    (tmp_path / "val" / "3" / "a.png").write_bytes(whole[:40])
+    assert "a.png" in failure(capsys, "eval", str(quantized), "--data", str(tmp_path), "--modes", "integer")
+
+
+def test_weights_that_do_not_fit(capsys, tmp_path):
+    file = tmp_path / "w.pth"
+    torch.save({"other": torch.zeros(3)}, file)
+    assert "do not fit the model" in failure(capsys, "quantize", NAME, str(tmp_path / "o"), "--weights", str(file))
+    file.write_bytes(b"not a state dict")
+    assert "do not fit the model" in failure(capsys, "quantize", NAME, str(tmp_path / "o"), "--weights", str(file))
+
+
+def test_process_exit_code_and_streams():
+    command = [sys.executable, "-m", "vitq.cli", "info", "/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("vitq: error: ")
