@@ -88,9 +88,20 @@ VITQ_INLINE F fma(F a, F b, F c) {
 #endif
 }
 
-// b where an operand is NaN.
+// b where an operand is NaN. (Compilers make a compare and a blend of `a > b ? a : b`.)
+#if defined(__AVX512F__)
+VITQ_INLINE F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+VITQ_INLINE F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+VITQ_INLINE I max(I a, I b) { return (I)_mm512_maskz_max_epi32(0xffff, (__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+VITQ_INLINE F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+VITQ_INLINE F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+VITQ_INLINE I max(I a, I b) { return (I)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+#else
 VITQ_INLINE F min(F a, F b) { return a < b ? a : b; }
 VITQ_INLINE F max(F a, F b) { return a > b ? a : b; }
+VITQ_INLINE I max(I a, I b) { return a > b ? a : b; }
+#endif
 VITQ_INLINE F abs(F a) { return (F)((U)a & 0x7fffffffu); }
 VITQ_INLINE F copysign(F magnitude, F sign) {
   return (F)(((U)magnitude & 0x7fffffffu) | ((U)sign & 0x80000000u));

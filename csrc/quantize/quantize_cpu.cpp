@@ -61,12 +61,11 @@ void subtract_rows(const float* x, float* residual, int64_t ld, const QuantTail&
 float absmax(const float* x, int64_t n) {
   constexpr int kChains = 4;  // independent maxima, so that none waits for the last
   I top[kChains] = {};
-  const auto larger = [](I a, I b) VITQ_LAMBDA { return a > b ? a : b; };
   int64_t i = 0;
   for (; i + kChains * kLanes <= n; i += kChains * kLanes)
-    unroll<kChains>([&](auto c) VITQ_LAMBDA { top[c] = larger((I)abs(load(x + i + c * kLanes)), top[c]); });
-  for (; i < n; i += kLanes) top[0] = larger((I)abs(load_upto(x + i, n - i)), top[0]);
-  const int32_t best = max_of(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+    unroll<kChains>([&](auto c) VITQ_LAMBDA { top[c] = max((I)abs(load(x + i + c * kLanes)), top[c]); });
+  for (; i < n; i += kLanes) top[0] = max((I)abs(load_upto(x + i, n - i)), top[0]);
+  const int32_t best = max_of(max(max(top[0], top[1]), max(top[2], top[3])));
   float out;
   std::memcpy(&out, &best, 4);
   return out;
