@@ -68,7 +68,7 @@ VITQ_INLINE float store_scores(const RowScores& row, F exponent, uint8_t* valid,
       if (n < kLanes) z = lane_index() < set(static_cast<int32_t>(n)) ? z : minus_inf;
     }
     store(row.product + j, z);
-    top = larger(z, top);
+    top = max(z, top);
     if (valid != nullptr) {
       const I out = z == minus_inf;
       excluded += out;
@@ -80,7 +80,7 @@ VITQ_INLINE float store_scores(const RowScores& row, F exponent, uint8_t* valid,
     for (int i = 0; i < kLanes; ++i) n += excluded[i];
     *count = n;
   }
-  return largest_of(top);
+  return max_of(top);
 }
 
 // Largest product as a float (rounding keeps the order).
@@ -90,9 +90,9 @@ VITQ_INLINE float largest_product(const RowScores& row) {
   for (int64_t j = 0; j < row.keys; j += kLanes) {
     F x = to_float(load(row.product + j));
     if (row.keys - j < kLanes) x = lane_index() < set(static_cast<int32_t>(row.keys - j)) ? x : least;
-    top_v = larger(x, top_v);
+    top_v = max(x, top_v);
   }
-  return largest_of(top_v);
+  return max_of(top_v);
 }
 
 // Scores without additive terms stay the integers that they are: only their maximum is needed beforehand.
@@ -122,7 +122,7 @@ VITQ_INLINE float codes_at_once(const LoadX& load_x, int64_t n, float k, float t
     sum_v += powered<Power>(t, x, powerv);
     store_bytes(codes + j, round_to_int(min(t * kv, topv)));
   }
-  return sum_of(sum_v);
+  return sum(sum_v);
 }
 
 // out = 2^x; returns the sum of exponentials.
@@ -135,7 +135,7 @@ VITQ_INLINE float exponentials(const LoadX& load_x, int64_t n, float power, floa
     sum_v += powered<Power>(t, x, powerv);
     store(out + j, t);
   }
-  return sum_of(sum_v);
+  return sum(sum_v);
 }
 
 // codes = rne(min(k·t, top)).
@@ -154,11 +154,11 @@ VITQ_INLINE void codes_clamped(const float* e, int64_t n, double slope, double s
   const F high = set(static_cast<float>(inside)), root = set(static_cast<float>(1.0 / power));
   const F topv = set(static_cast<float>(top));
   for (int64_t j = 0; j < n; j += kLanes) {
-    F x = min(larger(fma(load(e + j), a, b), F{}), high);
+    F x = min(max(fma(load(e + j), a, b), F{}), high);
     if constexpr (Power == 2) x = sqrt(x);
     if constexpr (Power == 0) {
       const F tiny = set(1.17549435e-38f);
-      const F y = exp2_nonpositive(min(log2_positive(larger(x, tiny)) * root, F{}));
+      const F y = exp2_nonpositive(min(log2_positive(max(x, tiny)) * root, F{}));
       x = x < tiny ? F{} : y * topv;
     }
     store_bytes(codes + j, round_to_int(x));

@@ -1,4 +1,4 @@
-// What the softmax needs beyond common/simd.h: exp2, log2, square root, reductions, unsigned bytes.
+// What the softmax needs beyond common/simd.h: exp2, log2, square root, unsigned bytes.
 #pragma once
 
 #include "common/simd.h"
@@ -24,56 +24,10 @@ VITQ_INLINE void store_bytes(uint8_t* p, I v) {
 #endif
 }
 
-// The larger of a and b; b where one is NaN. (The compilers make a compare and a blend of `a > b ? a : b`.)
-VITQ_INLINE F larger(F a, F b) {
-#if defined(__AVX512F__)
-  return (F)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (F)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return max(a, b);
-#endif
-}
-
-#if defined(__AVX2__)
-// Halves [8] of a vector, and the sum or maximum of eight lanes.
-VITQ_INLINE __m256 low_lanes(F v) {
-#if defined(__AVX512F__)
-  return _mm512_castps512_ps256((__m512)v);
-#else
-  return (__m256)v;
-#endif
-}
-#if defined(__AVX512F__)
-VITQ_INLINE __m256 high_lanes(F v) { return _mm512_extractf32x8_ps((__m512)v, 1); }
-#endif
-VITQ_INLINE float sum_of(F v) {
-  __m256 x = low_lanes(v);
-#if defined(__AVX512F__)
-  x = _mm256_add_ps(x, high_lanes(v));
-#endif
-  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
-  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
-}
-VITQ_INLINE float largest_of(F v) {
-  __m256 x = low_lanes(v);
-#if defined(__AVX512F__)
-  x = _mm256_max_ps(x, high_lanes(v));
-#endif
-  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
-  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
-}
-#else
-VITQ_INLINE float sum_of(F v) { return sum(v); }
-VITQ_INLINE float largest_of(F v) { return max_of(v); }
-#endif
-
 // 2^x for x <= 0, NaN for NaN; 2^-126 for everything below. Relative error below 1.4·2^-24 with fused
 // operations, 1.7·2^-24 without (torch's own: 1.03; the polynomial's: 0.03).
 VITQ_INLINE F exp2_nonpositive(F x) {
-  x = larger(set(-126.0f), x);  // in this order NaN stays
+  x = max(set(-126.0f), x);  // in this order NaN stays
   const F magic = set(12582912.0f);
   const F shifted = x + magic;
   const F r = x - (shifted - magic);

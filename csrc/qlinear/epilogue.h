@@ -24,22 +24,24 @@ VITQ_INLINE void with_rows(int64_t rows, const Fn& fn) {
 // out[MR][V·kLanes] = (or +=) a[MR, depth] · b[depth, V·kLanes], b with the row stride of a tile: the sum
 // runs over depth in order, in registers.
 template <int MR, int V, bool kAccumulate>
-VITQ_INLINE void float_tile(const float* a, int64_t lda, const float* b, int64_t depth, float* out) {
+VITQ_TILE void float_tile(const float* a, int64_t lda, const float* b, int64_t depth, float* out) {
   constexpr int kWidth = V * kLanes;
-  F acc[MR][V] = {};
+  F acc[MR][V];
+  clear(acc);
+  const auto each = [](const auto& fn) VITQ_LAMBDA {
+    unroll<MR>([&](auto i) VITQ_LAMBDA { unroll<V>([&](auto v) VITQ_LAMBDA { fn(i, v); }); });
+  };
   if constexpr (kAccumulate)
-    for (int i = 0; i < MR; ++i)
-      for (int v = 0; v < V; ++v) acc[i][v] = load(out + i * kWidth + v * kLanes);
+    each([&](auto i, auto v) VITQ_LAMBDA { acc[i][v] = load(out + i * kWidth + v * kLanes); });
   for (int64_t k = 0; k < depth; ++k) {
     F bv[V];
-    for (int v = 0; v < V; ++v) bv[v] = load(b + k * kWidth + v * kLanes);
-    for (int i = 0; i < MR; ++i) {
+    unroll<V>([&](auto v) VITQ_LAMBDA { bv[v] = load(b + k * kWidth + v * kLanes); });
+    unroll<MR>([&](auto i) VITQ_LAMBDA {
       const F av = set(a[i * lda + k]);
-      for (int v = 0; v < V; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
-    }
+      unroll<V>([&](auto v) VITQ_LAMBDA { acc[i][v] = fma(av, bv[v], acc[i][v]); });
+    });
   }
-  for (int i = 0; i < MR; ++i)
-    for (int v = 0; v < V; ++v) store(out + i * kWidth + v * kLanes, acc[i][v]);
+  each([&](auto i, auto v) VITQ_LAMBDA { store(out + i * kWidth + v * kLanes, acc[i][v]); });
 }
 
 // What one panel of NP output columns needs, gathered once and reused by all of its row tiles.

@@ -19,14 +19,11 @@ namespace vitq::VITQ_ISA {
 
 constexpr int8_t kPlainNibbles[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
-VITQ_INLINE void put(int32_t* out, I sum, bool accumulate) {
-  store(out, accumulate ? (I)((U)sum + (U)load(out)) : sum);
-}
+template <class V>
+VITQ_INLINE void put(int32_t* out, V sums, bool accumulate) {
+  const I sum = (I)sums;
 
-VITQ_INLINE int32_t load_i32(const void* p) {
-  int32_t v;
-  std::memcpy(&v, p, 4);
-  return v;
+  store(out, accumulate ? (I)((U)sum + (U)load(out)) : sum);
 }
 
 // int4_n16k4 → int8_n16k4: `pairs` 64-byte lines become 2·pairs; table[nibble] is the weight.
@@ -85,20 +82,24 @@ struct Vnni {
 #endif
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
-                   bool accumulate) {
-    Vector acc[MR][kVectors] = {};
+  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                      bool accumulate) {
+    Vector acc[MR][kVectors];
+    clear(acc);
     for (int64_t k = 0; k < k4; ++k) {
       Vector w[kVectors];
-      for (int j = 0; j < kVectors; ++j)
+      unroll<kVectors>([&](auto j) VITQ_LAMBDA {
         w[j] = weights(panel[j * kBlocks / kVectors] + k * 64 + (j * 64 * kBlocks / kVectors) % 64);
-      for (int i = 0; i < MR; ++i) {
-        const Vector x = spread(load_i32(a + i * lda + k * 4));
-        for (int j = 0; j < kVectors; ++j) acc[i][j] = dot(acc[i][j], x, w[j]);
-      }
+      });
+      unroll<MR>([&](auto i) VITQ_LAMBDA {
+        const Vector x = spread(load_as<int32_t>(a + i * lda + k * 4));
+        unroll<kVectors>([&](auto j) VITQ_LAMBDA { acc[i][j] = dot(acc[i][j], x, w[j]); });
+      });
     }
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < kVectors; ++j) put(out + i * 16 * kBlocks + j * kLanes, (I)acc[i][j], accumulate);
+    unroll<MR>([&](auto i) VITQ_LAMBDA {
+      unroll<kVectors>([&](auto j)
+                           VITQ_LAMBDA { put(out + i * 16 * kBlocks + j * kLanes, acc[i][j], accumulate); });
+    });
   }
 };
 
@@ -107,6 +108,10 @@ using Int4Policy = Vnni;
 using Int4LutPolicy = Vnni;
 
 #elif defined(__AVX2__)
+
+// Ends one row's step before the next begins. Sixteen registers hold a tile and one product; GCC would start
+// several rows' products first and spill the accumulators instead.
+VITQ_INLINE void settle(__m256i& a, __m256i& b) { asm volatile("" : "+x"(a), "+x"(b)); }
 
 // vpmaddwd on widened operands: exact for every pair of int8 (vpmaddubsw is not: 2·128·128 saturates an
 // int16). The four k of a lane make two int32 sums, added at the end.
@@ -138,30 +143,30 @@ struct Words {
   // Eight of the sixteen columns: 12 accumulators, two weight vectors, one activation; every line is read
   // once per tile.
   template <int MR>
-  static void half_tile(const Code* a, int64_t lda, const uint8_t* panel, int64_t k4, int32_t* out,
-                        bool accumulate) {
-    __m256i acc[MR][2] = {};
+  VITQ_TILE void half_tile(const Code* a, int64_t lda, const uint8_t* panel, int64_t k4, int32_t* out,
+                           bool accumulate) {
+    __m256i acc[MR][2];
+    clear(acc);
     for (int64_t k = 0; k < k4; ++k) {
       const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * 128));
       const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + k * 128 + 32));
-      for (int i = 0; i < MR; ++i) {
-        long long four;
-        std::memcpy(&four, a + i * lda + k * 4, 8);
-        const __m256i x = _mm256_set1_epi64x(four);
+      unroll<MR>([&](auto i) VITQ_LAMBDA {
+        const __m256i x = _mm256_set1_epi64x(load_as<long long>(a + i * lda + k * 4));
         acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(x, w0));
         acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(x, w1));
-      }
+        settle(acc[i][0], acc[i][1]);
+      });
     }
-    for (int i = 0; i < MR; ++i) {
+    unroll<MR>([&](auto i) VITQ_LAMBDA {
       // hadd works within 128-bit halves: lanes n0 n1 n4 n5 | n2 n3 n6 n7.
       const __m256i pairs = _mm256_hadd_epi32(acc[i][0], acc[i][1]);
-      put(out + i * 16, (I)_mm256_permute4x64_epi64(pairs, 0xd8), accumulate);
-    }
+      put(out + i * 16, _mm256_permute4x64_epi64(pairs, 0xd8), accumulate);
+    });
   }
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
-                   bool accumulate) {
+  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                      bool accumulate) {
     half_tile<MR>(a, lda, panel[0], k4, out, accumulate);
     half_tile<MR>(a, lda, panel[0] + 64, k4, out + 8, accumulate);
   }
@@ -185,28 +190,34 @@ struct Nibbles {
   }
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
-                   bool accumulate) {
+  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                      bool accumulate) {
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i total[MR][2] = {};
+    __m256i total[MR][2];
+    clear(total);
     for (int64_t k0 = 0; k0 < k4; k0 += kSteps) {
       const int64_t end = smaller(k0 + kSteps, k4);
-      __m256i acc[MR][2] = {};
+      __m256i acc[MR][2];
+      clear(acc);
       for (int64_t k = k0; k < end; ++k) {
         const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel[0] + k * 64));
         const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel[0] + k * 64 + 32));
-        for (int i = 0; i < MR; ++i) {
-          const __m256i x = _mm256_set1_epi32(load_i32(a + i * lda + k * 4));
+        unroll<MR>([&](auto i) VITQ_LAMBDA {
+          const __m256i x = _mm256_set1_epi32(load_as<int32_t>(a + i * lda + k * 4));
           acc[i][0] = _mm256_add_epi16(acc[i][0], _mm256_maddubs_epi16(w0, x));
           acc[i][1] = _mm256_add_epi16(acc[i][1], _mm256_maddubs_epi16(w1, x));
-        }
+          settle(acc[i][0], acc[i][1]);
+        });
       }
-      for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < 2; ++j)
+      unroll<MR>([&](auto i) VITQ_LAMBDA {
+        unroll<2>([&](auto j) VITQ_LAMBDA {
           total[i][j] = _mm256_add_epi32(total[i][j], _mm256_madd_epi16(acc[i][j], ones));
+        });
+      });
     }
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < 2; ++j) put(out + i * 16 + j * 8, (I)total[i][j], accumulate);
+    unroll<MR>([&](auto i) VITQ_LAMBDA {
+      unroll<2>([&](auto j) VITQ_LAMBDA { put(out + i * 16 + j * 8, total[i][j], accumulate); });
+    });
   }
 };
 
@@ -244,8 +255,8 @@ struct Plain {
   }
 
   template <int MR>
-  static void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
-                   bool accumulate) {
+  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
+                      bool accumulate) {
     const int16_t* w = reinterpret_cast<const int16_t*>(panel[0]);
     uint32_t acc[MR][16] = {};
     if (accumulate) std::memcpy(acc, out, sizeof(acc));

@@ -128,12 +128,19 @@ class Linear {
     for (int64_t c = 0; c < terms.width; ++c)  // modulo 2^32: the whole sum fits, this part need not
       work.column[c] = static_cast<int32_t>(0u - offset * static_cast<uint32_t>(args_.col_sum[n0 + c]));
 
+    // The next panel's bytes are asked for a little with every tile: they come from far away.
+    const uint8_t* next = w_.data + smaller((p + 1) * P::kBlocks, blocks) * packed_block_;
+    const uint8_t* const next_end = w_.data + smaller((p + 2) * P::kBlocks, blocks) * packed_block_;
+    const int64_t tiles = ceil_div(last - row, P::kRows) * ceil_div(k4_, P::kSliceK4);
+    const int64_t share = ceil_div(next_end - next, 64 * tiles + 1);
     for (int64_t k = 0; k < k4_ || k == 0; k += P::kSliceK4) {
       const int64_t steps = smaller(P::kSliceK4, k4_ - k);
       const uint8_t* slice[P::kBlocks];
       for (int j = 0; j < P::kBlocks; ++j) slice[j] = block[j] + k * P::kStepBytes;
       for (int64_t i = row; i < last; i += P::kRows) {
         const int64_t rows = smaller<int64_t>(P::kRows, last - i);
+        for (int64_t line = 0; line < share && next < next_end; ++line, next += 64)
+          __builtin_prefetch(next, 0, 2);
         const auto* a = codes_.template at<typename P::Code>() + i * lda_ + k * 4;
         int32_t* sums = work.sums + (k4_ > P::kSliceK4 ? (i - row) * kTileN : 0);
         with_rows<P::kRows>(

@@ -10,23 +10,21 @@ namespace {
 // same order whatever the tile, so results do not depend on how rows are grouped.
 template <int MR, int NR>
 void project_tile(const float* x, int64_t ld, const float* d, int64_t k, float* t, int64_t rank) {
-  F acc[MR][NR] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= k; c += kLanes) {
+  F acc[MR][NR];
+  clear(acc);
+  const auto step = [&](int64_t c, auto load_at) VITQ_LAMBDA {
     F dv[NR];
-    for (int j = 0; j < NR; ++j) dv[j] = load(d + j * k + c);
-    for (int i = 0; i < MR; ++i) {
-      const F xv = load(x + i * ld + c);
-      for (int j = 0; j < NR; ++j) acc[i][j] = fma(xv, dv[j], acc[i][j]);
-    }
-  }
-  if (c < k) {
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < NR; ++j)
-        acc[i][j] = fma(load_first(x + i * ld + c, k - c), load_first(d + j * k + c, k - c), acc[i][j]);
-  }
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) t[i * rank + j] = sum(acc[i][j]);
+    unroll<NR>([&](auto j) VITQ_LAMBDA { dv[j] = load_at(d + j * k + c); });
+    unroll<MR>([&](auto i) VITQ_LAMBDA {
+      const F xv = load_at(x + i * ld + c);
+      unroll<NR>([&](auto j) VITQ_LAMBDA { acc[i][j] = fma(xv, dv[j], acc[i][j]); });
+    });
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= k; c += kLanes) step(c, [](const float* p) VITQ_LAMBDA { return load(p); });
+  if (c < k) step(c, [&](const float* p) VITQ_LAMBDA { return load_first(p, k - c); });
+  unroll<MR>([&](auto i)
+                 VITQ_LAMBDA { unroll<NR>([&](auto j) VITQ_LAMBDA { t[i * rank + j] = sum(acc[i][j]); }); });
 }
 
 // 16 accumulators fit beside the operands on 32 registers, 8 on 16.
@@ -51,36 +49,31 @@ void subtract_rows(const float* x, float* residual, int64_t ld, const QuantTail&
     for (int64_t r = 0; r < tail.rank; ++r) {
       const float* d = tail.lora_down + r * tail.k + c;
       const F dv = load_upto(d, n);
-      for (int i = 0; i < MR; ++i) acc[i] = fma(set(t[i * tail.rank + r]), dv, acc[i]);
+      unroll<MR>([&](auto i) VITQ_LAMBDA { acc[i] = fma(set(t[i * tail.rank + r]), dv, acc[i]); });
     }
-    for (int i = 0; i < MR; ++i) {
-      const float* in = x + i * ld + c;
-      store_upto(residual + i * ld + c, load_upto(in, n) - acc[i], n);
-    }
+    unroll<MR>([&](auto i) VITQ_LAMBDA {
+      store_upto(residual + i * ld + c, load_upto(x + i * ld + c, n) - acc[i], n);
+    });
   }
 }
 
-// max|x|; NaN if any element is NaN (or the maximum infinite).
-float finite_absmax(const float* x, int64_t n) {
-  F top{};
-  I nan{};
+// max|x|; NaN if any element is NaN: the magnitudes' bit patterns order as integers, NaN above infinity.
+float absmax(const float* x, int64_t n) {
+  constexpr int kChains = 4;  // independent maxima, so that none waits for the last
+  I top[kChains] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const F v = load(x + i);
-    nan |= v != v;
-    top = max(abs(v), top);
-  }
-  if (i < n) {
-    const F v = load_first(x + i, n - i);
-    nan |= v != v;
-    top = max(abs(v), top);
-  }
-  return any(nan) ? __builtin_nanf("") : max_of(top);
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes)
+    unroll<kChains>([&](auto c) VITQ_LAMBDA { top[c] = max((I)abs(load(x + i + c * kLanes)), top[c]); });
+  for (; i < n; i += kLanes) top[0] = max((I)abs(load_upto(x + i, n - i)), top[0]);
+  const int32_t best = max_of(max(max(top[0], top[1]), max(top[2], top[3])));
+  float out;
+  std::memcpy(&out, &best, 4);
+  return out;
 }
 
-float dynamic_scale(float absmax, float top) {
-  if (absmax == 0.0f) return 1.0f;
-  const float scale = absmax / top;
+float dynamic_scale(float largest, float top) {
+  if (largest == 0.0f) return 1.0f;
+  const float scale = largest / top;
   if (!(scale <= 3.40282347e38f)) return __builtin_nanf("");  // NaN or infinite
   return scale == 0.0f ? 1.0f : scale;  // a subnormal row underflowed: a reciprocal of 0 would be infinite
 }
@@ -138,7 +131,7 @@ void quantize_rows(const QuantTail& tail, const float* x, float* residual, int64
       if (tail.scale != nullptr) {
         scale = tail.scale[(tail.scale_per_row ? row * tail.groups : 0) + g];
       } else {
-        scale = dynamic_scale(finite_absmax(in, width), high);
+        scale = dynamic_scale(absmax(in, width), high);
         tail.out_scale[row * tail.groups + g] = scale;
       }
       quantize_group(in, width, 1.0f / scale, low, high, tail.zero_point, q + g * width);
@@ -171,42 +164,59 @@ void quantize_filled(const QuantTail& tail, int64_t m, const Pool& pool, const F
   });
 }
 
-// y = (x − mean)·rstd·weight + bias; statistics in two passes with double accumulators.
+// A sum in doubles of what is added four vectors at a time: the float additions inside a block round twice.
+struct BlockSum {
+  D low = {}, high = {};
+  VITQ_INLINE void add(BlockSum& to, F block) {
+    to.low += low_double(block);
+    to.high += high_double(block);
+  }
+  double total() const { return sum(low + high); }
+};
+
+// y = (x − mean)·rstd·weight + bias, by the corrected two-pass algorithm: d = x − c for a c near the mean,
+// the exact mean is c + δ with δ the mean of d, and the variance mean(d²) − δ². However rough c is, nothing
+// cancels.
 void layer_norm_row(const float* x, int64_t k, double eps, const float* weight, const float* bias, float* y) {
-  D total0{}, total1{};
+  constexpr int kBlock = 4;
+  F near[kBlock] = {};
   int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    const F v = load(x + i);
-    total0 += low_double(v);
-    total1 += high_double(v);
+  for (; i + kBlock * kLanes <= k; i += kBlock * kLanes)
+    unroll<kBlock>([&](auto c) VITQ_LAMBDA { near[c] += load(x + i + c * kLanes); });
+  for (; i < k; i += kLanes) near[0] += load_upto(x + i, k - i);
+  const F centre = set(sum((near[0] + near[1]) + (near[2] + near[3])) / static_cast<float>(k));
+
+  BlockSum sums, squares;
+  for (i = 0; i + kBlock * kLanes <= k; i += kBlock * kLanes) {
+    F d[kBlock];
+    unroll<kBlock>([&](auto c) VITQ_LAMBDA {
+      d[c] = load(x + i + c * kLanes) - centre;
+      store(y + i + c * kLanes, d[c]);
+    });
+    BlockSum::add(sums, (d[0] + d[1]) + (d[2] + d[3]));
+    BlockSum::add(squares, fma(d[0], d[0], d[1] * d[1]) + fma(d[2], d[2], d[3] * d[3]));
   }
-  double mean = sum(total0 + total1);
-  for (; i < k; ++i) mean += static_cast<double>(x[i]);
-  mean /= static_cast<double>(k);
-  // x − mean to float accuracy: the mean's rounding error is taken out separately.
-  const float mean_high = static_cast<float>(mean);
-  const F high = set(mean_high), low = set(static_cast<float>(mean - static_cast<double>(mean_high)));
-  D square0{}, square1{};
-  for (i = 0; i < k; i += kLanes) {
-    const int64_t n = smaller<int64_t>(kLanes, k - i);
-    F v = (load_upto(x + i, n) - high) - low;
-    if (n < kLanes)
-      store_first(y + i, v, n), v = load_first(y + i, n);
-    else
-      store(y + i, v);
-    const D a = low_double(v), b = high_double(v);
-    square0 += a * a;
-    square1 += b * b;
+  for (; i < k; i += kLanes) {
+    store_upto(y + i, load_upto(x + i, k - i) - centre, k - i);
+    const F d = load_upto(y + i, k - i);  // read back: the lanes past the end are zero then
+    BlockSum::add(sums, d);
+    BlockSum::add(squares, d * d);
   }
-  const double variance = sum(square0 + square1) / static_cast<double>(k);
-  const F rstd = set(static_cast<float>(1.0 / __builtin_sqrt(variance + eps)));
-  for (i = 0; i < k; i += kLanes) {
-    const int64_t n = smaller<int64_t>(kLanes, k - i);
-    F v = load_upto(y + i, n) * rstd;
-    if (weight != nullptr) v = v * load_upto(weight + i, n);
-    if (bias != nullptr) v = v + load_upto(bias + i, n);
-    store_upto(y + i, v, n);
-  }
+  const double delta = sums.total() / static_cast<double>(k);
+  const double variance = squares.total() / static_cast<double>(k) - delta * delta;
+  const F shift = set(static_cast<float>(delta));
+  const F rstd =
+      set(static_cast<float>(1.0 / __builtin_sqrt((variance > 0.0 ? variance : variance * 0.0) + eps)));
+  const auto finish = [&](int64_t at, auto load_at) VITQ_LAMBDA {
+    F v = (load_at(y + at) - shift) * rstd;
+    if (weight != nullptr) v = v * load_at(weight + at);
+    if (bias != nullptr) v = v + load_at(bias + at);
+    return v;
+  };
+  for (i = 0; i + kLanes <= k; i += kLanes)
+    store(y + i, finish(i, [](const float* p) VITQ_LAMBDA { return load(p); }));
+  if (i < k)
+    store_first(y + i, finish(i, [&](const float* p) VITQ_LAMBDA { return load_first(p, k - i); }), k - i);
 }
 
 }  // namespace

@@ -21,7 +21,8 @@ def flat(a: vk.ActQuant):
 def exact_layer_norm(x, weight, bias, eps, implementation):
     """float64 LayerNorm and the error bound of float32 arithmetic after statistics in double.
 
-    x − mean, in two subtractions, errs by 2u of itself, rstd by 3u, product, γ and β by one each: 8u in all.
+    d = x − c rounds once, d − δ once, the variance is off by 6u (its root by 3u), rstd, product and γ round once each:
+    8u of the result; δ itself, a mean of once-rounded d in blocks of four, is off by 3u of the mean |d|, at most 1.
     The float32 statistics of torch, which the oracle uses, cost K-term sums and a mean rounded to float32 besides.
     """
     x = x.double()
@@ -29,7 +30,7 @@ def exact_layer_norm(x, weight, bias, eps, implementation):
     variance = (x - mean).square().mean(-1, keepdim=True)
     centred = (x - mean) / torch.sqrt(variance + eps)
     y = centred if weight is None else centred * weight.double()
-    bound = gamma(8) * y.abs()
+    bound = gamma(8) * y.abs() + gamma(4) * (1.0 if weight is None else weight.double().abs())
     if implementation == "ref":
         worst = gamma(x.shape[-1] + 8) * (x.abs().amax(-1, keepdim=True) / torch.sqrt(variance + eps) + centred.abs())
         bound = bound + worst * (1.0 if weight is None else weight.double().abs())
