@@ -8,8 +8,9 @@ namespace {
 
 // Activations of one task should stay in the second-level cache while its panels pass by.
 constexpr int64_t kActivationBytes = 1 << 20;
-// The float rows of qlinear_quantize wait there, too, until whole rows can be quantized.
-constexpr int64_t kFloatBytes = 512 << 10;
+// The float rows of qlinear_quantize wait there until whole rows can be quantized. Fewer rows a task would
+// read and decode the weights more often.
+constexpr int64_t kFloatBytes = 1 << 20;
 // Rows' worth of time that decoding a panel and gathering its epilogue takes (measured: 3 to 6).
 constexpr int64_t kSetupRows = 4;
 // Below this many multiplications a second thread costs more than it saves.
