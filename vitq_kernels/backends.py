@@ -2,8 +2,8 @@
 
 An implementation is registered per op as ``(name, unavailable(device), supports(**meta))``; both answer None for yes
 or the reason why not. ``resolve`` walks the preference order of the device and raises an error that lists every reason
-if nothing serves the call. ``VITQ_BACKEND=<name>`` or ``with backend(name)`` pin the choice; a pinned back end that
-does not serve the call is an error, too.
+if nothing serves the call. ``VITQ_BACKEND=<name>`` (read at import) or ``with backend(name)`` pin the choice; a pinned
+back end that does not serve the call is an error, too.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Implementation:
     layouts: tuple[str, ...] = ()
 
 
+# Read once: a look-up of the environment in every call costs as much as a small kernel.
+_ENVIRONMENT = os.environ.get("VITQ_BACKEND")
+
 _table: dict[str, dict[str, Implementation]] = {}
 _override: list[str] = []
 
@@ -58,8 +61,7 @@ def pinned() -> str | None:
     """The back end that ``with backend(...)`` or ``VITQ_BACKEND`` asks for, or None."""
     if _override:
         return _override[-1]
-    name = os.environ.get("VITQ_BACKEND")
-    return _checked(name, "VITQ_BACKEND") if name else None
+    return _checked(_ENVIRONMENT, "VITQ_BACKEND") if _ENVIRONMENT else None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import torch
 from torch import Tensor, nn
 
 from .. import backends
@@ -31,7 +32,27 @@ class QModule(nn.Module):
             for child in self.children():
                 child._apply(fn)
         super()._apply(exact, recurse=False)
+        self.forget()
         return self
+
+    def forget(self) -> None:
+        """Drop what :meth:`remember` holds: a buffer was replaced."""
+        self.__dict__.pop("_remembered", None)
+
+    def remember(self, build):
+        """``build()``, kept until a buffer is replaced: collecting buffers anew in every call costs as much as a kernel.
+
+        Tracers (compile, export) always see the buffers themselves.
+        """
+        if torch.compiler.is_compiling():
+            return build()
+        kept = self.__dict__.get("_remembered")
+        if kept is None:
+            kept = self.__dict__["_remembered"] = build()
+        return kept
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in super().__getstate__().items() if k != "_remembered"}
 
     def repack(self) -> None:
         """Bring packed buffers into the layout of this module's device and back end."""
@@ -60,6 +81,9 @@ class Quantizer(QModule):
     @property
     def quant(self) -> ActQuant:
         """The epilogue as ops take it."""
+        return self.remember(self._quant)
+
+    def _quant(self) -> ActQuant:
         return ActQuant(
             qmin=self.qmin,
             qmax=self.qmax,

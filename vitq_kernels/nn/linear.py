@@ -77,6 +77,9 @@ class QLinear(QModule):
     @property
     def packed(self) -> PackedWeight:
         """The weight as ops take it."""
+        return self.remember(self._packed)
+
+    def _packed(self) -> PackedWeight:
         return PackedWeight(
             self.weight,
             self.layout,
@@ -95,6 +98,7 @@ class QLinear(QModule):
         packed = pack_weight(codes, self.weight_spec.bits, self.layout, self.weight_spec.table)
         self.weight, self.col_sum, self.weight_lut = packed.data, packed.col_sum, packed.lut
         self.packed_for = codes.device.type
+        self.forget()
 
     def repack(self) -> None:
         self._pack(unpack_weight(self.packed))

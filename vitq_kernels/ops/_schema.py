@@ -57,15 +57,15 @@ def expect(name: str, tensor: Tensor, *, dtype=None, shape=None, device=None) ->
     """TypeError/ValueError naming ``name`` unless dtype, shape (None matches any size) and device fit."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
-    if dtype is not None:
+    # Called dozens of times per block: the common case is three comparisons.
+    if dtype is not None and tensor.dtype is not dtype and not (type(dtype) is tuple and tensor.dtype in dtype):
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if shape is not None and (
-        tensor.dim() != len(shape) or any(w is not None and w != s for s, w in zip(tensor.shape, shape))
-    ):
-        want = ", ".join("any" if w is None else str(w) for w in shape)
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({want})")
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if shape is not None and tensor.shape != shape:
+        sizes = tensor.shape
+        if len(sizes) != len(shape) or any(w is not None and w != s for s, w in zip(sizes, shape)):
+            want = ", ".join("any" if w is None else str(w) for w in shape)
+            raise ValueError(f"{name} has shape {tuple(sizes)}, expected ({want})")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
 
