@@ -78,7 +78,7 @@ def test_formats_import_only_torch():
 
 @pytest.mark.parametrize("op", OPS, ids=lambda p: p.name)
 def test_oracles_import_only_torch_formats_and_each_other(op):
-    allowed = {"torch", "__future__", "math", "...formats", "...packing", "..quantize", "..qlinear"}
+    allowed = {"torch", "__future__", "math", "...formats", "...packing", "..quantize", "..qlinear", "..qattention"}
     assert imports(op / "ref.py") <= allowed
 
 

@@ -1,6 +1,7 @@
 // One row of scores to integer levels of its probabilities.
 #pragma once
 
+#include "common/convert.h"
 #include "common/simd.h"
 #include "qattention/qattention_cpu.h"
 #include "qattention/vector_math.h"
@@ -102,7 +103,20 @@ VITQ_INLINE bool plain(const RowScores& row) {
 }
 
 // The loops below read exponents x(j) = z_j − max z through `load_x`: from stored scores or straight from
-// products.
+// products, and hand positions in [0, top] to `out`, which rounds them to codes or keeps them.
+
+struct RoundedTo {
+  uint8_t* codes;
+  __attribute__((always_inline)) void operator()(int64_t j, F position) const {
+    store_bytes(codes + j, round_to_int(position));
+  }
+};
+struct WrittenTo {
+  float* positions;
+  __attribute__((always_inline)) void operator()(int64_t j, F position) const {
+    store(positions + j, position);
+  }
+};
 
 template <int Power>  // 1, 2: of t = 2^x; 0: any other
 VITQ_INLINE F powered(F t, F x, F power) {
@@ -111,16 +125,16 @@ VITQ_INLINE F powered(F t, F x, F power) {
   return exp2_nonpositive(x * power);
 }
 
-// codes = rne(min(k·2^x, top)) at once; returns the sum of exponentials (of 2^x if Power is 1).
-template <int Power, class LoadX>
-VITQ_INLINE float codes_at_once(const LoadX& load_x, int64_t n, float k, float top, float power,
-                                uint8_t* codes) {
+// out: min(k·2^x, top) at once; returns the sum of exponentials (of 2^x if Power is 1).
+template <int Power, class LoadX, class Out>
+VITQ_INLINE float place_at_once(const LoadX& load_x, int64_t n, float k, float top, float power,
+                                const Out& out) {
   const F kv = set(k), topv = set(top), powerv = set(power);
   F sum_v{};
   for (int64_t j = 0; j < n; j += kLanes) {
     const F x = load_x(j), t = exp2_nonpositive(x);
     sum_v += powered<Power>(t, x, powerv);
-    store_bytes(codes + j, round_to_int(min(t * kv, topv)));
+    out(j, min(t * kv, topv));
   }
   return sum(sum_v);
 }
@@ -138,16 +152,17 @@ VITQ_INLINE float exponentials(const LoadX& load_x, int64_t n, float power, floa
   return sum(sum_v);
 }
 
-// codes = rne(min(k·t, top)).
-VITQ_INLINE void codes_direct(const float* t, int64_t n, float k, float top, uint8_t* codes) {
+// out: min(k·t, top).
+template <class Out>
+VITQ_INLINE void place_direct(const float* t, int64_t n, float k, float top, const Out& out) {
   const F kv = set(k), topv = set(top);
-  for (int64_t j = 0; j < n; j += kLanes) store_bytes(codes + j, round_to_int(min(load(t + j) * kv, topv)));
+  for (int64_t j = 0; j < n; j += kLanes) out(j, min(load(t + j) * kv, topv));
 }
 
-// codes = rne(top·clamp(e·slope − shift, 0, 1)^(1/Power)).
-template <int Power>
-VITQ_INLINE void codes_clamped(const float* e, int64_t n, double slope, double shift, double power, int top,
-                               uint8_t* codes) {
+// out: top·clamp(e·slope − shift, 0, 1)^(1/Power).
+template <int Power, class Out>
+VITQ_INLINE void place_clamped(const float* e, int64_t n, double slope, double shift, double power, int top,
+                               const Out& out) {
   // n^power inside the root: one multiplication less, and 1 maps to `top` exactly.
   const double inside = Power == 1 ? top : Power == 2 ? top * top : 1;
   const F a = set(static_cast<float>(slope * inside)), b = set(static_cast<float>(-shift * inside));
@@ -161,20 +176,20 @@ VITQ_INLINE void codes_clamped(const float* e, int64_t n, double slope, double s
       const F y = exp2_nonpositive(min(log2_positive(max(x, tiny)) * root, F{}));
       x = x < tiny ? F{} : y * topv;
     }
-    store_bytes(codes + j, round_to_int(x));
+    out(j, x);
   }
 }
 
-template <class LoadX>
-VITQ_INLINE float quantize_row(const FocusPlan& plan, const LoadX& load_x, int64_t n, float* scratch,
-                               uint8_t* codes) {
+template <class LoadX, class Out>
+VITQ_INLINE float place_row(const FocusPlan& plan, const LoadX& load_x, int64_t n, float* scratch,
+                            const Out& out) {
   const Focus& f = plan.focus;
   const float top = static_cast<float>(f.top), power = static_cast<float>(f.power);
   if (plan.direct && f.row_anchor) {
     const float k = static_cast<float>(plan.gain);
-    if (!plan.total_of_exp || f.power == 1.0) return codes_at_once<1>(load_x, n, k, top, power, codes);
-    if (f.power == 2.0) return codes_at_once<2>(load_x, n, k, top, power, codes);
-    return codes_at_once<0>(load_x, n, k, top, power, codes);
+    if (!plan.total_of_exp || f.power == 1.0) return place_at_once<1>(load_x, n, k, top, power, out);
+    if (f.power == 2.0) return place_at_once<2>(load_x, n, k, top, power, out);
+    return place_at_once<0>(load_x, n, k, top, power, out);
   }
   if (plan.direct) {
     float total;
@@ -185,17 +200,17 @@ VITQ_INLINE float quantize_row(const FocusPlan& plan, const LoadX& load_x, int64
     } else {
       total = exponentials<0>(load_x, n, power, scratch);
     }
-    codes_direct(scratch, n, plan.row_gain(total), top, codes);
+    place_direct(scratch, n, plan.row_gain(total), top, out);
     return total;
   }
   const float total = exponentials<1>(load_x, n, power, scratch);
   const double span = f.b2 - f.b1, slope = 1.0 / (f.row_anchor ? span : span * total), shift = f.b1 / span;
   if (f.power == 1.0) {
-    codes_clamped<1>(scratch, n, slope, shift, f.power, f.top, codes);
+    place_clamped<1>(scratch, n, slope, shift, f.power, f.top, out);
   } else if (f.power == 2.0) {
-    codes_clamped<2>(scratch, n, slope, shift, f.power, f.top, codes);
+    place_clamped<2>(scratch, n, slope, shift, f.power, f.top, out);
   } else {
-    codes_clamped<0>(scratch, n, slope, shift, f.power, f.top, codes);
+    place_clamped<0>(scratch, n, slope, shift, f.power, f.top, out);
   }
   return total;
 }
@@ -242,12 +257,14 @@ VITQ_INLINE void look_up(const FocusPlan& plan, int64_t n, uint8_t* codes) {
 #endif
 }
 
-// Levels [padded] of one row (0 for keys of score −inf and behind the last key).
-//   valid  [padded]: receives 0xff for keys that count; null where an excluded key has level 0 anyway.
-VITQ_INLINE RowResult focus_row(const FocusPlan& plan, const RowScores& row, uint8_t* levels,
-                                uint8_t* valid) {
+// Positions in [0, top] of one row's keys to `out`, which is called for all of [padded]; what it gets for
+// excluded keys and behind the last key has no meaning. False if no key counts (NaN scores do).
+//   valid  [padded]: receives 0xff for keys that count; null where the caller need not know.
+template <class Out>
+VITQ_INLINE bool place_scores(const FocusPlan& plan, const RowScores& row, uint8_t* valid, const Out& out,
+                              RowResult& result) {
   float* const z = reinterpret_cast<float*>(row.product);
-  RowResult result{0.0f, row.keys};
+  result = {0.0f, row.keys};
   if (plain(row)) {
     // Subtracted before scaling: exact for products below 2^24, and the largest is exactly 0.
     const F scale = set(row.scale), top = set(largest_product(row));
@@ -256,24 +273,69 @@ VITQ_INLINE RowResult focus_row(const FocusPlan& plan, const RowScores& row, uin
       if (j + kLanes <= row.keys) return x;
       return lane_index() < set(static_cast<int32_t>(row.keys - j)) ? x : set(-__builtin_inff());
     };
-    result.sum = quantize_row(plan, load_x, row.padded, z, levels);
+    result.sum = place_row(plan, load_x, row.padded, z, out);
     if (valid != nullptr) std::memset(valid, 0xff, static_cast<size_t>(row.keys));
-  } else {
-    const float top = store_scores(row, set(static_cast<float>(plan.exponent)), valid, &result.valid);
-    const F topv = set(top == -__builtin_inff() ? 0.0f : top);
-    const auto load_x = [&](int64_t j) VITQ_LAMBDA { return load(z + j) - topv; };
-    result.sum = quantize_row(plan, load_x, row.padded, z, levels);
-    if (top == -__builtin_inff() && result.sum == result.sum) {
-      std::memset(levels, 0, static_cast<size_t>(row.padded));
-      result.valid = 0;
-      return result;
-    }
+    return true;
+  }
+  const float top = store_scores(row, set(static_cast<float>(plan.exponent)), valid, &result.valid);
+  const F topv = set(top == -__builtin_inff() ? 0.0f : top);
+  const auto load_x = [&](int64_t j) VITQ_LAMBDA { return load(z + j) - topv; };
+  result.sum = place_row(plan, load_x, row.padded, z, out);
+  if (top != -__builtin_inff() || result.sum != result.sum) return true;
+  result.valid = 0;
+  return false;
+}
+
+// Levels [padded] of one row (0 for keys of score −inf and behind the last key).
+//   valid  [padded]: receives 0xff for keys that count; null where an excluded key has level 0 anyway.
+VITQ_INLINE RowResult focus_row(const FocusPlan& plan, const RowScores& row, uint8_t* levels,
+                                uint8_t* valid) {
+  RowResult result;
+  if (!place_scores(plan, row, valid, RoundedTo{levels}, result)) {
+    std::memset(levels, 0, static_cast<size_t>(row.padded));
+    return result;
   }
   if (!plan.identity) look_up(plan, row.padded, levels);
   if (valid != nullptr)
     for (int64_t j = 0; j < row.keys; ++j) levels[j] &= valid[j];
   std::memset(levels + row.keys, 0, static_cast<size_t>(row.padded - row.keys));
   return result;
+}
+
+// What both kernels of a row read: `Args` has q_scale, k_scale, softmax_scale, bias, mask, mask_groups and
+// nk.
+struct AdditiveRows {
+  float *bias, *mask;  // [nk] each, for rows that are not float32
+};
+template <class Args>
+VITQ_INLINE RowScores row_scores(const Args& a, const FocusPlan& plan, int64_t b, int64_t h, int64_t query,
+                                 int32_t* product, const float* key_scale, int64_t padded,
+                                 const AdditiveRows& held) {
+  const auto additive = [&](const Additive& x, int64_t outer, float* copy) VITQ_LAMBDA -> const float* {
+    if (!x.x) return nullptr;
+    const AnyFloat row = x.x.at(outer * x.outer + query * x.row);
+    if (row.dtype == DType::f32) return static_cast<const float*>(row.data);
+    read_row(copy, row, a.nk);
+    return copy;
+  };
+  const double scale = static_cast<double>(a.q_scale.at(b, h, query)) * a.softmax_scale * plan.exponent *
+                       (key_scale != nullptr ? 1.0f : a.k_scale.at(b, h, 0));
+  return {product,
+          static_cast<float>(scale),
+          key_scale,
+          additive(a.bias, h, held.bias),
+          additive(a.mask, a.mask.x ? b % a.mask_groups : 0, held.mask),
+          a.nk,
+          padded};
+}
+
+// The keys' own scales, zero behind the last key; null where they share one. `out` [padded].
+template <class Args>
+VITQ_INLINE const float* key_scales(const Args& a, int64_t b, int64_t h, int64_t padded, float* out) {
+  if (!a.k_scale.per_token()) return nullptr;
+  for (int64_t j = 0; j < a.nk; ++j) out[j] = a.k_scale.at(b, h, j);
+  for (int64_t j = a.nk; j < padded; ++j) out[j] = 0.0f;
+  return out;
 }
 
 }  // namespace vitq::VITQ_ISA::attention

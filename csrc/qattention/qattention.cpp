@@ -1,8 +1,6 @@
 // vitq::qattention and vitq::qattention_quantize on CPU tensors.
-#include <cstring>
-
 #include "glue.h"
-#include "qattention/qattention_cpu.h"
+#include "attention_glue.h"
 
 namespace vitq::glue {
 namespace {
@@ -26,19 +24,17 @@ class Attention {
     args.q = codes(q_, args.nq, "q");
     args.k = codes(k_, args.nk, "k");
     args.v = codes(v_, args.nk, "v");
-    args.q_scale = scales(q_scale_, args.nq, "q_scale");
-    args.k_scale = scales(k_scale_, args.nk, "k_scale");
-    args.v_scale = scales(v_scale_, args.nk, "v_scale");
+    args.q_scale = scales(q_scale_, args.batch, args.heads, args.nq, "q_scale");
+    args.k_scale = scales(k_scale_, args.batch, args.heads, args.nk, "k_scale");
+    args.v_scale = scales(v_scale_, args.batch, args.heads, args.nk, "v_scale");
     args.softmax_scale = static_cast<float>(softmax_scale);
     // What int32 sums hold: 255·128·Nk and 128·128·d.
     STD_TORCH_CHECK(args.nk <= 65793, "k has ", args.nk, " keys, expected at most 65793");
     STD_TORCH_CHECK(args.d <= 131071, "q has head_dim ", args.d, ", expected at most 131071");
-    set_focus(levels, step, offset, b1, b2, power, row_anchor, renormalize);
-    args.bias = additive(bias, bias_, args.heads, "bias");
-    args.mask_groups = mask ? mask->size(0) : 1;
-    STD_TORCH_CHECK(args.mask_groups > 0 && args.batch % args.mask_groups == 0, "mask has ", args.mask_groups,
-                    " groups, expected a divisor of ", args.batch);
-    args.mask = additive(mask, mask_, args.mask_groups, "mask");
+    args.focus = focus_of(levels, step, offset, b1, b2, power, row_anchor, renormalize);
+    args.bias = additive(bias, bias_, args.heads, args.nq, args.nk, "bias");
+    args.mask_groups = mask_groups(mask, args.batch);
+    args.mask = additive(mask, mask_, args.mask_groups, args.nq, args.nk, "mask");
     args.pool = pool();
   }
 
@@ -58,43 +54,6 @@ class Attention {
     STD_TORCH_CHECK(x.size(0) == args.batch && x.size(1) == args.heads && x.size(2) == n, name,
                     " does not fit q's and k's shapes");
     return {static_cast<const int8_t*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
-  }
-
-  Scales scales(const Tensor& x, int64_t n, const char* name) const {
-    const auto* data =
-        [&](int64_t count) {
-          check(x, ScalarType::Float, count, name);
-          return static_cast<const float*>(x.const_data_ptr());
-        }(x.dim() == 3     ? args.batch * args.heads * n
-          : x.numel() == 1 ? 1
-                           : args.heads);
-    if (x.dim() == 3) return {data, args.heads * n, n, 1};
-    return {data, 0, x.numel() == 1 ? 0 : 1, 0};
-  }
-
-  Additive additive(const OptTensor& x, OptTensor& held, int64_t outer, const char* name) const {
-    if (!x) return {{}, 0, 0};
-    STD_TORCH_CHECK(x->dim() == 3 && x->is_cpu() && x->size(0) == outer && x->size(2) == args.nk &&
-                        (x->size(1) == args.nq || (x->size(1) == 1 && x->dim() == 3)),
-                    name, " does not fit the scores");
-    held = x->stride(2) == 1 || args.nk <= 1 ? *x : torch::stable::contiguous(*x);
-    return {{held->const_data_ptr(), dtype_of(held->scalar_type(), name)},
-            held->stride(0),
-            held->size(1) == 1 ? 0 : held->stride(1)};
-  }
-
-  void set_focus(const Tensor& levels, double step, double offset, double b1, double b2, double power,
-                 bool row_anchor, bool renormalize) {
-    const int64_t n = levels.numel();
-    STD_TORCH_CHECK(n >= 2 && n <= 256, "levels has ", n, " elements, expected 2 to 256");
-    const Tensor table = dense(levels);
-    check(table, ScalarType::Byte, n, "levels");
-    Focus& f = args.focus;
-    std::memset(f.levels, 0, sizeof(f.levels));
-    std::memcpy(f.levels, table.const_data_ptr(), static_cast<size_t>(n));
-    f.top = static_cast<int>(n - 1);
-    f.step = step, f.offset = offset, f.b1 = b1, f.b2 = b2, f.power = power;
-    f.row_anchor = row_anchor, f.renormalize = renormalize;
   }
 
   Tensor q_, k_, v_, q_scale_, k_scale_, v_scale_;

@@ -107,10 +107,7 @@ class Attention {
   void pack_head(int64_t b, int64_t h) {
     pack_keys([&](int64_t j) VITQ_LAMBDA { return a.k.row(b, h, j); }, a.nk, a.d, s.qk_steps, w.keys,
               w.key_init);
-    if (a.k_scale.per_token()) {
-      for (int64_t j = 0; j < a.nk; ++j) w.key_scale[j] = a.k_scale.at(b, h, j);
-      for (int64_t j = a.nk; j < s.keys; ++j) w.key_scale[j] = 0.0f;
-    }
+    own_scales = key_scales(a, b, h, s.keys, w.key_scale);
     pack_values(b, h);
   }
 
@@ -189,17 +186,9 @@ class Attention {
 
   // Row i of the block (query `query`): levels and the factor of its output. False if a key does not count.
   bool focus(int64_t b, int64_t h, int64_t query, int64_t i) {
-    const bool key_scales = a.k_scale.per_token();
-    const double scale = static_cast<double>(a.q_scale.at(b, h, query)) * a.softmax_scale * plan.exponent *
-                         (key_scales ? 1.0f : a.k_scale.at(b, h, 0));
     uint8_t* levels = w.levels + i * s.keys;
-    const RowScores row{w.product + i * s.keys,
-                        static_cast<float>(scale),
-                        key_scales ? w.key_scale : nullptr,
-                        additive(a.bias, h, query, w.bias),
-                        additive(a.mask, a.mask.x ? b % a.mask_groups : 0, query, w.mask),
-                        a.nk,
-                        s.keys};
+    const RowScores row = row_scores(a, plan, b, h, query, w.product + i * s.keys, own_scales, s.keys,
+                                     AdditiveRows{w.bias, w.mask});
     const RowResult result = focus_row(plan, row, levels, track_valid ? w.valid + i * s.keys : nullptr);
     const Focus& f = plan.focus;
     float denom = f.row_anchor ? result.sum : 1.0f;
@@ -213,14 +202,6 @@ class Attention {
     if (result.sum != result.sum) factor = __builtin_nanf("");
     w.factor[i] = result.valid == 0 ? 0.0f : factor;
     return result.valid == a.nk;
-  }
-
-  const float* additive(const Additive& x, int64_t outer, int64_t query, float* copy) const {
-    if (!x.x) return nullptr;
-    const AnyFloat row = x.x.at(outer * x.outer + query * x.row);
-    if (row.dtype == DType::f32) return static_cast<const float*>(row.data);
-    read_row(copy, row, a.nk);
-    return copy;
   }
 
   void weighted_sum(const uint8_t* p, int64_t rows, int32_t* out) {
@@ -252,6 +233,7 @@ class Attention {
   const bool track_valid;
   Scratch scratch;
   Workspace w;
+  const float* own_scales = nullptr;  // the head's, or null where its keys share one
 };
 
 // Images [first, first + images) into `out`, whose row 0 is query 0 of the first one. Work is split over

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .models.sites import AttentionSite, BlockSite, Family, LinearSite
-from .quantizers import SimAttention, SimLinear, SimPatchConv
+from .quantizers import SimAttention, SimGelu, SimLayerNorm, SimLinear, SimPatchConv
 from .state import ModelState
 
 
@@ -36,6 +36,7 @@ class SimModel(nn.Module):
         self.sites: dict[str, LinearSite] = {site.path: site for site in family.linears()}
         self.attention_sites: dict[str, AttentionSite] = {site.path: site for site in family.attentions()}
         linears = {path: self._linear(path) for path in self.sites}
+        self._swap_floats(linears)
         for path, site in self.attention_sites.items():
             bias = family.attention_bias(site)
             qkv, proj = linears[site.qkv.path], linears[site.proj.path]
@@ -66,6 +67,18 @@ class SimModel(nn.Module):
     def _linear(self, path: str) -> SimLinear:
         module = self.model.get_submodule(path)
         return SimPatchConv(module) if isinstance(module, nn.Conv2d) else SimLinear.of(module)
+
+    def _swap_floats(self, linears: dict[str, SimLinear]) -> None:
+        """Put simulations where the integer model's kernels absorb float modules."""
+        for path, site in self.sites.items():
+            if site.norm is not None:
+                norm = self.model.get_submodule(site.norm.path)
+                self.model.set_submodule(site.norm.path, SimLayerNorm(norm, linears[path]))
+        for block in self.family.blocks():
+            mlp = block.mlp
+            if mlp is not None and mlp.activation != "module":
+                approximate = "tanh" if mlp.activation == "gelu_tanh" else "none"
+                self.model.set_submodule(mlp.act_path, SimGelu(approximate, linears[mlp.fc1.path]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from vitq.quantizers import ActivationQuantizer, FocusQuantizer, SimAttention, SimLinear, SimPatchConv, WeightQuantizer
 from vitq.quantizers import functional as fq
 
-from vitq_kernels import backend, ops
+from vitq_kernels import _native, backend, ops
 from vitq_kernels.formats import ActQuant, FocusSpec, LevelTable, PackedWeight, QuantSpec
 from vitq_kernels.ops.qattention import ref as attention_ref
 from vitq_kernels.packing import pack_weight
 
+BACKENDS = ("ref",) if _native.unavailable("cpu") else ("ref", "cpu")
 TABLE = LevelTable((-127, -60, -30, -14, -7, -3, -1, 0, 2, 5, 10, 20, 40, 70, 100, 127))
 SPECS = [
     QuantSpec(8, symmetric=False),
@@ -91,8 +92,9 @@ def linear(n: int, k: int, weight: QuantSpec, act: QuantSpec, kind: str, rank: i
     return out
 
 
-def packed(state) -> PackedWeight:
-    return pack_weight(state.codes, state.weight.bits, "int8", state.weight.table)
+def packed(state, backend_name: str) -> PackedWeight:
+    layout = "int8_n16k4" if backend_name == "cpu" else "int8"
+    return pack_weight(state.codes, state.weight.bits, layout, state.weight.table)
 
 
 @settings(max_examples=40, deadline=None)
@@ -111,15 +113,16 @@ def test_linear_computes_what_the_integer_layer_does(act, weight, branch, m, n, 
     x = data(m, k, 5)
     sim = linear(n, k, weight, act, *branch, x)
     state = sim.export()
-    with backend("ref"):
-        q = ops.quantize(x, state.act_quant)
-        want = ops.qlinear(q, packed(state), state.weight_scale, state.bias, lora_up=state.lora_up)
-    got = sim(x)
-    # The same float32 operations in the same order on exact integer sums; only the branch is a float matmul.
-    if sim._side:
-        assert torch.allclose(got, want, rtol=0, atol=4e-6 * float(want.abs().max() + 1))
-    else:
-        assert torch.equal(got, want)
+    for name in BACKENDS:
+        with backend(name):
+            q = ops.quantize(x, state.act_quant)
+            want = ops.qlinear(q, packed(state, name), state.weight_scale, state.bias, lora_up=state.lora_up)
+            with torch.no_grad():
+                got = sim(x)
+        # The same float operations in the same order on exact integer sums.
+        assert torch.equal(got, want), name
+    # With gradients the branch is torch's matmul, in torch's order.
+    assert torch.allclose(sim(x), want, rtol=0, atol=4e-6 * float(want.abs().max() + 1))
 
 
 def test_unquantized_operands_stay_float():
@@ -196,21 +199,23 @@ def test_attention_computes_what_the_integer_attention_does(operands, focus, n, 
     mask = None
     if windows:
         mask = torch.where(torch.rand(windows, n, n, generator=torch.Generator().manual_seed(seed)) < 0.3, -100.0, 0.0)
-    with backend("ref"):
-        spec = sim.operands
-        scale = None if spec.spec.dynamic else spec.scale.detach()
-        q = ops.quantize(qkv, ActQuant.from_spec(spec.spec, scale, groups=spec.groups))
-        codes = q.q.reshape(b, n, 3, h, d).permute(2, 0, 3, 1, 4)
-        scales = q.scale.reshape(-1, 3, spec.groups // 3)
-        parts = []
-        for i in range(3):
-            s = scales[:, i]
-            parts.append(s.reshape(b, n, -1).transpose(1, 2).expand(b, h, n).contiguous() if scale is None else s[0])
-        extra = {"softmax_scale": sim.softmax_scale, "bias": sim.bias, "mask": mask}
-        want = ops.qattention(*codes, *parts, focus=focus, **extra)
-    with torch.no_grad():
-        got = sim.attend(qkv, mask)
-    assert torch.allclose(got, want, rtol=0, atol=2e-6 * float(want.abs().max() + 1))
+    for name in BACKENDS:
+        with backend(name), torch.no_grad():
+            spec = sim.operands
+            scale = None if spec.spec.dynamic else spec.scale.detach()
+            q = ops.quantize(qkv, ActQuant.from_spec(spec.spec, scale, groups=spec.groups))
+            codes = q.q.reshape(b, n, 3, h, d).permute(2, 0, 3, 1, 4)
+            scales = q.scale.reshape(-1, 3, spec.groups // 3)
+            parts = []
+            for i in range(3):
+                s = scales[:, i]
+                if scale is None:
+                    parts.append(s.reshape(b, n, -1).transpose(1, 2).expand(b, h, n).contiguous())
+                else:
+                    parts.append(s[0])
+            extra = {"softmax_scale": sim.softmax_scale, "bias": sim.bias, "mask": mask}
+            want = ops.qattention(*codes, *parts, focus=focus, **extra)
+            assert torch.equal(sim.attend(qkv, mask), want), name
 
 
 @pytest.mark.parametrize("focus", FOCI)
@@ -218,13 +223,13 @@ def test_focus_codes_are_the_kernels(focus):
     u = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
     u[:5] = torch.tensor([0.0, 1.0, focus.b1, focus.b2, 1e-38])
     levels, step, offset = focus.decode()
-    want = attention_ref.focus_codes(u, focus.b1, focus.b2, focus.power, focus.n)
+    want = attention_ref.position(u, focus.b1, focus.b2, focus.power, focus.n).round()
     quantizer = FocusQuantizer(focus)
     with torch.no_grad():
-        level, got_step, got_offset = quantizer(u)
+        level, got_step, got_offset = quantizer(quantizer.position(u))
     assert torch.equal(level, levels.float()[want.long()])
     assert tuple(v.item() if isinstance(v, torch.Tensor) else v for v in (got_step, got_offset)) == (step, offset)
-    assert torch.equal(quantizer(u)[0].detach(), level)  # the same numbers with gradients
+    assert torch.equal(quantizer(quantizer.position(u))[0].detach(), level)  # the same numbers with gradients
 
 
 def test_scale_gradient_is_lsq():
@@ -258,7 +263,7 @@ def test_interval_gradient():
     focus = FocusQuantizer(FocusSpec(3, 0.1, 0.6))
     u = torch.tensor([0.02, 0.2, 0.37, 0.55, 0.9])
     for i in range(len(u)):
-        level, step, offset = focus(u[i : i + 1])
+        level, step, offset = focus(focus.position(u[i : i + 1]))
         focus.b1.grad = focus.b2.grad = None
         (level * step + offset).sum().backward()
         ratio = (float(u[i]) - 0.1) / 0.5

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import ActQuant, LinearState, PackedWeight, QTensor
-from ..ops import layer_norm_quantize, qlinear, qlinear_quantize, qlinear_weight_only, quantize
+from ..ops import float_stages, layer_norm_quantize, qlinear, qlinear_quantize, qlinear_weight_only, quantize
 from ..packing import pack_weight, unpack_weight
 from .base import QModule, Quantizer, choose_layout
 
@@ -163,7 +163,7 @@ class QLinear(QModule):
                 return qlinear(*args, out_dtype=out_dtype, **tail)
             t = None
             if self.lora_down is not None:
-                t = x.reshape(-1, self.in_features).float() @ self.lora_down.float().T
+                t = float_stages.project(x.reshape(-1, self.in_features).float(), self.lora_down.float())
             if out is None:
                 return qlinear_weight_only(*args, lora_t=t, out_dtype=out_dtype, **tail)
             return quantize(qlinear_weight_only(*args, lora_t=t, out_dtype=torch.float32, **tail), out)

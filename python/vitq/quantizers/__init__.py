@@ -2,7 +2,17 @@
 
 from .activation import ActivationQuantizer
 from .attention import FocusQuantizer, SimAttention
+from .floats import SimGelu, SimLayerNorm
 from .linear import SimLinear, SimPatchConv
 from .weight import WeightQuantizer
 
-__all__ = ["ActivationQuantizer", "FocusQuantizer", "SimAttention", "SimLinear", "SimPatchConv", "WeightQuantizer"]
+__all__ = [
+    "ActivationQuantizer",
+    "FocusQuantizer",
+    "SimAttention",
+    "SimGelu",
+    "SimLayerNorm",
+    "SimLinear",
+    "SimPatchConv",
+    "WeightQuantizer",
+]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.formats import AttentionState, FocusSpec
+from vitq_kernels.ops import float_stages
 
 from . import functional as fq
 from .activation import ActivationQuantizer
@@ -42,10 +43,14 @@ class FocusQuantizer(nn.Module):
         self.b1.clamp_(0.0, 1.0 - MIN_WIDTH)
         self.b2.clamp_(max=1.0).clamp_(min=float(self.b1) + MIN_WIDTH)
 
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """Integer levels of u in [0, 1], their step and offset: P ≈ level·step + offset."""
+    def position(self, u: Tensor) -> Tensor:
+        """Where u in [0, 1] lies among the codes, before rounding."""
+        return fq.focus_position(u, self.b1, self.b2, self.power, self.spec.n)
+
+    def forward(self, position: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Integer levels of what lies at ``position``, their step and offset: P ≈ level·step + offset."""
         spec = self.spec
-        code = fq.focus_codes(u, self.b1, self.b2, self.power, spec.n)
+        code = fq.round_ste(position)
         width = self.b2 - self.b1
         if spec.affine:
             return code, width / spec.n, self.b1
@@ -101,16 +106,17 @@ class SimAttention(nn.Module):
             raise ValueError("attn_mask or is_causal is given, the integer attention takes neither")
         return self.proj(self.norm(self.attend(self.qkv(x), mask)))
 
-    def scores(self, q: Tensor, k: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, H, N, N] softmax inputs."""
-        mul, add = fq.arithmetic()
+    def product(self, q: Tensor, k: Tensor) -> Tensor:
+        """[B, H, N, N] q·kᵀ, of codes exactly."""
         if self.operands.spec is None:
-            s = (q * self.softmax_scale) @ k.transpose(-1, -2)
-        else:
-            acc = fq.integer_product(q, k, self.operands.limit, self.operands.limit)
-            s = mul(mul(acc, (qs * self.softmax_scale).unsqueeze(-1)), ks.unsqueeze(-2))
+            return q @ k.transpose(-1, -2)
+        return fq.integer_product(q, k, self.operands.limit, self.operands.limit)
+
+    def scores(self, product: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, H, N, N] softmax inputs."""
+        s = product * (qs * self.softmax_scale).unsqueeze(-1) * ks.unsqueeze(-2)
         if self.bias is not None:
-            s = add(s, self.bias)
+            s = s + self.bias
         if mask is not None:
             b, h, n, _ = s.shape
             g = mask.shape[0]
@@ -133,35 +139,53 @@ class SimAttention(nn.Module):
         """The attention between the two linear layers: [B, N, 3·H·d] to [B, N, H·d]."""
         (q, k, v), (qs, ks, vs) = self.split(qkv)
         b, h, n, d = q.shape
-        s = self.scores(q, k, qs, ks, mask)
-        top = s.amax(-1, keepdim=True)
-        e = torch.exp(s - top)
-        total = e.sum(-1, keepdim=True)
         v_top = vs.amax(-1, keepdim=True)
         if vs.shape[-1] > 1:
             v = fq.round_ste(v * (vs / v_top).unsqueeze(-1))
         v_top = v_top.unsqueeze(-1)
+        product = self.product(q, k)
         if self.focus is None:
-            out = (e / total) @ v * v_top
+            out = self.scores(product, qs, ks, mask).softmax(-1) @ v * v_top
         else:
-            out = self._focused(e, total, v, v_top)
+            out = self._focused(*self._position(product, qs, ks, mask), v, v_top)
         return out.transpose(1, 2).reshape(b, n, h * d)
 
-    def _focused(self, e: Tensor, total: Tensor, v: Tensor, v_top: Tensor) -> Tensor:
-        row = self.focus.anchor == "row"
-        level, step, offset = self.focus(e if row else e / total)
-        v = v.transpose(-1, -2)
+    def _position(self, product: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where the probabilities lie among the codes, and the sums of exponentials [B, H, N, 1]."""
+        focus = self.focus
+        if self.operands.spec is None or torch.is_grad_enabled():
+            s = self.scores(product, qs, ks, mask)
+            e = torch.exp(s - s.amax(-1, keepdim=True))
+            total = e.sum(-1, keepdim=True)
+            return focus.position(e if focus.anchor == "row" else e / total), total
+        b, h, n, _ = product.shape
+        per_token = self.operands.spec.dynamic
+        qs, ks = (s.expand(b, h, n).contiguous() if per_token else s.flatten() for s in (qs, ks))
+        position, total = float_stages.focus_position(
+            product.to(torch.int32),
+            qs,
+            ks,
+            focus=focus.spec,
+            softmax_scale=self.softmax_scale,
+            bias=self.bias,
+            mask=mask,
+        )
+        return position, total.unsqueeze(-1)
+
+    def _focused(self, position: Tensor, total: Tensor, v: Tensor, v_top: Tensor) -> Tensor:
+        level, step, offset = self.focus(position)
         if self.operands.spec is None:
-            out = level @ v.transpose(-1, -2) * step
+            out = level @ v * step
         else:
-            out = fq.integer_product(level, v, 255.0, self.operands.limit) * step
+            out = fq.integer_product(level, v.transpose(-1, -2), 255.0, self.operands.limit) * step
         if isinstance(offset, Tensor):
-            out = out + v.sum(-1).unsqueeze(-2) * offset
+            offset = offset.to(out.dtype)
+            out = out + v.sum(-2, keepdim=True) * offset
         if self.focus.renormalize:
-            denom = level.sum(-1, keepdim=True) * step + level.shape[-1] * offset
+            denom = level.sum(-1, keepdim=True) * step + offset * float(level.shape[-1])
             empty = denom == 0
             return torch.where(empty, torch.zeros_like(out), out * (v_top / torch.where(empty, denom + 1, denom)))
-        return out * (v_top / total) if row else out * v_top
+        return out * (v_top / total) if self.focus.anchor == "row" else out * v_top
 
     @torch.no_grad()
     def export(self) -> AttentionState:

@@ -2,6 +2,9 @@
 
 Every function computes what ``vitq_kernels.ops.*.ref`` computes, on integer-valued floats, in the same order. Codes
 are *centred*: they hold ``q − zero_point``, which is what enters an integer product.
+
+Where no gradient is recorded, what feeds a rounding comes from ``vitq_kernels.ops.float_stages`` of the current back
+end: the simulated codes then are those of the integer model on that back end, every one.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from vitq_kernels.ops import float_stages
 
 EXACT_IN_FLOAT32 = float(1 << 24)
 
@@ -65,6 +70,16 @@ def arithmetic() -> tuple[Callable, Callable]:
     return (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
 
 
+def project(x: Tensor, lora_down: Tensor) -> Tensor:
+    """t = x·Dᵀ of rows [M, K] and D [R, K]."""
+    return x @ lora_down.T if torch.is_grad_enabled() else float_stages.project(x, lora_down)
+
+
+def expand(t: Tensor, basis: Tensor) -> Tensor:
+    """t·B of t [M, R] and B [R, N]."""
+    return t @ basis if torch.is_grad_enabled() else float_stages.expand(t, basis)
+
+
 def dynamic_scale(x: Tensor, qmax: float) -> Tensor:
     """absmax/qmax over the last dimension (kept), 1 for rows of zeros; not differentiated.
 
@@ -95,8 +110,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qm
     return code if lut is None else _Snap.apply(code + zero_point, lut) - zero_point
 
 
-def focus_codes(u: Tensor, b1: Tensor, b2: Tensor, power: float, n: int) -> Tensor:
-    """Codes 0..n of u in [0, 1]: rne(n·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power)), straight through the rounding.
+def focus_position(u: Tensor, b1: Tensor, b2: Tensor, power: float, n: int) -> Tensor:
+    """Where u in [0, 1] lies among the codes 0..n: n·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power).
 
     ``b1`` and ``b2`` are float64 scalars: the kernel's reciprocal is taken in float64 and rounded once.
     """
@@ -107,4 +122,4 @@ def focus_codes(u: Tensor, b1: Tensor, b2: Tensor, power: float, n: int) -> Tens
         # A floor of 1e-30 leaves code 0 a 0 (n·1e-30^(1/power) < ½ for power < 12) and the root differentiable.
         x = x.clamp(1e-30, 1.0)
         x = x.sqrt() if power == 2.0 else x.pow(1.0 / power)
-    return round_ste(x * n) if torch.is_grad_enabled() else x.mul_(n).round_()
+    return x * n

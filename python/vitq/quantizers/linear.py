@@ -59,6 +59,11 @@ class SimLinear(nn.Module):
         self.lora_up = nn.Parameter(lora_up.detach().float().clone()) if rank else None
 
     @property
+    def integer(self) -> bool:
+        """Both operands of the product are codes."""
+        return self.act.spec is not None and self.quant.spec is not None
+
+    @property
     def _side(self) -> bool:
         return self.lora.rank > 0 and self.lora.kind != "merged"
 
@@ -82,10 +87,10 @@ class SimLinear(nn.Module):
         """[M, K] to [M, N]."""
         mul, add = fq.arithmetic()
         weight = self.effective_weight() if self.quant.spec is None else self.codes()
-        t = x @ self.lora_down.T if self._side else None
+        t = fq.project(x, self.lora_down) if self._side else None
         if self._side and self.lora.kind == "subspace":
-            x = x - t @ self.lora_down
-        if self.act.spec is not None and self.quant.spec is not None:
+            x = x - fq.expand(t, self.lora_down)
+        if self.integer:
             q, scale = self.act(x)
             y = fq.integer_product(q, weight, self.act.limit, self.quant.limit)
             y = mul(y, scale * self.quant.scale)
@@ -96,7 +101,7 @@ class SimLinear(nn.Module):
             if self.quant.spec is not None:
                 y = mul(y, self.quant.scale)
         if t is not None:
-            y = add(y, t @ self.lora_up.T)
+            y = add(y, fq.expand(t, self.lora_up.T))
         return y if self.bias is None else add(y, self.bias)
 
     @torch.no_grad()

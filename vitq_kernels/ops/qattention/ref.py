@@ -15,12 +15,35 @@ def spread(scale: Tensor, b: int, h: int, n: int) -> Tensor:
     return scale.reshape(1, h, 1).expand(b, h, n) if scale.dim() == 1 else scale
 
 
-def focus_codes(u: Tensor, b1: float, b2: float, power: float, n: int) -> Tensor:
-    """Codes 0..n of u in [0, 1]: rne(n·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power))."""
+def position(u: Tensor, b1: float, b2: float, power: float, n: int) -> Tensor:
+    """Where u in [0, 1] lies among the codes 0..n: n·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power)."""
     x = ((u - b1) * (1.0 / (b2 - b1))).clamp(0.0, 1.0)
     if power != 1.0:
         x = x.sqrt() if power == 2.0 else x.pow(1.0 / power)
-    return torch.round(x * n)
+    return x * n
+
+
+def scores(
+    acc: Tensor, q_scale: Tensor, k_scale: Tensor, softmax_scale: float, bias: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """[B, H, Nq, Nk] softmax inputs of the products ``acc``, in the float dtype of the scales."""
+    b, h, nq, nk = acc.shape
+    dtype = q_scale.dtype
+    qs, ks = spread(q_scale, b, h, nq), spread(k_scale, b, h, nk)
+    s = acc.to(dtype) * (qs * softmax_scale).unsqueeze(-1) * ks.unsqueeze(-2)
+    if bias is not None:
+        s = s + bias.to(dtype)
+    if mask is not None:
+        g = mask.shape[0]
+        s = (s.reshape(b // g, g, h, nq, nk) + mask.to(dtype).unsqueeze(1)).reshape(b, h, nq, nk)
+    return s
+
+
+def exponentials(s: Tensor) -> tuple[Tensor, Tensor]:
+    """e = exp(s − max_j s) and Σ_j e (kept); a row of −inf alone is a row of zeros."""
+    top = s.amax(-1, keepdim=True)
+    e = torch.exp(s - torch.where(top == -torch.inf, torch.zeros_like(top), top))
+    return e, e.sum(-1, keepdim=True)
 
 
 def align_values(v: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,22 +75,13 @@ def qattention_heads(
     (b, h, nq, d), nk = q.shape, k.shape[2]
     if nk == 0:
         return q_scale.new_zeros(b, nq, h * d)
-    qs, ks, vs = (spread(s, b, h, n) for s, n in ((q_scale, nq), (k_scale, nk), (v_scale, nk)))
     dtype = q_scale.dtype
-    acc = q.double() @ k.double().transpose(-1, -2)
-    s = acc.to(dtype) * (qs * softmax_scale).unsqueeze(-1) * ks.unsqueeze(-2)
-    if bias is not None:
-        s = s + bias.to(dtype)
-    if mask is not None:
-        g = mask.shape[0]
-        s = (s.reshape(b // g, g, h, nq, nk) + mask.to(dtype).unsqueeze(1)).reshape(b, h, nq, nk)
+    s = scores(q.double() @ k.double().transpose(-1, -2), q_scale, k_scale, softmax_scale, bias, mask)
     valid = s != -torch.inf
-    top = s.amax(-1, keepdim=True)
-    e = torch.exp(s - torch.where(top == -torch.inf, torch.zeros_like(top), top))
-    total = e.sum(-1, keepdim=True)
-    code = focus_codes(e if row_anchor else e / total, b1, b2, power, levels.numel() - 1)
+    e, total = exponentials(s)
+    code = torch.round(position(e if row_anchor else e / total, b1, b2, power, levels.numel() - 1))
     level = levels.double()[torch.nan_to_num(code).long()] * valid
-    value, v_top = align_values(v, vs)
+    value, v_top = align_values(v, spread(v_scale, b, h, nk))
     value = torch.nan_to_num(value).double()
     out = (level @ value).to(dtype) * step
     if offset != 0.0:

@@ -1,0 +1,107 @@
+// vitq::layer_norm, project, expand, gelu and focus_position on CPU tensors.
+#include "float_stages/float_stages_cpu.h"
+#include "glue.h"
+#include "attention_glue.h"
+
+namespace vitq::glue {
+namespace {
+
+const float* floats(const Tensor& x, int64_t numel, const char* name) {
+  check(x, ScalarType::Float, numel, name);
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+float* new_floats(Tensor& out) { return static_cast<float*>(out.mutable_data_ptr()); }
+
+std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+
+Tensor layer_norm(const Tensor& x_, OptTensor weight, OptTensor bias, double eps) {
+  const int64_t k = last_dim(x_, "x"), m = row_count(x_);
+  STD_TORCH_CHECK(k > 0, "x has ", k, " columns, expected at least 1");
+  const Tensor x = dense(x_);
+  const Held gamma(weight), beta(bias);
+  Tensor y = new_tensor(shape_of(x), ScalarType::Float);
+  const LayerNormArgs args{floats(x, m * k, "x"),
+                           gamma.data<float>(ScalarType::Float, k, "weight"),
+                           beta.data<float>(ScalarType::Float, k, "bias"),
+                           eps,
+                           m,
+                           k,
+                           new_floats(y),
+                           pool()};
+  if (m > 0) VITQ_DISPATCH(layer_norm)(args);
+  return y;
+}
+
+Tensor project(const Tensor& x_, const Tensor& basis_) {
+  const Tensor x = dense(x_), basis = dense(basis_);
+  STD_TORCH_CHECK(x.dim() == 2 && basis.dim() == 2, "x and basis have ", x.dim(), " and ", basis.dim(),
+                  " dimensions, expected [M, K] and [R, K]");
+  const int64_t m = x.size(0), k = x.size(1), rank = basis.size(0);
+  Tensor t = new_tensor({m, rank}, ScalarType::Float);
+  const LowRankArgs args{
+      floats(x, m * k, "x"), floats(basis, rank * k, "basis"), m, k, rank, new_floats(t), pool()};
+  if (m > 0) VITQ_DISPATCH(project)(args);
+  return t;
+}
+
+Tensor expand(const Tensor& t_, const Tensor& basis_) {
+  const Tensor t = dense(t_), basis = dense(basis_);
+  STD_TORCH_CHECK(t.dim() == 2 && basis.dim() == 2, "t and basis have ", t.dim(), " and ", basis.dim(),
+                  " dimensions, expected [M, R] and [R, K]");
+  const int64_t m = t.size(0), rank = t.size(1), k = basis.size(1);
+  Tensor x = new_tensor({m, k}, ScalarType::Float);
+  const LowRankArgs args{
+      floats(t, m * rank, "t"), floats(basis, rank * k, "basis"), m, k, rank, new_floats(x), pool()};
+  if (m > 0) VITQ_DISPATCH(expand)(args);
+  return x;
+}
+
+Tensor gelu(const Tensor& x_, bool tanh) {
+  const Tensor x = dense(x_);
+  Tensor y = new_tensor(shape_of(x), ScalarType::Float);
+  const GeluArgs args{floats(x, x.numel(), "x"), tanh, static_cast<int64_t>(x.numel()), new_floats(y),
+                      pool()};
+  VITQ_DISPATCH(gelu)(args);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> focus_position(const Tensor& product_, const Tensor& q_scale_,
+                                          const Tensor& k_scale_, double softmax_scale, int64_t n, double b1,
+                                          double b2, double power, bool row_anchor, bool renormalize,
+                                          OptTensor bias, OptTensor mask) {
+  STD_TORCH_CHECK(product_.dim() == 4, "product has ", product_.dim(),
+                  " dimensions, expected [B, H, Nq, Nk]");
+  const Tensor product = dense(product_), q_scale = dense(q_scale_), k_scale = dense(k_scale_);
+  const int64_t b = product.size(0), h = product.size(1), nq = product.size(2), nk = product.size(3);
+  check(product, ScalarType::Int, b * h * nq * nk, "product");
+  Tensor position = new_tensor({b, h, nq, nk}, ScalarType::Float);
+  Tensor total = new_tensor({b, h, nq}, ScalarType::Float);
+  OptTensor bias_held, mask_held;
+  FocusPositionArgs args{};
+  args.batch = b, args.heads = h, args.nq = nq, args.nk = nk;
+  args.product = static_cast<const int32_t*>(product.const_data_ptr());
+  args.q_scale = scales(q_scale, b, h, nq, "q_scale");
+  args.k_scale = scales(k_scale, b, h, nk, "k_scale");
+  args.softmax_scale = static_cast<float>(softmax_scale);
+  args.focus = focus_of(n, b1, b2, power, row_anchor, renormalize);
+  args.bias = additive(bias, bias_held, h, nq, nk, "bias");
+  args.mask_groups = mask_groups(mask, b);
+  args.mask = additive(mask, mask_held, args.mask_groups, nq, nk, "mask");
+  args.position = new_floats(position);
+  args.total = new_floats(total);
+  args.pool = pool();
+  VITQ_DISPATCH(focus_position)(args);
+  return {position, total};
+}
+
+}  // namespace
+}  // namespace vitq::glue
+
+STABLE_TORCH_LIBRARY_IMPL(vitq, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&vitq::glue::layer_norm));
+  m.impl("project", TORCH_BOX(&vitq::glue::project));
+  m.impl("expand", TORCH_BOX(&vitq::glue::expand));
+  m.impl("gelu", TORCH_BOX(&vitq::glue::gelu));
+  m.impl("focus_position", TORCH_BOX(&vitq::glue::focus_position));
+}
