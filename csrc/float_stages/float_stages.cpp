@@ -1,7 +1,7 @@
 // vitq::layer_norm, project, expand, gelu and focus_position on CPU tensors.
+#include "attention_glue.h"
 #include "float_stages/float_stages_cpu.h"
 #include "glue.h"
-#include "attention_glue.h"
 
 namespace vitq::glue {
 namespace {

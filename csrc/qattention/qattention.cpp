@@ -1,6 +1,6 @@
 // vitq::qattention and vitq::qattention_quantize on CPU tensors.
-#include "glue.h"
 #include "attention_glue.h"
+#include "glue.h"
 
 namespace vitq::glue {
 namespace {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import shutil
@@ -136,7 +137,9 @@ def evaluate(args: argparse.Namespace) -> None:
     models = {mode: build[mode]() for mode in modes}
     data = load_data(args.data, args.split, skeleton, args.limit)
     logits: dict[str, torch.Tensor] = {}
-    with console.progress() as bar:
+    # The simulated model, too, takes its float stages from the back end.
+    pin = contextlib.nullcontext() if args.backend is None else backends.backend(args.backend)
+    with pin, console.progress() as bar:
         task = bar.add_task("evaluating", total=len(data) * len(models))
         for mode, model in models.items():
             logits[mode], labels = predict(model, data, args.batch_size, lambda n: bar.advance(task, n))

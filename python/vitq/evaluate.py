@@ -52,7 +52,7 @@ class Comparison:
         top1_float, top1_simulated, top1_integer: percent.
         agreement_simulated_integer, agreement_float_integer: fraction of images of the same top-1 class.
         logit_sqnr_db: of the integer logits against the float ones.
-        parity_sqnr_db: of the integer logits against the simulated ones (float rounding and nothing else).
+        logit_difference_simulated_integer: the largest between any two logits; 0 where they are the same bits.
     """
 
     top1_float: float
@@ -61,7 +61,7 @@ class Comparison:
     agreement_simulated_integer: float
     agreement_float_integer: float
     logit_sqnr_db: float
-    parity_sqnr_db: float
+    logit_difference_simulated_integer: float
 
     @classmethod
     def of(cls, labels: Tensor, floating: Tensor, simulated: Tensor, integer: Tensor) -> Comparison:
@@ -73,5 +73,5 @@ class Comparison:
             agreement(simulated, integer),
             agreement(floating, integer),
             sqnr_db(floating, integer),
-            sqnr_db(simulated, integer),
+            float((simulated - integer).abs().max()),
         )

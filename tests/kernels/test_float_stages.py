@@ -110,7 +110,7 @@ def test_empty_and_strided(implementation):
 
 def test_refusals():
     x = torch.ones(2, 3)
-    with pytest.raises(TypeError, match="x has dtype torch.float16"):
+    with pytest.raises(TypeError, match="x has dtype"):
         stages.layer_norm(x.half(), None, None, 1e-6)
     with pytest.raises(ValueError, match=r"x has shape \(2, 0\)"):
         stages.layer_norm(x[:, :0], None, None, 1e-6)

@@ -40,7 +40,7 @@ class QModule(nn.Module):
         self.__dict__.pop("_remembered", None)
 
     def remember(self, build):
-        """``build()``, kept until a buffer is replaced: collecting buffers anew in every call costs as much as a kernel.
+        """``build()``, kept until a buffer is replaced: collecting buffers in every call costs as much as a kernel.
 
         Tracers (compile, export) always see the buffers themselves.
         """
