@@ -102,7 +102,7 @@ def quantize(args: argparse.Namespace) -> None:
     record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}
     out.print(f"{target}: {recipe.name}, calibrated in {done.seconds:.1f} s, {_reasons(done.integer)}")
     if splits:
-        rows = jobs.evaluate(model, done.calibrated.sim, done.integer, splits)
+        rows = jobs.evaluate(jobs.predict_splits(model, splits), done.calibrated.sim, done.integer, splits)
         times = jobs.time_models({"float": model, "integer": done.integer}, [1], 1.0)
         record["runs"] = jobs.summarize(recipe, done, model, checkpoint.disk_bytes(target), rows, times)
         console.print_rows(out, f"{source.name}, {recipe.name}", record["runs"], RUN_COLUMNS)

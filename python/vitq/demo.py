@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import checkpoint, jobs
 from .data import load_data
-from .evaluate import predict, top1
+from .evaluate import top1
 from .models.digits_vit import NAME
 from .recipes import load_recipe
 from .sources import ModelSource, load_float
@@ -71,12 +70,13 @@ def run(
         source = ModelSource(NAME, outlier=variant == "outlier")
         model = load_float(source)
         splits = {name: load_data("digits", name, model, limit) for name in SPLITS}
-        floats[variant] = {name: _top1(model, data) for name, data in splits.items()}
+        reference = jobs.predict_splits(model, splits)
+        floats[variant] = {name: top1(*prediction) for name, prediction in reference.items()}
         for name in recipes:
             title = f"{variant} {name}"
             runs += [
                 {"variant": variant, **row}
-                for row in _run(model, source, name, splits, output / f"{variant}-{name}", title, progress)
+                for row in _run(model, source, name, splits, reference, output / f"{variant}-{name}", title, progress)
             ]
             _write(output, {"float": floats, "runs": runs, "environment": environment()})
     summary = {"float": floats, "runs": runs, "environment": environment()}
@@ -84,11 +84,7 @@ def run(
     return summary
 
 
-def _top1(model: nn.Module, data) -> float:
-    return top1(*predict(model, data))
-
-
-def _run(model, source, name, splits, folder, title, progress) -> list[dict[str, Any]]:
+def _run(model, source, name, splits, reference, folder, title, progress) -> list[dict[str, Any]]:
     recipe = load_recipe(name, fast=True)
     done = jobs.quantize(
         model, source, recipe, "digits", progress=lambda step, i, n: progress(f"{title}: {step}", i, n)
@@ -98,7 +94,7 @@ def _run(model, source, name, splits, folder, title, progress) -> list[dict[str,
     # What is evaluated and timed is what a user loads.
     integer = checkpoint.load(folder)
     progress(f"{title}: evaluating", 0, 1)
-    rows = jobs.evaluate(model, done.calibrated.sim, integer, splits)
+    rows = jobs.evaluate(reference, done.calibrated.sim, integer, splits)
     times = jobs.time_models({"float": model, "integer": integer}, [1], 0.5)
     rows = jobs.summarize(recipe, done, model, checkpoint.disk_bytes(folder), rows, times)
     return [{**row, "megabytes": row["size_bytes_integer"] / 1e6} for row in rows]

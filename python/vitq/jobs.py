@@ -22,6 +22,8 @@ from .recipes import Recipe
 from .sources import ModelSource
 from .state import ModelState
 
+Prediction = tuple[Tensor, Tensor]  # logits [N, C], labels [N]
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -89,14 +91,27 @@ def average_bits(state: ModelState) -> tuple[float, float]:
     return bits_w / max(weights, 1), bits_a / max(inputs, 1)
 
 
+def predict_splits(model: nn.Module, splits: dict[str, Dataset], batch_size: int = 64) -> dict[str, Prediction]:
+    """(logits, labels) of ``model`` per split."""
+    return {name: predict(model, data, batch_size) for name, data in splits.items()}
+
+
 def evaluate(
-    floating: nn.Module, simulated: nn.Module, integer: nn.Module, splits: dict[str, Dataset], batch_size: int = 64
+    floating: dict[str, Prediction],
+    simulated: nn.Module,
+    integer: nn.Module,
+    splits: dict[str, Dataset],
+    batch_size: int = 64,
 ) -> list[dict[str, Any]]:
-    """One row per split: top-1 of the three models, their agreement, logit SQNR."""
+    """One row per split: top-1 of the three models, their agreement, logit SQNR.
+
+    Args: floating: :func:`predict_splits` of the float model, which many quantized ones are compared with.
+    """
     rows = []
     for name, data in splits.items():
-        logits = [predict(m, data, batch_size) for m in (floating, simulated, integer)]
-        comparison = Comparison.of(logits[0][1], *(x[0] for x in logits))
+        logits, labels = floating[name]
+        others = (predict(m, data, batch_size)[0] for m in (simulated, integer))
+        comparison = Comparison.of(labels, logits, *others)
         rows.append({"split": name, "images": len(data), **asdict(comparison)})
     return rows
 

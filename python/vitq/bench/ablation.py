@@ -130,7 +130,7 @@ def run(cases: list[Case], limit: int | None = None, progress: Callable[[str, in
     source = ModelSource(NAME)
     model = load_float(source)
     splits = {name: load_data("digits", name, model, limit) for name in ("test", "hard")}
-    reference = {name: predict(model, data) for name, data in splits.items()}
+    reference = jobs.predict_splits(model, splits)
     rows = []
     for i, case in enumerate(cases):
         if progress is not None:
