@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from vitq import jobs
+from vitq.bench.environment import environment
 from vitq.bench.latency import threads
-from vitq.commands import environment
 from vitq.recipes import load_recipe
 from vitq.sources import ModelSource, load_float
 

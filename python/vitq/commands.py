@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from torch import nn
 
 from vitq_kernels import _native, backends
 
-from . import __version__, checkpoint, console, jobs, recipes
+from . import checkpoint, console, jobs, recipes
+from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
 from .data import load_data
@@ -202,20 +202,6 @@ def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
             recipe = recipes.load_recipe(name, fast=True)
             models[recipe.name] = jobs.quantize(model, source, recipe, images, progress=progress).integer
     return models
-
-
-def environment() -> dict[str, Any]:
-    """What figures depend on."""
-    extension = _native.extension()
-    return {
-        "vitq": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu_isa": None if extension is None else extension.cpu_isa(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def info(args: argparse.Namespace) -> None:

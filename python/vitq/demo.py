@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, jobs
+from .bench.environment import environment
 from .data import load_data
 from .evaluate import top1
 from .models.digits_vit import NAME
@@ -61,8 +62,6 @@ def run(
         The summary as written: ``float`` (per model variant), ``runs`` (one row per variant, recipe and split),
         ``environment``.
     """
-    from .commands import environment
-
     output.mkdir(parents=True, exist_ok=True)
     floats: dict[str, Any] = {}
     runs: list[dict[str, Any]] = []
