@@ -69,8 +69,8 @@ class Step(_Model):
 class Recipe(_Model):
     """What is quantized to what, and by which methods.
 
-    Attributes: one list of steps per stage; ``effort`` scales every iteration count, ``fast`` is the effort that demos
-    use.
+    Attributes: one list of steps per stage; ``effort`` scales every iteration count, ``fast_effort`` is what demos
+    take for it.
     """
 
     name: str = Field(min_length=1)
@@ -86,7 +86,7 @@ class Recipe(_Model):
     focus: Focus = Focus()
     low_rank: LowRank = LowRank()
     effort: float = Field(1.0, gt=0.0)
-    fast: float = Field(1.0, gt=0.0)
+    fast_effort: float = Field(1.0, gt=0.0)
     transform: tuple[Step, ...] = ()
     initialise: tuple[Step, ...] = ()
     allocate: tuple[Step, ...] = ()
@@ -217,7 +217,7 @@ def load_recipe(name: str | Path, *, fast: bool = False, **overrides: Any) -> Re
 
     Args:
         name: name of a shipped recipe, with ``-static`` or ``-dynamic`` appended at will, or a path.
-        fast: scale iteration counts by the recipe's own ``fast`` factor.
+        fast: scale iteration counts by the recipe's own ``fast_effort``.
         overrides: fields to replace; mappings are merged into theirs.
 
     A file may name another recipe as ``extends`` and give only what differs. ``-dynamic`` replaces the static ranges of
@@ -234,5 +234,5 @@ def load_recipe(name: str | Path, *, fast: bool = False, **overrides: Any) -> Re
     if form:
         data["name"] = f"{data['name']}-{form['activations']}"
     if fast:
-        data["effort"] = data.get("fast", 1.0)
+        data["effort"] = data.get("fast_effort", 1.0)
     return parse(data, f"recipe {data['name']}")
