@@ -2,16 +2,19 @@
 
 An implementation is registered per op as ``(name, unavailable(device), supports(**meta))``; both answer None for yes
 or the reason why not. ``resolve`` walks the preference order of the device and raises an error that lists every reason
-if nothing serves the call. ``VITQ_BACKEND=<name>`` (read at import) or ``with backend(name)`` pin the choice; a pinned
-back end that does not serve the call is an error, too.
+if nothing serves the call. A module's ``backend``, else ``with backend(name)``, else ``VITQ_BACKEND=<name>`` (read at
+import) pins the choice; a pinned back end that does not serve the call is an error, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from torch.compiler import is_compiling
 
 NAMES = ("cuda", "triton", "cpu", "ref")
 _PREFERENCE = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref")}
@@ -24,7 +27,7 @@ class Implementation:
     Args:
         name: one of ``NAMES``.
         fn: takes the op's flat schema arguments.
-        unavailable: device type → None, or why this back end cannot run there at all.
+        unavailable: device type → None, or why this back end cannot run there at all (does not change in a process).
         layouts: weight layouts that ``fn`` reads (empty for ops without a weight), best first.
     """
 
@@ -38,7 +41,15 @@ class Implementation:
 _ENVIRONMENT = os.environ.get("VITQ_BACKEND")
 
 _table: dict[str, dict[str, Implementation]] = {}
-_override: list[str] = []
+_resolved: dict[tuple[str, str, str | None, str | None], Implementation] = {}
+
+
+class _Pin(threading.local):
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_pin = _Pin()
 
 
 def register(op: str, implementation: Implementation) -> None:
@@ -49,6 +60,7 @@ def register(op: str, implementation: Implementation) -> None:
     if implementation.name in row:
         raise ValueError(f"back end {implementation.name!r} of {op} is registered already")
     row[implementation.name] = implementation
+    _resolved.clear()
 
 
 def _checked(name: str, where: str) -> str:
@@ -59,29 +71,41 @@ def _checked(name: str, where: str) -> str:
 
 def pinned() -> str | None:
     """The back end that ``with backend(...)`` or ``VITQ_BACKEND`` asks for, or None."""
-    if _override:
-        return _override[-1]
-    return _checked(_ENVIRONMENT, "VITQ_BACKEND") if _ENVIRONMENT else None
+    return _pin.name or _ENVIRONMENT or None
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Pin every call inside to one back end: ``with backend("ref"): model(x)``."""
-    _override.append(_checked(name, "backend"))
+    """Pin every call inside, of this thread, to one back end: ``with backend("ref"): model(x)``."""
+    outer, _pin.name = _pin.name, _checked(name, "backend")
     try:
         yield
     finally:
-        _override.pop()
+        _pin.name = outer
 
 
-def resolve(op: str, device: str, layout: str | None = None) -> Implementation:
+def resolve(op: str, device: str, layout: str | None = None, pin: str | None = None) -> Implementation:
     """The implementation of ``op`` that serves tensors on ``device`` (and weights in ``layout``).
 
+    Args:   pin: the caller's own choice of a back end, which wins over :func:`pinned`.
     Raises: ValueError listing every back end with its reason if none serves the call.
     """
+    want = pin or _pin.name or _ENVIRONMENT
+    if is_compiling():  # a trace must neither guard on the memory of earlier calls nor write to it
+        return _resolve(op, device, layout, want)
+    key = (op, device, layout, want)
+    found = _resolved.get(key)
+    if found is None:
+        found = _resolved[key] = _resolve(op, device, layout, want)
+    return found
+
+
+def _resolve(op: str, device: str, layout: str | None, want: str | None) -> Implementation:
     row = _table[op]
-    want = pinned()
-    names = (want,) if want else _PREFERENCE.get(device, ("ref",))
+    if want:
+        names = (_checked(want, "VITQ_BACKEND" if want == _ENVIRONMENT else "backend"),)
+    else:
+        names = _PREFERENCE.get(device, ("ref",))
     reasons = []
     for name in names:
         impl = row.get(name)

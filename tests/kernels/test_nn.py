@@ -26,6 +26,7 @@ from vitq_kernels.nn import (
     prepack,
 )
 from vitq_kernels.nn import linear as linear_module
+from vitq_kernels.ops.qattention import PreparedAttention
 from vitq_kernels.packing import LAYOUTS
 
 TABLE = LevelTable((-120, -90, -60, -40, -30, -20, -10, -5, 0, 5, 10, 20, 35, 50, 70, 110))
@@ -194,7 +195,7 @@ def test_repacking_is_lossless_and_changes_nothing(bits, table, monkeypatch):
     for layout in LAYOUTS:
         if bits > 4 and layout.startswith("int4"):
             continue
-        monkeypatch.setattr(linear_module, "choose_layout", lambda op, device, bits, layout=layout: layout)
+        monkeypatch.setattr(linear_module, "choose_layout", lambda *_, layout=layout: layout)
         prepack(layer, "ref")
         assert layer.layout == layer.packed.layout == layout
         assert torch.equal(layer(x), want)
@@ -377,14 +378,13 @@ def test_attention_takes_views_not_copies(monkeypatch):
     state = attention_state()
     attn = QAttention.from_state(state)
     seen = {}
-    module = __import__("vitq_kernels.nn.attention", fromlist=["x"])
-    original = module.qattention_quantize
+    original = PreparedAttention.qattention_quantize
 
-    def spy(q, k, v, *args, **kwargs):
+    def spy(self, q, k, v, *args, **kwargs):
         seen.update(q=q, k=k, v=v)
-        return original(q, k, v, *args, **kwargs)
+        return original(self, q, k, v, *args, **kwargs)
 
-    monkeypatch.setattr(module, "qattention_quantize", spy)
+    monkeypatch.setattr(PreparedAttention, "qattention_quantize", spy)
     attn(torch.randn(2, 5, 16))
     assert seen["q"].untyped_storage().data_ptr() == seen["v"].untyped_storage().data_ptr()
     assert seen["k"].storage_offset() == 16
@@ -463,13 +463,14 @@ def test_modules_are_pinned_to_their_back_end(monkeypatch):
     original = backends.resolve
 
     def spy(op, *args, **kwargs):
-        seen.append((op, backends.pinned()))
-        return original(op, *args, **kwargs)
+        implementation = original(op, *args, **kwargs)
+        seen.append((op, implementation.name))
+        return implementation
 
     monkeypatch.setattr(backends, "resolve", spy)
-    monkeypatch.delenv("VITQ_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_ENVIRONMENT", None)
     b(x)
-    assert {pin for _, pin in seen} == {None}
+    assert {name for _, name in seen} == {"cpu" if backends.status()["cpu"] is None else "ref"}
     assert [op for op, _ in seen] == [
         "layer_norm_quantize",
         "qlinear_quantize",
@@ -482,12 +483,12 @@ def test_modules_are_pinned_to_their_back_end(monkeypatch):
     prepack(b, "ref")
     seen.clear()
     b(x)
-    assert {pin for _, pin in seen} == {"ref"}
+    assert {name for _, name in seen} == {"ref"}
     prepack(b)
     seen.clear()
     with backends.backend("ref"):
         b(x)
-    assert {pin for _, pin in seen} == {"ref"}
+    assert {name for _, name in seen} == {"ref"}
 
 
 def test_a_back_end_that_cannot_serve_is_refused_when_packing():

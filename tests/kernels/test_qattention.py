@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vitq_kernels import _native, backends
 from vitq_kernels.formats import ActQuant, FocusSpec
 from vitq_kernels.ops import qattention, qattention_quantize, quantize
-from vitq_kernels.ops.qattention import ref
+from vitq_kernels.ops.qattention import PreparedAttention, ref
 
 native = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason=str(_native.unavailable("cpu")))
 ISAS = [] if _native.extension() is None else _native.extension().available_isas()
@@ -434,10 +434,8 @@ def test_quantize_is_the_quantizer_after_attention(backend, out):
 
 
 def flat_args(data, focus):
-    from vitq_kernels.ops.qattention import _flat
-
     *operands, softmax_scale, bias, mask = data
-    return _flat(*operands, focus, softmax_scale, bias, mask, None)
+    return PreparedAttention(focus, softmax_scale, bias, None, operands[0].device).flat(*operands, mask)
 
 
 @pytest.mark.parametrize("shape", [{}, {"nq": 0}, {"nk": 0}, {"b": 0}])

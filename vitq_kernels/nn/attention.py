@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..formats import AttentionState, QTensor
-from ..ops import qattention, qattention_quantize
-from ..ops.qattention import focus_levels
+from ..formats import AttentionState
+from ..ops.qattention import PreparedAttention, focus_levels
 from .base import QModule, Quantizer
 from .linear import QLinear
 from .window import Window, WindowMap
@@ -71,43 +70,40 @@ class QAttention(QModule):
             self.bias,
         )
 
+    def prepare(self) -> tuple[PreparedAttention, QLinear, Quantizer, WindowMap | None, QLinear]:
+        layer = PreparedAttention(self.focus, self.softmax_scale, self.bias, self.levels, self.levels.device)
+        return layer, self.qkv, self.operands, self.window, self.proj
+
     def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """[B, N, C] float (windows: [B, H, W, C]) to the same shape.
 
         Args:   residual: added last, in the epilogue of proj. mask ([G, 1 or N, N]): additive scores, image b uses
                 mask[b mod G]; None with windows, which bring their own.
         """
-        codes = self.qkv.encode(x)
-        if self.window is not None:
+        layer, qkv, operands, window, proj = self.prepared()
+        codes = qkv.encode(x)
+        if window is not None:
             if mask is not None:
                 raise ValueError("mask is given to attention within windows, expected None")
-            zero_code = 0 if self.qkv.input is None else self.qkv.input.zero_code
-            codes, mask = self.window.partition(codes, zero_code), self.window.mask
-        y = self._attend(self.qkv.multiply(codes, out=self.operands.quant), mask, x)
-        if self.window is not None:
-            y = self.window.reverse(y)
-        return self.proj(y, residual=residual, out_dtype=x.dtype)
+            zero_code = 0 if qkv.input is None else qkv.input.zero_code
+            codes, mask = window.partition(codes, zero_code), window.mask
+        coded = qkv.multiply(codes, out=operands)
+        b, n, width = coded.q.shape
+        heads = coded.q.reshape(b, n, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        scales = self._scales(coded.scale, b, n)
+        out = proj.takes
+        if out is None:
+            y = layer.qattention(*heads, *scales, mask=mask, out_dtype=x.dtype, backend=self.backend)
+        else:
+            y = layer.qattention_quantize(*heads, *scales, mask=mask, out=out.prepared(), backend=self.backend)
+        if window is not None:
+            y = window.reverse(y)
+        return proj(y, residual=residual, out_dtype=x.dtype)
 
-    def _attend(self, qkv: QTensor, mask: Tensor | None, x: Tensor) -> Tensor | QTensor:
-        b, n, width = qkv.q.shape
-        heads = qkv.q.reshape(b, n, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        proj = self.proj
-        common = {
-            "focus": self.focus,
-            "levels": self.levels,
-            "softmax_scale": self.softmax_scale,
-            "bias": self.bias,
-            "mask": mask,
-        }
-        with self.pinned():
-            if proj.input is None or proj.norm is not None:
-                return qattention(*heads, *self._scales(qkv.scale, b, n), out_dtype=x.dtype, **common)
-            return qattention_quantize(*heads, *self._scales(qkv.scale, b, n), out=proj.input.quant, **common)
-
-    def _scales(self, scale: Tensor, b: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _scales(self, scale: Tensor, b: int, n: int) -> tuple[Tensor, ...]:
         """Scales of q, k, v: [1] or [H] static, [B, H, N] dynamic."""
         if scale.dim() == 1:
-            return scale.reshape(3, -1).unbind(0)
+            return scale.chunk(3)
         per_token = scale.reshape(b, n, 3, -1).permute(2, 0, 3, 1).expand(3, b, self.heads, n)
         return per_token.contiguous().unbind(0)
 

@@ -1,17 +1,53 @@
-"""What the integer modules share: exact buffers, the choice of a back end, run-time layouts."""
+"""What the integer modules share: exact buffers, prepared op calls, run-time layouts."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import weakref
+from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import backends
 from ..formats import ActQuant, QTensor
-from ..ops import quantize
+from ..ops._schema import Epilogue
+from ..ops.quantize import run_quantize
 
+_WATCHED = ("_buffers", "_modules")
 _QUANT_TENSORS = ("scale", "lut", "lora_down")
+
+
+class _Watched(dict):
+    """The buffers or the children of a module: whoever replaces one drops what the module has prepared.
+
+    Some write here without an assignment to the module, ``torch.func.functional_call`` for one. Comparing the objects
+    in every call instead would touch each of them, and cost a tenth of a small model's time in cache misses.
+    """
+
+    __slots__ = ("_module",)
+
+    def __init__(self, entries: dict, module: QModule) -> None:
+        super().__init__(entries)
+        self._module = weakref.ref(module)
+
+    def __reduce__(self):
+        return dict, (dict(self),)  # the owner of a copy watches it anew
+
+    def _dropping(method):
+        @functools.wraps(method)
+        def changed(self, *args, **kwargs):
+            result = method(self, *args, **kwargs)
+            module = self._module()
+            if module is not None:
+                module._drop_prepared()
+            return result
+
+        return changed
+
+    __setitem__, __delitem__ = _dropping(dict.__setitem__), _dropping(dict.__delitem__)
+    __ior__, update, setdefault = _dropping(dict.__ior__), _dropping(dict.update), _dropping(dict.setdefault)
+    clear, pop, popitem = _dropping(dict.clear), _dropping(dict.pop), _dropping(dict.popitem)
 
 
 class QModule(nn.Module):
@@ -22,6 +58,11 @@ class QModule(nn.Module):
     """
 
     backend: str | None = None
+    _prepared: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watch()
 
     def _apply(self, fn, recurse: bool = True):
         def exact(tensor: Tensor) -> Tensor:
@@ -32,33 +73,47 @@ class QModule(nn.Module):
             for child in self.children():
                 child._apply(fn)
         super()._apply(exact, recurse=False)
-        self.forget()
         return self
 
-    def forget(self) -> None:
-        """Drop what :meth:`remember` holds: a buffer was replaced."""
-        self.__dict__.pop("_remembered", None)
+    def prepare(self) -> Any:
+        """What the forward needs and what does not change between calls: children, checked op arguments."""
+        raise NotImplementedError
 
-    def remember(self, build):
-        """``build()``, kept until a buffer is replaced: collecting buffers in every call costs as much as a kernel.
+    def prepared(self) -> Any:
+        """:meth:`prepare`, kept until an attribute, a buffer or a child of this module is replaced.
 
-        Tracers (compile, export) always see the buffers themselves.
+        Tracers (compile, export) always see the buffers themselves. Threads may call this at once: at worst, each
+        prepares.
         """
-        if torch.compiler.is_compiling():
-            return build()
-        kept = self.__dict__.get("_remembered")
-        if kept is None:
-            kept = self.__dict__["_remembered"] = build()
-        return kept
+        if is_compiling():
+            return self.prepare()
+        value = self._prepared
+        if value is None:
+            value = self.__dict__["_prepared"] = self.prepare()  # not through __setattr__, which drops it
+        return value
+
+    def _drop_prepared(self) -> None:
+        self.__dict__.pop("_prepared", None)
+
+    def _watch(self) -> None:
+        for name in _WATCHED:
+            self.__dict__[name] = _Watched(self.__dict__[name], self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _WATCHED:
+            self._watch()
+        self._drop_prepared()
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in super().__getstate__().items() if k != "_remembered"}
+        return {k: v for k, v in super().__getstate__().items() if k != "_prepared"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._watch()
 
     def repack(self) -> None:
         """Bring packed buffers into the layout of this module's device and back end."""
-
-    def pinned(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.backend is None else backends.backend(self.backend)
 
 
 class Quantizer(QModule):
@@ -81,10 +136,10 @@ class Quantizer(QModule):
     @property
     def quant(self) -> ActQuant:
         """The epilogue as ops take it."""
-        return self.remember(self._quant)
+        return self.prepared().quant
 
-    def _quant(self) -> ActQuant:
-        return ActQuant(
+    def prepare(self) -> Epilogue:
+        quant = ActQuant(
             qmin=self.qmin,
             qmax=self.qmax,
             scale=self.scale,
@@ -94,10 +149,10 @@ class Quantizer(QModule):
             lora_down=self.lora_down,
             subspace=self.subspace,
         )
+        return Epilogue(quant)
 
     def forward(self, x: Tensor) -> QTensor:
-        with self.pinned():
-            return quantize(x, self.quant)
+        return run_quantize(x, self.prepared(), self.backend)
 
 
 def prepack(model: nn.Module, backend: str | None = None) -> nn.Module:
@@ -112,8 +167,8 @@ def prepack(model: nn.Module, backend: str | None = None) -> nn.Module:
     return model
 
 
-def choose_layout(op: str, device: str, bits: int) -> str:
+def choose_layout(op: str, device: str, bits: int, backend: str | None = None) -> str:
     """The weight layout that the back end serving ``op`` on ``device`` reads best for ``bits``-bit codes."""
-    layouts = backends.resolve(op, device).layouts
+    layouts = backends.resolve(op, device, pin=backend).layouts
     fitting = [x for x in layouts if x.startswith("int4")] if bits <= 4 else []
     return (fitting or [x for x in layouts if x.startswith("int8")])[0]

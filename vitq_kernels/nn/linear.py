@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import ActQuant, LinearState, PackedWeight, QTensor
-from ..ops import float_stages, layer_norm_quantize, qlinear, qlinear_quantize, qlinear_weight_only, quantize
+from ..ops._schema import Epilogue
+from ..ops.layer_norm_quantize import run_layer_norm_quantize
+from ..ops.qlinear import PreparedLinear
+from ..ops.quantize import run_quantize
 from ..packing import pack_weight, unpack_weight
 from .base import QModule, Quantizer, choose_layout
 
@@ -77,9 +80,6 @@ class QLinear(QModule):
     @property
     def packed(self) -> PackedWeight:
         """The weight as ops take it."""
-        return self.remember(self._packed)
-
-    def _packed(self) -> PackedWeight:
         return PackedWeight(
             self.weight,
             self.layout,
@@ -91,14 +91,22 @@ class QLinear(QModule):
             self.weight_lut,
         )
 
+    def prepare(self) -> tuple[nn.LayerNorm | None, Quantizer | None, PreparedLinear]:
+        layer = PreparedLinear(self.packed, self.weight_scale, self.bias, self.lora_up, self.layer_scale)
+        return self.norm, self.input, layer
+
+    @property
+    def takes(self) -> Quantizer | None:
+        """What the layer before may quantize its result with; None where this one takes floats."""
+        norm, quantizer, _ = self.prepared()
+        return quantizer if norm is None else None
+
     def _pack(self, codes: Tensor) -> None:
-        with self.pinned():
-            op = "qlinear" if self.input is not None else "qlinear_weight_only"
-            self.layout = choose_layout(op, codes.device.type, self.weight_spec.bits)
+        op = "qlinear" if self.input is not None else "qlinear_weight_only"
+        self.layout = choose_layout(op, codes.device.type, self.weight_spec.bits, self.backend)
         packed = pack_weight(codes, self.weight_spec.bits, self.layout, self.weight_spec.table)
         self.weight, self.col_sum, self.weight_lut = packed.data, packed.col_sum, packed.lut
         self.packed_for = codes.device.type
-        self.forget()
 
     def repack(self) -> None:
         self._pack(unpack_weight(self.packed))
@@ -111,15 +119,20 @@ class QLinear(QModule):
 
     def encode(self, x: Tensor | QTensor) -> Tensor | QTensor:
         """What the product consumes: norm(x) quantized, or float for a weight-only layer; a QTensor as it is."""
+        return self._encode(x, self.prepared())
+
+    def _encode(self, x: Tensor | QTensor, prepared: tuple) -> Tensor | QTensor:
+        norm, quantizer, _ = prepared
         if isinstance(x, QTensor):
             return x
-        norm = self.norm
-        if self.input is None:
+        if quantizer is None:
             return x if norm is None else norm(x)
-        with self.pinned():
-            if norm is None:
-                return quantize(x, self.input.quant)
-            return layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, self.input.quant)
+        if norm is None:
+            return run_quantize(x, quantizer.prepared(), self.backend)
+        # The norm may replace γ and β at any time: where they are plain parameters, past nn.Module's slow look-up.
+        own = norm._parameters
+        weight, bias = (own["weight"], own["bias"]) if len(own) == 2 else (norm.weight, norm.bias)
+        return run_layer_norm_quantize(x, weight, bias, norm.eps, quantizer.prepared(), self.backend)
 
     def forward(
         self,
@@ -127,46 +140,46 @@ class QLinear(QModule):
         *,
         activation: str = "none",
         residual: Tensor | None = None,
-        out: ActQuant | None = None,
+        out: ActQuant | Quantizer | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor | QTensor:
         """Floats or a QTensor of [..., K] to [..., N] floats, or to a QTensor under the next layer's epilogue ``out``.
 
         Args:     activation: "none", "gelu_erf" or "gelu_tanh"; residual ([..., N]), added last.
+                  out: an ActQuant, or the next layer's ``input``.
                   out_dtype: default that of residual, else of x, else float32 (for a QTensor).
         Raises:   as :func:`vitq_kernels.qlinear`.
         """
         if out_dtype is None:
             out_dtype = residual.dtype if residual is not None else torch.float32 if isinstance(x, QTensor) else x.dtype
-        return self.multiply(self.encode(x), activation, residual, out, out_dtype)
+        prepared = self.prepared()
+        return self._multiply(self._encode(x, prepared), prepared[2], activation, residual, out, out_dtype)
 
-    def multiply(
+    def multiply(self, x: Tensor | QTensor, out: ActQuant | Quantizer | None = None) -> Tensor | QTensor:
+        """:meth:`forward` behind :meth:`encode`, without options; float32 where there is no ``out``."""
+        return self._multiply(x, self.prepared()[2], "none", None, out, torch.float32)
+
+    def _multiply(
         self,
         x: Tensor | QTensor,
-        activation: str = "none",
-        residual: Tensor | None = None,
-        out: ActQuant | None = None,
-        out_dtype: torch.dtype = torch.float32,
+        layer: PreparedLinear,
+        activation: str,
+        residual: Tensor | None,
+        out: ActQuant | Quantizer | None,
+        out_dtype: torch.dtype,
     ) -> Tensor | QTensor:
-        """:meth:`forward` behind :meth:`encode`."""
-        args = (x, self.packed, self.weight_scale, self.bias)
-        tail = {
-            "lora_up": self.lora_up,
-            "activation": activation,
-            "layer_scale": self.layer_scale,
-            "residual": residual,
-        }
-        with self.pinned():
-            if isinstance(x, QTensor):
-                if out is not None:
-                    return qlinear_quantize(*args, out=out, **tail)
-                return qlinear(*args, out_dtype=out_dtype, **tail)
-            t = None
-            if self.lora_down is not None:
-                t = float_stages.project(x.reshape(-1, self.in_features).float(), self.lora_down.float())
-            if out is None:
-                return qlinear_weight_only(*args, lora_t=t, out_dtype=out_dtype, **tail)
-            return quantize(qlinear_weight_only(*args, lora_t=t, out_dtype=torch.float32, **tail), out)
+        backend = self.backend
+        if out is not None:
+            out = out.prepared() if isinstance(out, Quantizer) else Epilogue(out)
+        if isinstance(x, QTensor):
+            if out is not None:
+                return layer.qlinear_quantize(x, out, activation, residual, backend)
+            return layer.qlinear(x, activation, residual, out_dtype, backend)
+        down = self.lora_down
+        t = None if down is None else x.reshape(-1, self.in_features).float() @ down.float().T
+        if out is None:
+            return layer.qlinear_weight_only(x, t, activation, residual, out_dtype, backend)
+        return run_quantize(layer.qlinear_weight_only(x, t, activation, residual, torch.float32, backend), out, backend)
 
     def extra_repr(self) -> str:
         bits = f"W{self.weight_spec.bits}A{16 if self.act_spec is None else self.act_spec.bits}"

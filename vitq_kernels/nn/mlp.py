@@ -44,15 +44,16 @@ class QMlp(QModule):
         second = QLinear.from_state(fc2, norm=inner_norm, layer_scale=layer_scale, backend=backend)
         return cls(first, second, activation)
 
+    def prepare(self) -> tuple[QLinear, QLinear, str | nn.Module]:
+        return self.fc1, self.fc2, self.activation
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., C] float to [..., C']; ``residual`` is added last, in the epilogue of fc2."""
-        fc2 = self.fc2
-        if not isinstance(self.activation, str):
-            hidden = self.activation(self.fc1(x))
-        elif fc2.input is None or fc2.norm is not None:
-            hidden = self.fc1(x, activation=self.activation)
+        fc1, fc2, activation = self.prepared()
+        if not isinstance(activation, str):
+            hidden = activation(fc1(x))
         else:
-            hidden = self.fc1(x, activation=self.activation, out=fc2.input.quant)
+            hidden = fc1(x, activation=activation, out=fc2.takes)
         return fc2(hidden, residual=residual, out_dtype=x.dtype)
 
     def extra_repr(self) -> str:

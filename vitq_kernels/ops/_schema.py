@@ -1,4 +1,9 @@
-"""The operator library ``vitq`` and what every op shares: the flat arguments of a quantizing epilogue."""
+"""The operator library ``vitq`` and what every op shares: checks, and the flat arguments of a quantizing epilogue.
+
+An op runs in two steps. What belongs to a layer (weights, scales, formats) is *prepared*: checked and put into schema
+order once. A run checks what belongs to the call, unless its tensors are of the dtypes, shapes and devices of the call
+before. The public functions take both steps, modules keep the first.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +62,7 @@ def expect(name: str, tensor: Tensor, *, dtype=None, shape=None, device=None) ->
     """TypeError/ValueError naming ``name`` unless dtype, shape (None matches any size) and device fit."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
-    # Called dozens of times per block: the common case is three comparisons.
+    # Called several times per op: the common case is three comparisons.
     if dtype is not None and tensor.dtype is not dtype and not (type(dtype) is tuple and tensor.dtype in dtype):
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
@@ -70,6 +75,11 @@ def expect(name: str, tensor: Tensor, *, dtype=None, shape=None, device=None) ->
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
 
 
+def metadata(tensor: Tensor | None) -> tuple | type:
+    """What checks look at, to be compared: a run whose metadata passed before need not check again."""
+    return (tensor.dtype, tensor.shape, tensor.device) if isinstance(tensor, Tensor) else type(tensor)
+
+
 def rows(x: Tensor) -> int:
     """M: the product of the leading dimensions (well defined for K = 0, too)."""
     return math.prod(x.shape[:-1])
@@ -78,30 +88,53 @@ def rows(x: Tensor) -> int:
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_quant(quant: ActQuant, m: int, k: int, device: torch.device) -> None:
-    """Check an epilogue's tensors against the [M, K] values that it will quantize."""
-    if k % quant.groups:
-        raise ValueError(f"groups is {quant.groups}, expected a divisor of the {k} columns")
-    if quant.scale is not None:
-        shape = (m, quant.groups) if quant.scale.dim() == 2 else (quant.groups,)
-        expect("quant.scale", quant.scale, dtype=torch.float32, shape=shape, device=device)
-    if quant.row_qmax is not None:
-        expect("quant.row_qmax", quant.row_qmax, dtype=torch.int32, shape=(m,), device=device)
-    if quant.lut is not None:
-        expect("quant.lut", quant.lut, dtype=torch.int8, shape=(256,), device=device)
-    if quant.lora_down is not None:
-        expect("quant.lora_down", quant.lora_down, dtype=FLOATS, shape=(None, k), device=device)
+class Epilogue:
+    """A prepared :class:`ActQuant`.
 
+    Attributes:
+        quant, args: the parameters, and the same flat in the order of ``QUANT_ARGS``.
+        passed: what ``quantize`` or ``layer_norm_quantize`` keeps of the last call that it checked.
+    """
 
-def wrap(quant: ActQuant, out: tuple[Tensor, Tensor, Tensor]) -> QTensor:
-    """The op's three results (absent ones are empty) as a QTensor."""
-    q, scale, t = out
-    return QTensor(
-        q,
-        scale if quant.scale is None else quant.scale,
-        quant.zero_point,
-        None if quant.lora_down is None else t,
-    )
+    __slots__ = ("_fitting", "_per_row", "args", "passed", "quant")
+
+    def __init__(self, quant: ActQuant) -> None:
+        self.quant, self.args = quant, flatten(quant)
+        self._per_row = quant.row_qmax is not None or (quant.scale is not None and quant.scale.dim() == 2)
+        self._fitting = self.passed = None
+
+    def fit(self, m: int, k: int, device: torch.device) -> tuple:
+        """``args``, checked against the [M, K] values that they will quantize.
+
+        Raises: TypeError, ValueError: a tensor of the epilogue whose dtype, shape or device does not fit.
+        """
+        case = (m if self._per_row else None, k, device)
+        if case != self._fitting:
+            self._check(m, k, device)
+            self._fitting = case
+        return self.args
+
+    def _check(self, m: int, k: int, device: torch.device) -> None:
+        quant = self.quant
+        if k % quant.groups:
+            raise ValueError(f"groups is {quant.groups}, expected a divisor of the {k} columns")
+        if quant.scale is not None:
+            shape = (m, quant.groups) if quant.scale.dim() == 2 else (quant.groups,)
+            expect("quant.scale", quant.scale, dtype=torch.float32, shape=shape, device=device)
+        if quant.row_qmax is not None:
+            expect("quant.row_qmax", quant.row_qmax, dtype=torch.int32, shape=(m,), device=device)
+        if quant.lut is not None:
+            expect("quant.lut", quant.lut, dtype=torch.int8, shape=(256,), device=device)
+        if quant.lora_down is not None:
+            expect("quant.lora_down", quant.lora_down, dtype=FLOATS, shape=(None, k), device=device)
+
+    def wrap(self, out: tuple[Tensor, Tensor, Tensor]) -> QTensor:
+        """The op's three results (absent ones are empty) as a QTensor."""
+        q, scale, t = out
+        quant = self.quant
+        return QTensor(
+            q, scale if quant.scale is None else quant.scale, quant.zero_point, None if quant.lora_down is None else t
+        )
 
 
 def fake_quant_outputs(x: Tensor, shape, q_scale, groups: int, lora_down) -> tuple[Tensor, Tensor, Tensor]:

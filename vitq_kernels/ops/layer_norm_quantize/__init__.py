@@ -34,15 +34,31 @@ def layer_norm_quantize(x: Tensor, weight: Tensor | None, bias: Tensor | None, e
     Numerics: statistics in two passes, accumulated in float32 or better; the rest as :func:`quantize`.
     Backends: ref any | cpu
     """
-    _schema.expect("x", x, dtype=_schema.FLOATS)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., K] with K >= 1")
-    k = x.shape[-1]
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None:
-            _schema.expect(name, p, dtype=_schema.FLOATS, shape=(k,), device=x.device)
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, expected a number >= 0")
-    _schema.check_quant(quant, _schema.rows(x), k, x.device)
-    impl = backends.resolve("layer_norm_quantize", x.device.type)
-    return _schema.wrap(quant, impl.fn(x, weight, bias, eps, *_schema.flatten(quant)))
+    return run_layer_norm_quantize(x, weight, bias, eps, _schema.Epilogue(quant))
+
+
+def run_layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    epilogue: _schema.Epilogue,
+    backend: str | None = None,
+) -> QTensor:
+    """:func:`layer_norm_quantize` under a prepared epilogue; ``backend`` wins over an outer pin."""
+    # γ, β and eps belong to a float module, which may replace them at any time.
+    case, passed = (_schema.metadata(x), eps), epilogue.passed
+    if passed is None or passed[0] != case or passed[2] is not weight or passed[3] is not bias:
+        _schema.expect("x", x, dtype=_schema.FLOATS)
+        if x.dim() == 0 or x.shape[-1] == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., K] with K >= 1")
+        k, device = x.shape[-1], x.device
+        for name, p in (("weight", weight), ("bias", bias)):
+            if p is not None:
+                _schema.expect(name, p, dtype=_schema.FLOATS, shape=(k,), device=device)
+        if not eps >= 0:
+            raise ValueError(f"eps is {eps}, expected a number >= 0")
+        epilogue.fit(_schema.rows(x), k, device)
+        passed = epilogue.passed = case, device.type, weight, bias
+    impl = backends.resolve("layer_norm_quantize", passed[1], None, backend)
+    return epilogue.wrap(impl.fn(x, weight, bias, eps, *epilogue.args))

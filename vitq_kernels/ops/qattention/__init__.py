@@ -60,37 +60,109 @@ def focus_args(focus: FocusSpec, device: torch.device, levels: Tensor | None = N
     return levels, *focus.step_offset, focus.b1, focus.b2, focus.power, focus.anchor == "row", focus.renormalize
 
 
+_ANY = (None,) * 4
+
+
 def _check_scale(name: str, scale: Tensor, b: int, h: int, n: int, device: torch.device) -> None:
     _schema.expect(name, scale, dtype=torch.float32, device=device)
-    if tuple(scale.shape) not in ((), (1,), (h,), (b, h, n)):
+    if scale.shape not in ((1,), (h,), (b, h, n), ()):
         raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected (1), ({h}) or ({b}, {h}, {n})")
 
 
-def _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask, levels) -> tuple:
-    _schema.expect("q", q, dtype=torch.int8, shape=(None,) * 4)
-    for name, x in (("k", k), ("v", v)):
-        _schema.expect(name, x, dtype=torch.int8, shape=(None,) * 4, device=q.device)
-    b, h, nq, d = q.shape
-    nk = k.shape[2]
-    _schema.expect("k", k, shape=(b, h, None, d))
-    _schema.expect("v", v, shape=(b, h, nk, d))
-    _check_scale("q_scale", q_scale, b, h, nq, q.device)
-    _check_scale("k_scale", k_scale, b, h, nk, q.device)
-    _check_scale("v_scale", v_scale, b, h, nk, q.device)
-    if bias is not None:
-        _schema.expect("bias", bias, dtype=_schema.FLOATS, shape=(h, nq, nk), device=q.device)
-    if mask is not None:
-        _schema.expect("mask", mask, dtype=_schema.FLOATS, shape=(None, None, nk), device=q.device)
-        if mask.shape[0] == 0 or b % mask.shape[0] or mask.shape[1] not in (1, nq):
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (a divisor of {b}, 1 or {nq}, {nk})")
-    if not isinstance(focus, FocusSpec):
-        raise TypeError(f"focus is {type(focus).__name__}, expected a FocusSpec")
-    if levels is not None:
-        _schema.expect("levels", levels, dtype=torch.uint8, shape=(focus.n + 1,), device=q.device)
-    scale = d**-0.5 if softmax_scale is None else float(softmax_scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale is {softmax_scale}, expected a finite number")
-    return (q, k, v, q_scale, k_scale, v_scale, scale, *focus_args(focus, q.device, levels), bias, mask)
+class PreparedAttention:
+    """An attention layer's share of ``qattention`` and ``qattention_quantize``, ready to run.
+
+    Args:   focus, softmax_scale, bias, levels: as :func:`qattention`; device: that of the operands.
+    Raises: TypeError, ValueError: a tensor whose dtype, number of dimensions or device does not fit, a softmax_scale
+            that is not finite.
+
+    The methods are the public functions without what was checked here; ``backend`` wins over an outer pin.
+    """
+
+    __slots__ = ("_bias", "_device", "_device_type", "_focus", "_passed", "_softmax_scale")
+
+    def __init__(
+        self,
+        focus: FocusSpec,
+        softmax_scale: float | None,
+        bias: Tensor | None,
+        levels: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        if bias is not None:
+            _schema.expect("bias", bias, dtype=_schema.FLOATS, device=device)
+        if not isinstance(focus, FocusSpec):
+            raise TypeError(f"focus is {type(focus).__name__}, expected a FocusSpec")
+        if levels is not None:
+            _schema.expect("levels", levels, dtype=torch.uint8, shape=(focus.n + 1,), device=device)
+        if softmax_scale is not None and not math.isfinite(softmax_scale):
+            raise ValueError(f"softmax_scale is {softmax_scale}, expected a finite number")
+        self._softmax_scale = None if softmax_scale is None else float(softmax_scale)
+        self._focus, self._bias = focus_args(focus, device, levels), bias
+        self._device, self._device_type = device, device.type
+        self._passed = None  # metadata of the last call that was checked, and its softmax_scale
+
+    def flat(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_scale: Tensor,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        mask: Tensor | None,
+    ) -> tuple:
+        """The flat arguments of both ops up to ``mask``. Raises: as :func:`qattention`."""
+        operands = (q, k, v, q_scale, k_scale, v_scale)
+        case, passed = (*map(_schema.metadata, operands), _schema.metadata(mask)), self._passed
+        if passed is None or passed[0] != case:
+            self._check(*operands, mask)
+            scale = q.shape[3] ** -0.5 if self._softmax_scale is None else self._softmax_scale
+            passed = self._passed = case, scale
+        return (*operands, passed[1], *self._focus, self._bias, mask)
+
+    def _check(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_scale: Tensor,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        mask: Tensor | None,
+    ) -> None:
+        device = self._device
+        _schema.expect("q", q, dtype=torch.int8, shape=_ANY, device=device)
+        b, h, nq, d = q.shape
+        _schema.expect("k", k, dtype=torch.int8, shape=(b, h, None, d), device=device)
+        nk = k.shape[2]
+        _schema.expect("v", v, dtype=torch.int8, shape=(b, h, nk, d), device=device)
+        _check_scale("q_scale", q_scale, b, h, nq, device)
+        _check_scale("k_scale", k_scale, b, h, nk, device)
+        _check_scale("v_scale", v_scale, b, h, nk, device)
+        if self._bias is not None:
+            _schema.expect("bias", self._bias, shape=(h, nq, nk))
+        if mask is not None:
+            _schema.expect("mask", mask, dtype=_schema.FLOATS, shape=(None, None, nk), device=device)
+            if mask.shape[0] == 0 or b % mask.shape[0] or mask.shape[1] not in (1, nq):
+                raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (a divisor of {b}, 1 or {nq}, {nk})")
+
+    def qattention(
+        self, *operands: Tensor, mask: Tensor | None, out_dtype: torch.dtype, backend: str | None = None
+    ) -> Tensor:
+        args = self.flat(*operands, mask)
+        if out_dtype not in _schema.FLOATS:
+            raise TypeError(f"out_dtype is {out_dtype}, expected {' or '.join(map(str, _schema.FLOATS))}")
+        return backends.resolve("qattention", self._device_type, None, backend).fn(*args, out_dtype)
+
+    def qattention_quantize(
+        self, *operands: Tensor, mask: Tensor | None, out: _schema.Epilogue, backend: str | None = None
+    ) -> QTensor:
+        args = self.flat(*operands, mask)
+        b, h, n, d = args[0].shape
+        quant = out.fit(b * n, h * d, self._device)
+        impl = backends.resolve("qattention_quantize", self._device_type, None, backend)
+        return out.wrap(impl.fn(*args, *quant))
 
 
 def qattention(
@@ -129,10 +201,9 @@ def qattention(
     Backends: ref any | cpu
     Source:   AIQViT (arXiv 2502.04628) for the focusing quantizer; anchors, powers, renormalization: see FocusSpec.
     """
-    args = _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask, levels)
-    if out_dtype not in _schema.FLOATS:
-        raise TypeError(f"out_dtype is {out_dtype}, expected {' or '.join(map(str, _schema.FLOATS))}")
-    return backends.resolve("qattention", q.device.type).fn(*args, out_dtype)
+    _schema.expect("q", q, dtype=torch.int8, shape=_ANY)
+    layer = PreparedAttention(focus, softmax_scale, bias, levels, q.device)
+    return layer.qattention(q, k, v, q_scale, k_scale, v_scale, mask=mask, out_dtype=out_dtype)
 
 
 def qattention_quantize(
@@ -155,6 +226,6 @@ def qattention_quantize(
     Returns:  QTensor of [B, Nq, H·d] codes, with the projection's t if ``out.lora_down`` is given.
     Backends: ref any | cpu
     """
-    args = _flat(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias, mask, levels)
-    _schema.check_quant(out, q.shape[0] * q.shape[2], q.shape[1] * q.shape[3], q.device)
-    return _schema.wrap(out, backends.resolve("qattention_quantize", q.device.type).fn(*args, *_schema.flatten(out)))
+    _schema.expect("q", q, dtype=torch.int8, shape=_ANY)
+    layer = PreparedAttention(focus, softmax_scale, bias, levels, q.device)
+    return layer.qattention_quantize(q, k, v, q_scale, k_scale, v_scale, mask=mask, out=_schema.Epilogue(out))

@@ -55,43 +55,137 @@ _schema.define(
 )
 
 
-def _check_weight(x: Tensor, weight: PackedWeight, w_scale: Tensor) -> None:
-    if x.dim() == 0 or x.shape[-1] != weight.k:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {weight.k}]")
-    if weight.data.device != x.device:
-        raise ValueError(f"weight is on {weight.data.device}, expected {x.device}")
-    _schema.expect("weight_scale", w_scale, dtype=torch.float32, shape=(weight.n,), device=x.device)
-
-
-def _tail(x, m, n, lora_t, bias, lora_up, activation, layer_scale, residual) -> tuple:
-    if activation not in _ACTIVATION_IDS:
-        raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    for name, p in (("bias", bias), ("layer_scale", layer_scale)):
-        if p is not None:
-            _schema.expect(name, p, dtype=_schema.FLOATS, shape=(n,), device=x.device)
-    if lora_up is not None:
-        if lora_t is None:
-            raise ValueError("lora_up is given but the input carries no t, expected t [M, R]")
-        _schema.expect("lora_up", lora_up, dtype=_schema.FLOATS, shape=(n, None), device=x.device)
-        _schema.expect("t", lora_t, dtype=torch.float32, shape=(m, lora_up.shape[1]), device=x.device)
-    if residual is not None:
-        _schema.expect("residual", residual, dtype=_schema.FLOATS, shape=(*x.shape[:-1], n), device=x.device)
-    return bias, lora_up, _ACTIVATION_IDS[activation], layer_scale, residual
-
-
-def _flat(x, weight, weight_scale, bias, lora_up, activation, layer_scale, residual) -> tuple:
+def _codes(x: QTensor) -> Tensor:
     if not isinstance(x, QTensor):
         raise TypeError(f"x is {type(x).__name__}, expected a QTensor (see quantize)")
     _schema.expect("x.q", x.q, dtype=torch.int8)
-    _check_weight(x.q, weight, weight_scale)
-    m = _schema.rows(x.q)
-    if x.scale.numel() not in (1, m):
-        raise ValueError(f"x.scale has shape {tuple(x.scale.shape)}, expected 1 or M = {m} values")
-    _schema.expect("x.scale", x.scale, dtype=torch.float32, device=x.q.device)
-    t = x.t if lora_up is not None else None
-    tail = _tail(x.q, m, weight.n, t, bias, lora_up, activation, layer_scale, residual)
-    packed = (weight.data, LAYOUT_IDS[weight.layout], weight.n, weight.k, weight.col_sum)
-    return (x.q, x.scale, x.zero_point, t, *packed, weight.lut, weight_scale, *tail)
+    return x.q
+
+
+class PreparedLinear:
+    """A layer's share of ``qlinear``, ``qlinear_quantize`` and ``qlinear_weight_only``, ready to run.
+
+    Args:   weight, weight_scale, bias, lora_up, layer_scale: as :func:`qlinear`.
+            device: that of the inputs; None takes the weight's.
+    Raises: TypeError, ValueError: a tensor whose dtype, shape or device does not fit.
+
+    The methods are the public functions without what was checked here; ``backend`` wins over an outer pin.
+    """
+
+    __slots__ = (
+        "_col_sum",
+        "_device",
+        "_device_type",
+        "_layer_scale",
+        "_layout",
+        "_packed",
+        "_passed",
+        "_rank",
+        "_scaled",
+    )
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        lora_up: Tensor | None = None,
+        layer_scale: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        n, k = weight.n, weight.k
+        device = weight.data.device if device is None else device
+        if weight.data.device != device:
+            raise ValueError(f"weight is on {weight.data.device}, expected {device}")
+        _schema.expect("weight_scale", weight_scale, dtype=torch.float32, shape=(n,), device=device)
+        for name, p in (("bias", bias), ("layer_scale", layer_scale)):
+            if p is not None:
+                _schema.expect(name, p, dtype=_schema.FLOATS, shape=(n,), device=device)
+        if lora_up is not None:
+            _schema.expect("lora_up", lora_up, dtype=_schema.FLOATS, shape=(n, None), device=device)
+        self._layout, self._device, self._device_type = weight.layout, device, device.type
+        self._rank = None if lora_up is None else lora_up.shape[1]
+        self._packed = (weight.data, LAYOUT_IDS[weight.layout], n, k)
+        self._col_sum, self._layer_scale = weight.col_sum, layer_scale
+        self._scaled = (weight.lut, weight_scale, bias, lora_up)
+        self._passed = None  # metadata of the last call that was checked, and its M
+
+    def _check(self, x: Tensor, t: Tensor | None, activation: str, residual: Tensor | None) -> int:
+        """M. Everything but the dtype of ``x`` and its scale, which not all ops share."""
+        shape, device, (_, _, n, k) = x.shape, self._device, self._packed
+        if not shape or shape[-1] != k:
+            raise ValueError(f"x has shape {tuple(shape)}, expected [..., {k}]")
+        if x.device != device:
+            raise ValueError(f"x is on {x.device}, expected {device}")
+        if activation not in _ACTIVATION_IDS:
+            raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        m = _schema.rows(x)
+        if self._rank is not None:
+            if t is None:
+                raise ValueError("lora_up is given but the input carries no t, expected t [M, R]")
+            _schema.expect("t", t, dtype=torch.float32, shape=(m, self._rank), device=device)
+        if residual is not None:
+            _schema.expect("residual", residual, dtype=_schema.FLOATS, shape=(*shape[:-1], n), device=device)
+        return m
+
+    def _flat(self, x: QTensor, activation: str, residual: Tensor | None) -> tuple[tuple, int]:
+        """The flat arguments up to ``residual``, and M."""
+        if not isinstance(x, QTensor):
+            _codes(x)
+        q, scale, t = x.q, x.scale, None if self._rank is None else x.t
+        describe, passed = _schema.metadata, self._passed
+        case = describe(q), describe(scale), describe(t), describe(residual), activation
+        if passed is None or passed[0] != case:
+            _codes(x)
+            m = self._check(q, t, activation, residual)
+            if scale.numel() not in (1, m):
+                raise ValueError(f"x.scale has shape {tuple(scale.shape)}, expected 1 or M = {m} values")
+            _schema.expect("x.scale", scale, dtype=torch.float32, device=self._device)
+            passed = self._passed = case, m
+        tail = (_ACTIVATION_IDS[activation], self._layer_scale, residual)
+        return (q, scale, x.zero_point, t, *self._packed, self._col_sum, *self._scaled, *tail), passed[1]
+
+    def qlinear(
+        self,
+        x: QTensor,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+    ) -> Tensor:
+        args, _ = self._flat(x, activation, residual)
+        return backends.resolve("qlinear", self._device_type, self._layout, backend).fn(*args, out_dtype)
+
+    def qlinear_quantize(
+        self,
+        x: QTensor,
+        out: _schema.Epilogue,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        backend: str | None = None,
+    ) -> QTensor:
+        args, m = self._flat(x, activation, residual)
+        quant = out.fit(m, self._packed[2], self._device)
+        impl = backends.resolve("qlinear_quantize", self._device_type, self._layout, backend)
+        return out.wrap(impl.fn(*args, *quant))
+
+    def qlinear_weight_only(
+        self,
+        x: Tensor,
+        lora_t: Tensor | None = None,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        describe, passed = _schema.metadata, self._passed
+        case = describe(x), describe(lora_t), describe(residual), activation
+        if passed is None or passed[0] != case:
+            _schema.expect("x", x, dtype=_schema.FLOATS)
+            self._passed = case, self._check(x, lora_t, activation, residual)
+        tail = (_ACTIVATION_IDS[activation], self._layer_scale, residual)
+        impl = backends.resolve("qlinear_weight_only", self._device_type, self._layout, backend)
+        return impl.fn(x, lora_t, *self._packed, *self._scaled, *tail, x.dtype if out_dtype is None else out_dtype)
 
 
 def qlinear(
@@ -120,9 +214,8 @@ def qlinear(
               product, low rank, bias, activation, γ, residual; rounded to out_dtype once.
     Backends: ref any (any layout) | cpu (int8_n16k4, int4_n16k4)
     """
-    args = _flat(x, weight, weight_scale, bias, lora_up, activation, layer_scale, residual)
-    impl = backends.resolve("qlinear", x.q.device.type, weight.layout)
-    return impl.fn(*args, out_dtype)
+    layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, _codes(x).device)
+    return layer.qlinear(x, activation, residual, out_dtype)
 
 
 def qlinear_quantize(
@@ -143,10 +236,8 @@ def qlinear_quantize(
     Returns:  QTensor of [..., N] codes, contiguous, newly allocated.
     Backends: ref any | cpu
     """
-    args = _flat(x, weight, weight_scale, bias, lora_up, activation, layer_scale, residual)
-    _schema.check_quant(out, _schema.rows(x.q), weight.n, x.q.device)
-    impl = backends.resolve("qlinear_quantize", x.q.device.type, weight.layout)
-    return _schema.wrap(out, impl.fn(*args, *_schema.flatten(out)))
+    layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, _codes(x).device)
+    return layer.qlinear_quantize(x, _schema.Epilogue(out), activation, residual)
 
 
 def qlinear_weight_only(
@@ -170,9 +261,5 @@ def qlinear_weight_only(
     Backends: ref any | cpu
     """
     _schema.expect("x", x, dtype=_schema.FLOATS)
-    _check_weight(x, weight, weight_scale)
-    m = _schema.rows(x)
-    tail = _tail(x, m, weight.n, lora_t, bias, lora_up, activation, layer_scale, residual)
-    impl = backends.resolve("qlinear_weight_only", x.device.type, weight.layout)
-    packed = (weight.data, LAYOUT_IDS[weight.layout], weight.n, weight.k, weight.lut)
-    return impl.fn(x, lora_t, *packed, weight_scale, *tail, x.dtype if out_dtype is None else out_dtype)
+    layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, x.device)
+    return layer.qlinear_weight_only(x, lora_t, activation, residual, out_dtype)

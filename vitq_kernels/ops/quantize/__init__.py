@@ -33,9 +33,16 @@ def quantize(x: Tensor, quant: ActQuant) -> QTensor:
               dynamic scale, so that what follows is NaN rather than silently wrong.
     Backends: ref any | cpu
     """
-    _schema.expect("x", x, dtype=_schema.FLOATS)
-    if x.dim() == 0:
-        raise ValueError("x has shape (), expected [..., K]")
-    _schema.check_quant(quant, _schema.rows(x), x.shape[-1], x.device)
-    impl = backends.resolve("quantize", x.device.type)
-    return _schema.wrap(quant, impl.fn(x, *_schema.flatten(quant)))
+    return run_quantize(x, _schema.Epilogue(quant))
+
+
+def run_quantize(x: Tensor, epilogue: _schema.Epilogue, backend: str | None = None) -> QTensor:
+    """:func:`quantize` under a prepared epilogue; ``backend`` wins over an outer pin."""
+    case, passed = _schema.metadata(x), epilogue.passed
+    if passed is None or passed[0] != case:
+        _schema.expect("x", x, dtype=_schema.FLOATS)
+        if x.dim() == 0:
+            raise ValueError("x has shape (), expected [..., K]")
+        epilogue.fit(_schema.rows(x), x.shape[-1], x.device)
+        passed = epilogue.passed = case, x.device.type
+    return epilogue.wrap(backends.resolve("quantize", passed[1], None, backend).fn(x, *epilogue.args))
