@@ -24,7 +24,8 @@ def narrow(x, DTYPE: tl.constexpr):
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return tl.where(x == x, rounded, 0x7FC00000).to(tl.uint32).to(tl.float32, bitcast=True).to(tl.bfloat16)
-    return x.to(DTYPE)
+    else:
+        return x.to(DTYPE)
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def dot_operand(x, DTYPE: tl.constexpr):
     """x in the side branch's dtype, as ``float_dot`` takes it."""
     x = narrow(x, DTYPE)
     if INTERPRET:
-        return x.to(tl.float32)  # the interpreter's bfloat16 product is meaningless; float32 products are exact
+        x = x.to(tl.float32)  # the interpreter's bfloat16 product is meaningless; float32 products are exact
     return x
 
 
@@ -72,7 +73,8 @@ def encode(x, inverse, low, high, zero_point, lut):
     code = round_half_even(tl.minimum(tl.maximum(x, low), high)).to(tl.int32) + zero_point
     if lut is not None:
         return tl.load(lut + (code + 128))
-    return code.to(tl.int8)
+    else:
+        return code.to(tl.int8)
 
 
 @triton.jit
@@ -108,7 +110,8 @@ def activate(x, ACTIVATION: tl.constexpr):
         return gelu_erf(x)
     elif ACTIVATION == 2:
         return gelu_tanh(x)
-    return x
+    else:
+        return x
 
 
 @triton.jit
@@ -168,19 +171,19 @@ def unpack_int4(packed, table):
     """
     if INTERPRET:
         low, high = packed & 15, packed >> 4
-        if table is not None:
+        if table is None:
+            return (low.to(tl.int32) - 8).to(tl.int8), (high.to(tl.int32) - 8).to(tl.int8)
+        else:
             return tl.load(table + low.to(tl.int32)), tl.load(table + high.to(tl.int32))
-        return (low.to(tl.int32) - 8).to(tl.int8), (high.to(tl.int32) - 8).to(tl.int8)
-    if table is None:
+    elif table is None:
+        return tl.inline_asm_elementwise(UNPACK, "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+    else:
+        words = table.to(tl.pointer_type(tl.int32))
         return tl.inline_asm_elementwise(
-            UNPACK, "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            UNPACK_TABLE,
+            "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [packed, tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
         )
-    words = table.to(tl.pointer_type(tl.int32))
-    return tl.inline_asm_elementwise(
-        UNPACK_TABLE,
-        "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-        [packed, tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)],
-        dtype=(tl.int8, tl.int8),
-        is_pure=True,
-        pack=4,
-    )

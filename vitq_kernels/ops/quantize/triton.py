@@ -39,7 +39,8 @@ def _row_offset(row, inner, outer_stride, row_stride):
     row = row.to(tl.int64)
     if inner is None:
         return row * row_stride
-    return (row // inner) * outer_stride + (row % inner) * row_stride
+    else:
+        return (row // inner) * outer_stride + (row % inner) * row_stride
 
 
 @triton.jit
@@ -271,8 +272,7 @@ def quantize_rows(
     if m == 0:
         return q, out_scale, t
     gamma, beta, eps = norm or (None, None, 0.0)
-    low, high = (-qmax, qmax) if scale is None else (qmin - zero_point, qmax - zero_point)
-    low = qmin - zero_point
+    low, high = qmin - zero_point, qmax - zero_point  # dynamic scales have no zero point: absmax becomes qmax
     inputs = (*rows.arguments, _dense(gamma), _dense(beta))
     scale_stride = groups if scale is not None and scale.dim() == 2 else 0
     epilogue = (_dense(scale), scale_stride, _dense(row_qmax), _dense(lut))
@@ -287,10 +287,12 @@ def quantize_rows(
         arguments = (*inputs, *epilogue, q, out_scale, m, width, groups, *floats, norm is not None, block_m, block_k)
         host.launch(_whole, grid, arguments, device, num_warps=4 if block_m * block_k <= 4096 else 8)
     else:
-        block_m, block_k = 16, 128
+        padded_rank = host.power_of_2(rank, 16)
+        block_m, block_k = 16, min(128, 8192 // padded_rank)  # of lora_down, a chunk of at most 8192 entries
         arguments = (*inputs, *epilogue, _dense(lora_down), q, out_scale, t, m, k, rank, groups, width, *floats)
-        constants = (norm is not None, subspace, host.power_of_2(rank, 16), block_m, block_k)
-        host.launch(_chunked, (host.ceil_div(m, block_m),), (*arguments, *constants), device, num_warps=4)
+        constants = (norm is not None, subspace, padded_rank, block_m, block_k)
+        warps = 4 if padded_rank <= 64 else 8
+        host.launch(_chunked, (host.ceil_div(m, block_m),), (*arguments, *constants), device, num_warps=warps)
     return q, out_scale, t
 
 
