@@ -20,7 +20,9 @@ INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in (
 MIN_CAPABILITY = (8, 0)
 
 
-@torch.compiler.assume_constant_result
+_gpu: list[str | None] = []
+
+
 def unavailable(device: str) -> str | None:
     """None if Triton kernels can serve ``device`` ("cuda" or "cpu"), else the reason."""
     if not INSTALLED:
@@ -29,17 +31,23 @@ def unavailable(device: str) -> str | None:
         return None
     if device != "cuda":
         return f"runs on cuda tensors, not {device} (TRITON_INTERPRET=1 interprets its kernels on the CPU)"
-    return _no_gpu()
+    if _gpu:
+        return _gpu[0]
+    reason = _gpu_reason()
+    if not torch.compiler.is_compiling():
+        _gpu.append(reason)
+    return reason
 
 
-@cache
-def _no_gpu() -> str | None:
+def _gpu_reason() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < MIN_CAPABILITY:
-        need = ".".join(map(str, MIN_CAPABILITY))
-        return f"needs compute capability {need}, {torch.cuda.get_device_name()} has {major}.{minor}"
+    if torch.compiler.is_compiling():  # tracers see no device properties; a module was resolved before it is traced
+        return None
+    found = torch.cuda.get_device_capability()
+    if found < MIN_CAPABILITY:
+        need, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, found))
+        return f"needs compute capability {need}, {torch.cuda.get_device_name()} has {has}"
     return None
 
 

@@ -46,7 +46,12 @@ class Config:
     num_stages: int
 
 
-_INTERPRETER = Config(block_m=32, block_n=64, block_k=64, group_m=2, swap=0, num_warps=4, num_stages=1)
+_INTERPRETER = {
+    kind: Config(
+        block_m=32, block_n=64, block_k=64, group_m=2, swap=int(kind.startswith("w4")), num_warps=4, num_stages=1
+    )
+    for kind in KINDS
+}
 """Interpreted programs cost 10 ms each, whatever their size; small enough that tests cross every boundary."""
 
 _pinned: list[Config] = []
@@ -120,5 +125,5 @@ def lookup(device: torch.device, kind: str, m: int, n: int) -> Config:
     if _pinned:
         return _pinned[-1]
     if device.type != "cuda":
-        return _INTERPRETER
+        return _INTERPRETER[kind]
     return nearest(*_gpu(device), kind, m, n)

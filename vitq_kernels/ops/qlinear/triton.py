@@ -404,6 +404,8 @@ def _launch(
         *sizes,
         *clamp,
     )
+    # A float32 branch multiplies three times: a slice of 16 ranks is what fits beside the accumulators.
+    most = 16 if lora_up is not None and lora_up.dtype == torch.float32 else 64
     rank_down = power_of_2(sizes[0], 16)
     constants = (
         activation,
@@ -411,7 +413,7 @@ def _launch(
         packed,
         bool(config.swap),
         k % config.block_k == 0,
-        power_of_2(rank, 16, 64),
+        power_of_2(rank, 16, most),
         rank_down,
         tile_groups,
         config.block_m,
@@ -430,9 +432,7 @@ def _kind(layout: int, weight_only: bool) -> str:
     return ("w4" if layout == LAYOUT_IDS["int4_k64x2"] else "w8") + ("_float" if weight_only else "")
 
 
-def qlinear(
-    x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, *tail_and_dtype
-) -> Tensor:
+def qlinear(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, *tail_and_dtype) -> Tensor:
     *tail, out_dtype = tail_and_dtype
     out = torch.empty((*x.shape[:-1], n), dtype=out_dtype, device=x.device)
     if out.numel():
