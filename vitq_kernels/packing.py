@@ -23,8 +23,8 @@ A 4-bit layout stores a nibble in 0..15: the code + 8, or the index of a level w
 odd one in the high nibbles, so that unpacking is one mask and one shift for a whole line. K is padded to 8 with the
 nibble of code 0 (of the level nearest to 0, which contributes nothing: the activations are padded with zeros).
 
-``int4_k64x2``: rows of 64-byte runs, one for 128 k: the first 64 in the low nibbles, the next 64 in the high ones. Either
-half of a run is 64 consecutive k, so that it multiplies a plain slice of the activations without being interleaved::
+``int4_k64x2``: rows of 64-byte runs, one for 128 k: the first 64 in the low nibbles, the next 64 in the high ones.
+Either half of a run is 64 consecutive k: it multiplies a plain slice of the activations without being interleaved::
 
       byte j of run i:   bit 7              4 3            0
                         | k=128i+64+j        | k=128i+j     |

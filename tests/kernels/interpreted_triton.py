@@ -1,5 +1,5 @@
-"""Triton kernels on CPU tensors, beyond what every back end is tested for. Needs TRITON_INTERPRET=1: test_triton.py runs
-this file, together with the tests of the other back ends."""
+"""Triton kernels on CPU tensors, beyond what every back end is tested for. Needs TRITON_INTERPRET=1: test_triton.py
+runs this file, together with the tests of the other back ends."""
 
 from dataclasses import replace
 
@@ -46,6 +46,7 @@ QUANTS = {
     "zero point": {"scale": torch.tensor([0.02]), "zero_point": 1, "qmin": -128},
     "row_qmax": {"row_qmax": torch.tensor([1, 3, 7, 15, 31, 63, 127, 8, 9], dtype=torch.int32)},
     "lut": {"lut": TABLE},
+    "t": {"lora_down": directions(20, 200)},
     "groups lora": {"groups": 2, "lora_down": directions(5, 200)},
     "groups subspace": {"groups": 2, "lora_down": directions(5, 200), "subspace": True},
     "row scales": {"scale": torch.rand(9, 2, generator=generator(7)) + 0.01, "groups": 2},
@@ -74,8 +75,9 @@ def test_layer_norm_in_chunks(monkeypatch, whole, k):
     weight, bias = torch.randn(k, generator=generator(1)), torch.randn(k, generator=generator(2))
     layer_norm_tests.check(x, weight, bias, vk.ActQuant(), "triton")
     layer_norm_tests.check(x, weight, None, vk.ActQuant(scale=torch.tensor([0.03]), zero_point=1, qmin=-128), "triton")
-    a = vk.ActQuant(lora_down=directions(3, k), subspace=True)
-    layer_norm_tests.check(x, weight, bias, a, "triton")
+    for subspace in (False, True):
+        a = vk.ActQuant(lora_down=directions(3, k), subspace=subspace)
+        layer_norm_tests.check(x, weight, bias, a, "triton")
 
 
 def test_layer_norm_with_groups():
@@ -90,7 +92,7 @@ def test_layer_norm_with_groups():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_subspace_in_16_bits_subtracts_the_t_it_returns(dtype):
-    """The branch multiplies in the dtype of lora_down, and no rounding of t is lost between the two places it is used."""
+    """The branch multiplies in the dtype of lora_down; what is subtracted is what lora_up will multiply."""
     x = torch.randn(6, 150, generator=generator()) * 3
     d = directions(9, 150).to(dtype)
     out = vk.quantize(x, vk.ActQuant(lora_down=d, subspace=True))
@@ -144,7 +146,8 @@ def check_fused(x, weight, w_scale, kw, a):
 FUSED = {
     "static": (144, {"scale": torch.tensor([0.7])}, 1),
     "static groups": (144, {"scale": torch.rand(9, generator=generator(3)) + 0.3, "groups": 9}, 1),
-    "row scales": (144, {"scale": torch.rand(37, 3, generator=generator(3)) + 0.3, "groups": 3}, 1),
+    "row scales": (144, {"scale": torch.rand(37, 1, generator=generator(3)) + 0.3}, 1),
+    "row and group scales": (144, {"scale": torch.rand(37, 3, generator=generator(3)) + 0.3, "groups": 3}, 2),
     "zero point, table": (144, {"scale": torch.tensor([0.7]), "zero_point": -30, "qmin": -128, "lut": TABLE}, 1),
     "row_qmax": (144, {"row_qmax": torch.arange(37, dtype=torch.int32) + 1, "scale": torch.tensor([0.5])}, 1),
     "heads": (144, {"groups": 9}, 1),

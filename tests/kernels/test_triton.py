@@ -1,4 +1,4 @@
-"""The Triton back end where its kernels do not run: dispatch, tables, the PTX of 4-bit decoding, and the interpreted run."""
+"""The Triton back end without a GPU: dispatch, tables, the PTX that decodes 4-bit weights, and the interpreted run."""
 
 import os
 import re
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.skipif(not host.INSTALLED, reason="triton is not instal
 
 
 def test_kernels_under_the_interpreter():
-    """Every kernel test of the other back ends, and Triton's own, on CPU tensors, in a process of its own: Triton looks
-    at TRITON_INTERPRET once, when it decorates a kernel."""
+    """Every kernel test of the other back ends, and Triton's own, on CPU tensors, in a process of its own: Triton
+    looks at TRITON_INTERPRET once, when it decorates a kernel."""
     files = ("test_quantize.py", "test_layer_norm_quantize.py", "test_qlinear.py", "interpreted_triton.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("VITQ_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-W", "ignore::RuntimeWarning", *(str(HERE / name) for name in files)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-2000:]

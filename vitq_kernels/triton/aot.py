@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of recorded launches, for any GPU and without one.
 
-``with host.recorded(run=False) as launches: vk.quantize(x, quant)`` collects what a call would launch; ``compile_launch``
-builds it exactly as the launch itself would, and ``Binary`` says what it needs and which instructions it consists of.
+``with host.recorded(run=False) as launches: ...`` collects what the calls inside would launch; ``compile_launch``
+builds it exactly as the launch itself would; ``Binary`` says what it needs and which instructions it consists of.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Two rules keep results equal on every GPU and in the interpreter:
 
-* Kernels are compiled without contraction of ``a·b + c`` (see ``host.launch``); where one rounding is wanted, ``tl.fma``
-  says so. Otherwise x·(1/scale) would round differently here than in the oracle, and codes would differ at ties.
+* Kernels are compiled without contraction of ``a·b + c`` (see ``host.launch``); where one rounding is wanted,
+  ``tl.fma`` says so. Otherwise x·(1/scale) would round differently than in the oracle, and codes would differ at ties.
 * Division that the contract rounds once is ``tl.div_rn``; a plain ``/`` is two units in the last place off.
 """
 
@@ -19,7 +19,7 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """x rounded to nearest-even in DTYPE."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+    if INTERPRET and DTYPE == tl.bfloat16:  # noqa: SIM300 (capitals are parameters here, not constants)
         # The interpreter truncates: add what rounds to even first.
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

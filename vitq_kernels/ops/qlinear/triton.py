@@ -1,25 +1,30 @@
 """Triton kernels of ``qlinear``, ``qlinear_quantize`` and ``qlinear_weight_only``.
 
 Roofline of one product: 2·M·N·K integer operations and 2·M·N·R of the branch in 16 bits (which count twice); reads
-M·K + N·K·(1 or ½) bytes of codes, 4·M·R of t, b·M·N of a residual, writes b·M·N floats or M·N codes. Floor: the larger of
-operations / peak and bytes / bandwidth. M=6304, K=768, N=3072 to codes, R=32: 29.7 G operations, 15 µs at 1979 TOPS, and
-1.2 G of the branch, 1.3 µs; 27 MB, 6 µs at 4.3 TB/s: bound by operations. M=197, N=768: 0.12 µs of operations; 0.9 MB.
+M·K + N·K·(1 or ½) bytes of codes, 4·M·R of t, b·M·N of a residual, writes b·M·N floats or M·N codes. Floor: the larger
+of operations / peak and bytes / bandwidth, at 1979 TOPS and 4.3 TB/s:
 
-One kernel, ``_product``: a tile of [BLOCK_M, BLOCK_N] outputs per program, K in a pipelined loop, then the whole epilogue
-in registers. Its parts are compiled in or out by which pointers are None. Tiles are walked in groups of GROUP_M row tiles
-under one another, so that a wave of programs shares both operands in the second-level cache. Neither persistent programs
-nor a split of K: the former would hide only the epilogue's tail (8 or more waves of tiles at M=6304), the latter needs
-another pass over int32 partial sums; at M=197 64×64 tiles give 48 to 192 programs instead.
+* M=6304, K=768, N=3072 to codes, R=32: 29.7 G operations, 15 µs, and 1.2 G of the branch, 1.3 µs; 27 MB, 6 µs. Bound by
+  operations.
+* M=197, K=N=768: 0.23 G operations, 0.1 µs; 1.2 MB, 0.3 µs. Bound by latency.
+
+``qlinear_weight_only`` reads b·M·K bytes of floats instead of codes and does its operations in 16 bits.
+
+One kernel, ``_product``: a tile of [BLOCK_M, BLOCK_N] outputs per program, K in a pipelined loop, then the whole
+epilogue in registers. Its parts are compiled in or out by which pointers are None. Tiles are walked in groups of
+GROUP_M row tiles under one another, so that a wave of programs shares both operands in the second-level cache. Neither
+persistent programs nor a split of K: the former would hide only the epilogue's tail (8 or more waves of tiles at
+M=6304, N=3072), the latter needs another pass over int32 partial sums; at M=197, 64×64 tiles give 48 to 192 programs.
 
 Launches of ``qlinear_quantize``:
 
-1   static scales, any groups, zero point, row_qmax, table; dynamic ones whose group of columns fits one tile (one head
-    of 16..BLOCK_N columns, or N ≤ ``WHOLE_N``), which is then held whole by one program;
-2   the same with the next layer's t where N takes several tiles: each tile writes its share of t, the second launch adds
-    the shares in order. Atomic additions would save it and cost the bitwise repeatability of results;
-2   dynamic scales over more columns than a tile, and ``subspace``, which needs all of t before the first code: the
-    product in float32, then ``quantize``. 8·M·N bytes more, mostly within the second-level cache up to M ≈ 1500 at N=3072;
-    calibrated (static) scales for such layers avoid it.
+1   static scales, any groups, zero point, row_qmax, table; dynamic ones whose group of columns fits one tile (a head of
+    2^i ≤ ``WHOLE_N`` columns, or N ≤ ``WHOLE_N``), which is then held whole by one program;
+2   the same with the next layer's t where N takes several tiles: each tile writes its share of t, the second launch
+    adds the shares in order. Atomic additions would save it and cost the bitwise repeatability of results;
+2   dynamic scales over more columns than a tile, ``subspace``, which needs all of t before the first code, and scales
+    per row and group: the product in float32, then ``quantize``. 8·M·N bytes more, mostly within the second-level cache
+    up to M ≈ 1500 at N=3072; calibrated (static) scales for such layers avoid it.
 """
 
 from __future__ import annotations
@@ -166,8 +171,7 @@ def _store_codes(
     n,
     tile_n,
     out,  # [M, N] int8
-    scale,  # [groups], [M, groups] (scale_stride = groups) or None: dynamic, a group within the tile
-    scale_stride,
+    scale,  # [groups], [M] (PER_ROW) or None: dynamic, groups within the tile
     row_qmax,  # [M] int32 or None
     lut,  # [256] int8 or None
     out_scale,  # [M, groups] float32, written where scale is None
@@ -181,6 +185,7 @@ def _store_codes(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
+    PER_ROW: tl.constexpr,
 ):
     """The quantizing epilogue of a tile."""
     mask = (m < M)[:, None] & (n < N)[None, :]
@@ -197,10 +202,10 @@ def _store_codes(
         tl.store(out_scale + m[:, None] * groups + group[None, :], s, mask=s_mask)
         inverse = tl.broadcast_to(tl.div_rn(1.0, s)[:, :, None], (BLOCK_M, TILE_GROUPS, group_width))
         inverse = tl.reshape(inverse, (BLOCK_M, BLOCK_N))
-    elif groups == 1:
-        inverse = static_inverse(scale, m * scale_stride, m < M)[:, None]
+    elif PER_ROW:
+        inverse = static_inverse(scale, m, m < M)[:, None]
     else:
-        inverse = static_inverse(scale, (m * scale_stride)[:, None] + (n // width)[None, :], mask)
+        inverse = static_inverse(scale, n // width, n < N)[None, :]
     codes = encode(y, inverse, low, high, zero_point, lut)
     tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], codes, mask=mask)
 
@@ -226,7 +231,6 @@ def _product(
     residual,  # [M, N] or None
     out,  # [M, N], floats or int8 codes
     scale,  # the quantizing epilogue: see _store_codes
-    scale_stride,
     row_qmax,
     lut,
     out_scale,
@@ -250,6 +254,7 @@ def _product(
     RANK: tl.constexpr,
     RANK_DOWN: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -312,7 +317,6 @@ def _product(
             tile_n,
             out,
             scale,
-            scale_stride,
             row_qmax,
             lut,
             out_scale,
@@ -326,6 +330,7 @@ def _product(
             BLOCK_M,
             BLOCK_N,
             TILE_GROUPS,
+            PER_ROW,
         )
 
 
@@ -348,11 +353,11 @@ def _dense(p: Tensor | None) -> Tensor | None:
 def _configure(device: torch.device, kind: str, m: int, n: int, k: int) -> tuning.Config:
     """The table's tiles, cut down to what the shape can fill."""
     config = tuning.lookup(device, kind, m, n)
-    return replace(
-        config,
-        block_m=min(config.block_m, power_of_2(m, 16)),
-        block_k=128 if kind.startswith("w4") else min(config.block_k, power_of_2(k, 32)),
-    )
+    block_m, block_n, block_k = min(config.block_m, power_of_2(m, 16)), config.block_n, config.block_k
+    if k % 16 and not host.INTERPRETED:  # no loads of 16 bytes: addresses take the registers of a large tile
+        block_m, block_n, block_k = min(block_m, 16), min(block_n, 32), min(block_k, 64)
+    block_k = 128 if kind.startswith("w4") else min(block_k, power_of_2(k, 32))
+    return replace(config, block_m=block_m, block_n=block_n, block_k=block_k)
 
 
 def _launch(
@@ -363,7 +368,7 @@ def _launch(
     out: Tensor,
     config: tuning.Config,
     n: int,
-    epilogue: tuple = (None, 0, None, None, None, None, None),
+    epilogue: tuple = (None, None, None, None, None, None),
     sizes: tuple = (0, 1, 0),
     clamp: tuple = (0.0, 0.0, 0),
     tile_groups: int = 1,
@@ -416,6 +421,7 @@ def _launch(
         power_of_2(rank, 16, most),
         rank_down,
         tile_groups,
+        epilogue[0] is not None and epilogue[0].dim() == 2,
         config.block_m,
         config.block_n,
         config.block_k,
@@ -479,7 +485,8 @@ def qlinear_quantize(
     config, tile_groups = _configure(device, _kind(layout, False), m, n, k), 1
     rank = 0 if lora_down is None else lora_down.shape[0]
     held = None if scale is not None or not q.numel() else _hold_groups(config, n, groups)
-    if not q.numel() or subspace or rank > MAX_RANK_DOWN or (scale is None and held is None):
+    whole = held is not None if scale is None else scale.dim() == 1 or groups == 1
+    if not q.numel() or subspace or rank > MAX_RANK_DOWN or not whole:
         return quantize_triton.quantize(qlinear(*product, f32), *quant)
     if held is not None:
         config, tile_groups = held
@@ -487,9 +494,8 @@ def qlinear_quantize(
     t = torch.empty((m, rank) if lora_down is not None else (0,), dtype=f32, device=device)
     parts = ceil_div(n, config.block_n)
     shares = t if parts == 1 or not rank else torch.empty((parts, m, rank), dtype=f32, device=device)
-    scale_stride = groups if scale is not None and scale.dim() == 2 else 0
     down = _dense(lora_down) if rank else None
-    epilogue = (_dense(scale), scale_stride, _dense(row_qmax), _dense(lut), out_scale, down, shares)
+    epilogue = (_dense(scale), _dense(row_qmax), _dense(lut), out_scale, down, shares)
     clamp = (float(qmin - zero_point), float(qmax - zero_point), zero_point)
     sizes = (rank, groups, n // groups)
     scales = (x_scale, x_zero_point, col_sum)

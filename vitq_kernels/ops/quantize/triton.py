@@ -4,9 +4,10 @@ Roofline: reads M·K·b bytes (b of the float), writes M·K codes and 4·M·(G +
 for t (twice that with ``subspace``), a few per element besides. Floor: bytes / bandwidth. M=6304, K=768, bf16, R=32:
 14.5 + 0.8 MB, 3.6 µs at 4.3 TB/s; the 0.3 G operations of the branch are under 1 µs on 16-bit tensor cores.
 
-``_whole``: BLOCK_M rows (of one column group) in registers, read once. ``_chunked``: K in chunks, for rows too long for
-registers and for everything that needs a whole row before its first code (t, LayerNorm with several groups): the chunks
-are read again from the first-level cache, where 16 rows of K=768 in bf16 take 24 KB.
+``_whole``: BLOCK_M rows (of one column group) in registers, read once. ``_chunked``: 16 rows in chunks of K, for rows
+too long for registers, for t (what the tensor core multiplies comes in chunks) and for LayerNorm with several groups.
+Each pass after the first, one for LayerNorm's variance, one for a dynamic scale, one for ``subspace``, reads the cache,
+where 16 rows of K=768 in bf16 take 24 KB; codes and t come out of the last pass together.
 """
 
 from __future__ import annotations
@@ -114,11 +115,11 @@ def _whole(
 
 
 @triton.jit
-def _chunk(x, offset, row_mask, col, col_mask, col_stride, gamma, beta, centre, mean, rstd, NORM: tl.constexpr):
-    """One [BLOCK_M, BLOCK_K] piece of the values to quantize (before the subspace is taken out)."""
+def _chunk(x, offset, row_mask, col, col_mask, col_stride, gamma, beta, centre, mean, rstd):
+    """Some columns of the values to quantize (before the subspace is taken out), or of x where centre is None."""
     mask = row_mask[:, None] & col_mask[None, :]
     v = load_float(x + offset[:, None] + col[None, :].to(tl.int64) * col_stride, mask)
-    if NORM:
+    if centre is not None:
         v = _affine((v - centre[:, None] - mean[:, None]) * rstd[:, None], gamma, beta, col, col_mask)
     return v
 
@@ -128,6 +129,13 @@ def _directions(lora_down, rank, col, col_mask, K, R):
     """[RANK, BLOCK_K] of lora_down, zero outside."""
     mask = (rank < R)[:, None] & col_mask[None, :]
     return tl.load(lora_down + rank[:, None] * K + col[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_projection(t, v, lora_down, rank, col, col_mask, K, R):
+    """t + v·Dᵀ over these columns."""
+    d = dot_operand(_directions(lora_down, rank, col, col_mask, K, R), lora_down.dtype.element_ty)
+    return float_dot(dot_operand(v, lora_down.dtype.element_ty), tl.trans(d), t)
 
 
 @triton.jit
@@ -168,7 +176,8 @@ def _chunked(
     SUBSPACE: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # columns that the tensor core takes at a time
+    WIDE_K: tl.constexpr,  # columns that a statistic takes at a time
 ):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < M
@@ -177,62 +186,64 @@ def _chunked(
     zeros = tl.zeros((BLOCK_M,), tl.float32)
     centre, mean, rstd = zeros, zeros, zeros
     if NORM:
-        total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            col = k + tl.arange(0, BLOCK_K)
-            total += _chunk(x, offset, row_mask, col, col < K, col_stride, None, None, zeros, zeros, zeros, False)
-        centre = tl.sum(total, 1) / count
-        total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            col = k + tl.arange(0, BLOCK_K)
-            v = _chunk(x, offset, row_mask, col, col < K, col_stride, None, None, zeros, zeros, zeros, False)
+        for k in range(0, K, WIDE_K):
+            col = k + tl.arange(0, WIDE_K)
+            centre += tl.sum(_chunk(x, offset, row_mask, col, col < K, col_stride, None, None, None, None, None), 1)
+        centre = centre / count
+        squares = zeros
+        for k in range(0, K, WIDE_K):
+            col = k + tl.arange(0, WIDE_K)
+            v = _chunk(x, offset, row_mask, col, col < K, col_stride, None, None, None, None, None)
             v = tl.where((col < K)[None, :], v - centre[:, None], 0.0)
-            total += v
-            squares += v * v
-        mean = tl.sum(total, 1) / count
-        rstd = _reciprocal_deviation(tl.sum(squares, 1), mean, count, eps)
+            mean += tl.sum(v, 1)
+            squares += tl.sum(v * v, 1)
+        mean = mean / count
+        rstd = _reciprocal_deviation(squares, mean, count, eps)
+    else:
+        centre = None
 
     t = tl.zeros((BLOCK_M, RANK), tl.float32)
-    if lora_down is not None:
-        dtype: tl.constexpr = lora_down.dtype.element_ty
+    if SUBSPACE:
         for k in range(0, K, BLOCK_K):
             col = k + tl.arange(0, BLOCK_K)
-            v = _chunk(x, offset, row_mask, col, col < K, col_stride, gamma, beta, centre, mean, rstd, NORM)
-            d = dot_operand(_directions(lora_down, rank, col, col < K, K, R), dtype)
-            t = float_dot(dot_operand(v, dtype), tl.trans(d), t)
-        if SUBSPACE:
-            # What is subtracted here and what lora_up multiplies later is one and the same number.
-            t = narrow(t, dtype).to(tl.float32)
-        t_mask = row_mask[:, None] & (rank < R)[None, :]
-        tl.store(t_out + row[:, None].to(tl.int64) * R + rank[None, :], t, mask=t_mask)
+            v = _chunk(x, offset, row_mask, col, col < K, col_stride, gamma, beta, centre, mean, rstd)
+            t = _add_projection(t, v, lora_down, rank, col, col < K, K, R)
+        # What is subtracted here and what lora_up multiplies later is one and the same number.
+        t = narrow(t, lora_down.dtype.element_ty).to(tl.float32)
 
     if row_qmax is not None:
         high = tl.load(row_qmax + row, mask=row_mask, other=1).to(tl.float32)[:, None]
         low = -high
     for group in range(groups):
-        end = (group + 1) * width
+        begin = group * width
+        end = begin + width
         if scale is None:
-            peak = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-            for k in range(group * width, end, BLOCK_K):
-                col = k + tl.arange(0, BLOCK_K)
-                v = _chunk(x, offset, row_mask, col, col < end, col_stride, gamma, beta, centre, mean, rstd, NORM)
+            absmax = zeros
+            step: tl.constexpr = BLOCK_K if SUBSPACE else WIDE_K
+            for k in range(begin, end, step):
+                col = k + tl.arange(0, step)
+                v = _chunk(x, offset, row_mask, col, col < end, col_stride, gamma, beta, centre, mean, rstd)
                 if SUBSPACE:
                     v = _without_subspace(v, t, lora_down, rank, col, col < end, K, R)
-                peak = tl.maximum(peak, magnitude(v))
-            s = dynamic_scale(tl.max(peak, 1)[:, None], high)
+                absmax = tl.maximum(absmax, tl.max(magnitude(v), 1))
+            s = dynamic_scale(absmax[:, None], high)
             tl.store(out_scale + row[:, None] * groups + group, s, mask=row_mask[:, None])
             inverse = tl.div_rn(1.0, s)
         else:
             inverse = static_inverse(scale, row[:, None] * scale_stride + group, row_mask[:, None])
-        for k in range(group * width, end, BLOCK_K):
+        for k in range(begin, end, BLOCK_K):
             col = k + tl.arange(0, BLOCK_K)
-            v = _chunk(x, offset, row_mask, col, col < end, col_stride, gamma, beta, centre, mean, rstd, NORM)
+            v = _chunk(x, offset, row_mask, col, col < end, col_stride, gamma, beta, centre, mean, rstd)
             if SUBSPACE:
                 v = _without_subspace(v, t, lora_down, rank, col, col < end, K, R)
+            elif lora_down is not None:
+                t = _add_projection(t, v, lora_down, rank, col, col < end, K, R)
             codes = encode(v, inverse, low, high, zero_point, lut)
             mask = row_mask[:, None] & (col < end)[None, :]
             tl.store(q + row[:, None].to(tl.int64) * K + col[None, :], codes, mask=mask)
+    if lora_down is not None:
+        t_mask = row_mask[:, None] & (rank < R)[None, :]
+        tl.store(t_out + row[:, None].to(tl.int64) * R + rank[None, :], t, mask=t_mask)
 
 
 def _rows_per_program(m: int, most: int, programs: int, fill: int) -> int:
@@ -290,7 +301,8 @@ def quantize_rows(
         padded_rank = host.power_of_2(rank, 16)
         block_m, block_k = 16, min(128, 8192 // padded_rank)  # of lora_down, a chunk of at most 8192 entries
         arguments = (*inputs, *epilogue, _dense(lora_down), q, out_scale, t, m, k, rank, groups, width, *floats)
-        constants = (norm is not None, subspace, padded_rank, block_m, block_k)
+        wide = host.power_of_2(width if norm is None else k, 16, 256)
+        constants = (norm is not None, subspace, padded_rank, block_m, block_k, wide)
         warps = 4 if padded_rank <= 64 else 8
         host.launch(_chunked, (host.ceil_div(m, block_m),), (*arguments, *constants), device, num_warps=warps)
     return q, out_scale, t
