@@ -171,7 +171,7 @@ def _store_codes(
     n,
     tile_n,
     out,  # [M, N] int8
-    scale,  # [groups], [M] (PER_ROW) or None: dynamic, groups within the tile
+    scale,  # [1], [M], [groups] (SCALES = 0, 1, 2) or None: dynamic, groups within the tile
     row_qmax,  # [M] int32 or None
     lut,  # [256] int8 or None
     out_scale,  # [M, groups] float32, written where scale is None
@@ -185,7 +185,7 @@ def _store_codes(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
-    PER_ROW: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     """The quantizing epilogue of a tile."""
     mask = (m < M)[:, None] & (n < N)[None, :]
@@ -202,7 +202,9 @@ def _store_codes(
         tl.store(out_scale + m[:, None] * groups + group[None, :], s, mask=s_mask)
         inverse = tl.broadcast_to(tl.div_rn(1.0, s)[:, :, None], (BLOCK_M, TILE_GROUPS, group_width))
         inverse = tl.reshape(inverse, (BLOCK_M, BLOCK_N))
-    elif PER_ROW:
+    elif SCALES == 0:
+        inverse = tl.div_rn(1.0, tl.load(scale))
+    elif SCALES == 1:
         inverse = static_inverse(scale, m, m < M)[:, None]
     else:
         inverse = static_inverse(scale, n // width, n < N)[None, :]
@@ -254,7 +256,7 @@ def _product(
     RANK: tl.constexpr,
     RANK_DOWN: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
-    PER_ROW: tl.constexpr,
+    SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -330,7 +332,7 @@ def _product(
             BLOCK_M,
             BLOCK_N,
             TILE_GROUPS,
-            PER_ROW,
+            SCALES,
         )
 
 
@@ -382,6 +384,7 @@ def _launch(
     data, layout, w_lut, w_scale = weight
     lora_t, bias, lora_up, activation, layer_scale, residual = tail
     packed = layout == LAYOUT_IDS["int4_k64x2"]
+    scale = epilogue[0]
     rank = 0 if lora_up is None else lora_up.shape[1]
     if rank == 0:
         lora_t = lora_up = None
@@ -421,7 +424,7 @@ def _launch(
         power_of_2(rank, 16, most),
         rank_down,
         tile_groups,
-        epilogue[0] is not None and epilogue[0].dim() == 2,
+        0 if scale is None or scale.numel() == 1 else 1 if scale.dim() == 2 else 2,
         config.block_m,
         config.block_n,
         config.block_k,
