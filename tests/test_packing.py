@@ -108,6 +108,19 @@ def test_int4_n16k4_diagram():
             assert (byte >> 4 if high else byte & 15) == want
 
 
+def test_int4_k64x2_diagram():
+    """A run of 64 bytes holds 128 k: the first half in the low nibbles, the second in the high ones."""
+    n, k = 3, 300
+    nibbles = (torch.arange(n).unsqueeze(1) * 7 + torch.arange(k) * 5).remainder(16).to(torch.uint8)
+    packed = packing.pack_int4_k64x2(nibbles, pad=8)
+    assert packed.shape == (n, 3 * 64)
+    for row in range(n):
+        for col in range(384):
+            byte = int(packed[row, col // 128 * 64 + col % 64])
+            want = int(nibbles[row, col]) if col < k else 8
+            assert (byte >> 4 if col // 64 % 2 else byte & 15) == want
+
+
 BAD = {
     "dtype": (lambda: packing.pack_bits(torch.zeros(2, 2), 4), TypeError, "codes has dtype torch.float32"),
     "dim": (

@@ -5,6 +5,7 @@ Run time, any back end:  ``int8``            [N, K] int8, K-major
                          ``int4``            [N, ceil(K/2)] uint8
 Run time, CPU:           ``int8_n16k4``      [N/16, K/4, 16, 4] int8
                          ``int4_n16k4``      [N/16, K/8, 16, 4] uint8
+Run time, GPU:           ``int4_k64x2``      [N, K/128·64] uint8
 
 A 4-bit layout stores a nibble in 0..15: the code + 8, or the index of a level where the weight has a table.
 
@@ -21,6 +22,12 @@ A 4-bit layout stores a nibble in 0..15: the code + 8, or the index of a level w
 ``int4_n16k4``: the same block order with two k4 blocks in one 64-byte line, the even one in the low nibbles and the
 odd one in the high nibbles, so that unpacking is one mask and one shift for a whole line. K is padded to 8 with the
 nibble of code 0 (of the level nearest to 0, which contributes nothing: the activations are padded with zeros).
+
+``int4_k64x2``: rows of 64-byte runs, one for 128 k: the first 64 in the low nibbles, the next 64 in the high ones.
+Either half of a run is 64 consecutive k: it multiplies a plain slice of the activations without being interleaved::
+
+      byte j of run i:   bit 7              4 3            0
+                        | k=128i+64+j        | k=128i+j     |
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ from torch import Tensor
 
 from .formats import LevelTable, PackedWeight, _int_in, _one_of
 
-LAYOUTS = ("int8", "int4", "int8_n16k4", "int4_n16k4")
+LAYOUTS = ("int8", "int4", "int8_n16k4", "int4_n16k4", "int4_k64x2")
 LAYOUT_IDS = {name: i for i, name in enumerate(LAYOUTS)}
 
 
@@ -124,6 +131,19 @@ def unpack_int4_n16k4(packed: Tensor, n: int, k: int) -> Tensor:
     return unpack_n16k4(blocks, n, k)
 
 
+def pack_int4_k64x2(nibbles: Tensor, pad: int = 8) -> Tensor:
+    """[N, K] uint8 in 0..15 → [N, ceil(K/128)·64] uint8 (layout ``int4_k64x2``)."""
+    n, k = nibbles.shape
+    runs = torch.nn.functional.pad(nibbles, (0, -k % 128), value=pad).reshape(n, _ceil(k, 128), 2, 64)
+    return (runs[:, :, 0] | (runs[:, :, 1] << 4)).flatten(1)
+
+
+def unpack_int4_k64x2(packed: Tensor, k: int) -> Tensor:
+    """Inverse of :func:`pack_int4_k64x2`."""
+    runs = packed.reshape(packed.shape[0], _ceil(k, 128), 64)
+    return torch.stack([runs & 15, runs >> 4], dim=2).flatten(1)[:, :k]
+
+
 def _nibbles(codes: Tensor, table: LevelTable | None) -> Tensor:
     if table is None:
         _check_range(codes, -8, 7)
@@ -164,7 +184,10 @@ def pack_weight(codes: Tensor, bits: int, layout: str, table: LevelTable | None 
     else:
         zero = 8 if table is None else int(table.indices()[128])
         nibbles = _nibbles(codes, table)
-        data = pack_int4(nibbles) if layout == "int4" else pack_int4_n16k4(nibbles, zero)
+        if layout == "int4":
+            data = pack_int4(nibbles)
+        else:
+            data = (pack_int4_n16k4 if layout == "int4_n16k4" else pack_int4_k64x2)(nibbles, zero)
     packed = PackedWeight(data, layout, bits, n, k, codes.sum(1, dtype=torch.int32), table)
     return replace(packed, lut=weight_lut(packed))
 
@@ -188,7 +211,10 @@ def unpack_codes(data: Tensor, layout: str, n: int, k: int, lut: Tensor | None =
         return data
     if layout == "int8_n16k4":
         return unpack_n16k4(data, n, k)
-    nibbles = unpack_int4(data, k) if layout == "int4" else unpack_int4_n16k4(data, n, k)
+    if layout == "int4_n16k4":
+        nibbles = unpack_int4_n16k4(data, n, k)
+    else:
+        nibbles = (unpack_int4 if layout == "int4" else unpack_int4_k64x2)(data, k)
     if lut is not None:
         return lut[nibbles.long()]
     return nibbles.to(torch.int8) - 8

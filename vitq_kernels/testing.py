@@ -57,7 +57,10 @@ def assert_codes_match(
     high: Tensor | float,
     zero_point: int = 0,
 ) -> None:
-    """codes = clamp(rne(exact), low, high) + zero_point; ±1 only where ``exact`` is within ``tolerance`` of a tie.
+    """codes = clamp(rne(exact), low, high) + zero_point, or another one that lies within ``tolerance`` of ``exact``.
+
+    That is ±1 where ``exact`` is within ``tolerance`` of a tie; more only where the tolerance itself exceeds a code, as
+    for a residual that is nothing but rounding error.
 
     Args:     codes: int8; exact: float64 x/scale before rounding; tolerance: rounding error of that quotient, in code
               units (broadcasts). NaN in ``exact`` stands for code 0.
@@ -71,9 +74,11 @@ def assert_codes_match(
     inside = torch.minimum(torch.maximum(exact, low - 1), high + 1)  # far outside, no tolerance is in play
     expected = torch.minimum(torch.maximum(torch.round(inside), low), high) + zero_point
     tolerance = torch.as_tensor(tolerance, dtype=torch.float64).expand(exact.shape)
-    to_tie = (inside - torch.floor(inside) - 0.5).abs()
-    difference = (codes.double() - expected).abs()
-    bad = (difference > 0) & ~((difference == 1) & (to_tie < tolerance))
+    least, most = (
+        torch.minimum(torch.maximum(torch.round(bound), low), high) + zero_point
+        for bound in (exact - tolerance, exact + tolerance)
+    )
+    bad = (codes < least) | (codes > most)
     if bad.any():
         at = _first_bad(bad)
         raise AssertionError(

@@ -1,11 +1,15 @@
-"""Every kernel test runs on every implementation that this machine has: the oracle, and the C++ kernels per ISA."""
+"""Every kernel test runs on every implementation that this machine has: the oracle, and the C++ kernels per ISA.
+
+Under TRITON_INTERPRET=1 it is the Triton kernels instead, on CPU tensors (see test_triton.py, which starts that run).
+"""
 
 import pytest
 
 import vitq_kernels as vk
 from vitq_kernels import testing
+from vitq_kernels.triton import host
 
-IMPLEMENTATIONS = ("ref", *(f"cpu/{isa}" for isa in testing.isas()))
+IMPLEMENTATIONS = ("triton",) if host.INTERPRETED else ("ref", *(f"cpu/{isa}" for isa in testing.isas()))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -12,13 +12,15 @@ from vitq_kernels.formats import LevelTable
 from vitq_kernels.ops.qlinear import ref
 from vitq_kernels.packing import LAYOUT_IDS, unpack_weight, weight_lut
 from vitq_kernels.testing import ROUNDOFF, assert_codes_match, assert_within, gamma, isas, poison
+from vitq_kernels.triton import host
 
 TABLE = LevelTable((-128, -90, -60, -40, -25, -12, -5, -1, 1, 6, 13, 27, 45, 66, 95, 127))  # no zero: pads with 1 or −1
+INT8, INT4 = ("int8", "int4_k64x2") if host.INTERPRETED else ("int8_n16k4", "int4_n16k4")
 FORMATS = {
-    "w8": ("int8_n16k4", 8, None),
-    "w4": ("int4_n16k4", 4, None),
-    "w4 table": ("int4_n16k4", 4, TABLE),
-    "w8 table": ("int8_n16k4", 4, TABLE),
+    "w8": (INT8, 8, None),
+    "w4": (INT4, 4, None),
+    "w4 table": (INT4, 4, TABLE),
+    "w8 table": (INT8, 4, TABLE),
 }
 SHAPES = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -59,6 +61,7 @@ def exact_linear(product, terms, operations, t, kw):
     up, bias = kw.get("lora_up"), kw.get("bias")
     y, magnitude = product, terms
     if up is not None:
+        t = t.to(up.dtype) if host.INTERPRETED else t  # Triton's branch multiplies in the dtype of lora_up
         y = y + t.double() @ up.double().T
         magnitude = magnitude + t.double().abs() @ up.double().abs().T
         operations += up.shape[1] + 1
@@ -161,7 +164,7 @@ def test_sums_are_exact_on_extreme_data(implementation, name):
 def test_largest_k(implementation):
     """K = 65,793 with 255 · −128 in every term is the largest sum that fits an int32."""
     k = 65_793
-    weight = vk.pack_weight(torch.full((3, k), -128, dtype=torch.int8), 8, "int8_n16k4")
+    weight = vk.pack_weight(torch.full((3, k), -128, dtype=torch.int8), 8, INT8)
     x = vk.QTensor(torch.full((2, k), 127, dtype=torch.int8), torch.ones(1), -128)
     assert (vk.qlinear(x, weight, torch.ones(3)).double() == float(torch.tensor(-255 * 128 * k).float())).all()
 
@@ -173,7 +176,7 @@ def test_alternating_extremes(implementation):
     x = vk.QTensor(torch.where(sign > 0, 127, -128).to(torch.int8).repeat(9, 1), torch.ones(1))
     codes = torch.where(sign > 0, 127, 126).to(torch.int8).repeat(33, 1)
     want = x.q.double() @ codes.double().T
-    assert torch.equal(vk.qlinear(x, vk.pack_weight(codes, 8, "int8_n16k4"), torch.ones(33)).double(), want)
+    assert torch.equal(vk.qlinear(x, vk.pack_weight(codes, 8, INT8), torch.ones(33)).double(), want)
 
 
 def test_the_checks_would_catch_saturation():
@@ -200,7 +203,7 @@ def test_gelu_accuracy(implementation, activation):
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     want = torch.nn.functional.gelu(x.double(), approximate=approximate)
     torch_error = (torch.nn.functional.gelu(x, approximate=approximate).double() - want).abs()
-    weight = vk.pack_weight(torch.zeros(x.numel(), 1, dtype=torch.int8), 8, "int8_n16k4")
+    weight = vk.pack_weight(torch.zeros(x.numel(), 1, dtype=torch.int8), 8, INT8)
     code = vk.QTensor(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1))
     y = vk.qlinear(code, weight, torch.ones(x.numel()), x, activation=activation)[0]
     error = (y.double() - want).abs()
@@ -212,7 +215,7 @@ def test_gelu_accuracy(implementation, activation):
 
 def test_gelu_special_values(implementation):
     x = torch.tensor([float("nan"), float("inf"), 1e30, -1e30, -1e5])
-    weight = vk.pack_weight(torch.zeros(5, 1, dtype=torch.int8), 8, "int8_n16k4")
+    weight = vk.pack_weight(torch.zeros(5, 1, dtype=torch.int8), 8, INT8)
     code = vk.QTensor(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1))
     for activation in ("gelu_erf", "gelu_tanh"):
         y = vk.qlinear(code, weight, torch.ones(5), x, activation=activation)[0]
@@ -361,7 +364,7 @@ def test_planted_bugs_are_caught(bug):
 
 def _tiny(**changes):
     x = vk.QTensor(torch.zeros(2, 8, dtype=torch.int8), torch.ones(1), 0, torch.zeros(2, 3))
-    weight = vk.pack_weight(torch.zeros(4, 8, dtype=torch.int8), 8, "int8_n16k4")
+    weight = vk.pack_weight(torch.zeros(4, 8, dtype=torch.int8), 8, INT8)
     return {"x": x, "weight": weight, "weight_scale": torch.ones(4), **changes}
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .. import _native, backends
 from ..formats import ActQuant, QTensor
+from ..packing import LAYOUTS
+from ..triton import host
 
 library = torch.library.Library("vitq", "DEF")
 
@@ -39,8 +41,21 @@ def define(name: str, args: str, returns: str, ref, fake, layouts: tuple[str, ..
     backends.register(name, backends.Implementation("ref", ref, lambda device: None, _ref_layouts(layouts)))
 
 
+def define_triton(name: str, module: str, layouts: tuple[str, ...] = ()) -> None:
+    """Add the Triton row of ``vitq::name``, whose function of that name is in ``ops/<module>/triton.py``.
+
+    On the GPU it is the op itself, as tracers want it; the interpreter is called past the dispatcher's CPU kernels.
+    """
+    kernel = host.implementation(name, module)
+    if host.INSTALLED:
+        library.impl(name, kernel, "CUDA")
+    op = getattr(torch.ops.vitq, name).default
+    fn = kernel if host.INTERPRETED else op
+    backends.register(name, backends.Implementation("triton", fn, host.unavailable, layouts))
+
+
 def _ref_layouts(layouts: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(layouts) + tuple(f"{x}_n16k4" for x in layouts)
+    return LAYOUTS if layouts else ()
 
 
 def flatten(quant: ActQuant) -> tuple:

@@ -21,6 +21,7 @@ _schema.define(
     ref.layer_norm_quantize,
     _fake,
 )
+_schema.define_triton("layer_norm_quantize", "layer_norm_quantize")
 
 
 def layer_norm_quantize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, quant: ActQuant) -> QTensor:
@@ -32,7 +33,7 @@ def layer_norm_quantize(x: Tensor, weight: Tensor | None, bias: Tensor | None, e
     Returns:  QTensor of y: codes [..., K], scale, t = y·Dᵀ [M, R] float32.
     Raises:   TypeError for a dtype, ValueError for a shape, device or eps that does not fit.
     Numerics: statistics in two passes, accumulated in float32 or better; the rest as :func:`quantize`.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     return run_layer_norm_quantize(x, weight, bias, eps, _schema.Epilogue(quant))
 

@@ -14,6 +14,7 @@ from . import ref
 ACTIVATIONS = ref.ACTIVATIONS
 _ACTIVATION_IDS = {name: i for i, name in enumerate(ACTIVATIONS)}
 _LAYOUTS = ("int8", "int4")
+_TRITON_LAYOUTS = ("int4_k64x2", "int8")
 
 _WEIGHT_ARGS = "Tensor weight, int layout, int n, int k"
 _TAIL_ARGS = "Tensor? bias, Tensor? lora_up, int activation, Tensor? layer_scale, Tensor? residual"
@@ -53,6 +54,8 @@ _schema.define(
     _fake_weight_only,
     _LAYOUTS,
 )
+for _op in ("qlinear", "qlinear_quantize", "qlinear_weight_only"):
+    _schema.define_triton(_op, "qlinear", _TRITON_LAYOUTS)
 
 
 def _codes(x: QTensor) -> Tensor:
@@ -211,8 +214,9 @@ def qlinear(
     Returns:  [..., N] out_dtype, contiguous, newly allocated.
     Raises:   TypeError for a dtype, ValueError for a shape, device, layout or activation that does not fit.
     Numerics: Σ exact in int32 for K ≤ 65,793 (|q_x| ≤ 128 and 8-bit zero points); then float32 in the order
-              product, low rank, bias, activation, γ, residual; rounded to out_dtype once.
-    Backends: ref any (any layout) | cpu (int8_n16k4, int4_n16k4)
+              product, low rank, bias, activation, γ, residual; rounded to out_dtype once. Triton rounds t to the
+              dtype of lora_up first; t of a subspace branch with a lora_down of that dtype is that already.
+    Backends: ref any (any layout) | cpu (int8_n16k4, int4_n16k4) | triton >= sm_80 (int8, int4_k64x2)
     """
     layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, _codes(x).device)
     return layer.qlinear(x, activation, residual, out_dtype)
@@ -234,7 +238,7 @@ def qlinear_quantize(
 
     Args, raises and numerics: as :func:`qlinear` and :func:`quantize`; ``out.lora_down`` is the next layer's [R', N].
     Returns:  QTensor of [..., N] codes, contiguous, newly allocated.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, _codes(x).device)
     return layer.qlinear_quantize(x, _schema.Epilogue(out), activation, residual)
@@ -258,7 +262,7 @@ def qlinear_weight_only(
     Args:     x ([..., K] float); the others as :func:`qlinear`; lora_t ([M, R] float32) = x·Dᵀ.
     Returns:  [..., N] of out_dtype (default: x's), contiguous, newly allocated.
     Numerics: products and sums in float32; codes are exact in it.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     _schema.expect("x", x, dtype=_schema.FLOATS)
     layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, x.device)

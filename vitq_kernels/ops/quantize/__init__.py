@@ -15,6 +15,7 @@ def _fake(x, scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, su
 
 
 _schema.define("quantize", f"Tensor x, {_schema.QUANT_ARGS}", "(Tensor, Tensor, Tensor)", ref.quantize, _fake)
+_schema.define_triton("quantize", "quantize")
 
 
 def quantize(x: Tensor, quant: ActQuant) -> QTensor:
@@ -31,7 +32,7 @@ def quantize(x: Tensor, quant: ActQuant) -> QTensor:
     Numerics: the reciprocal of the scale is rounded to float32 once, the product once; ties to even. A row of zeros has
               scale 1. NaN becomes the code of 0, ±Inf saturates under static scales; a row with NaN or Inf has a NaN
               dynamic scale, so that what follows is NaN rather than silently wrong.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     return run_quantize(x, _schema.Epilogue(quant))
 

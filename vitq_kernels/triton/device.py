@@ -1,0 +1,189 @@
+"""Functions that run inside Triton kernels. Formulas and constants are those of the C++ kernels (``csrc/common``).
+
+Two rules keep results equal on every GPU and in the interpreter:
+
+* Kernels are compiled without contraction of ``a·b + c`` (see ``host.launch``); where one rounding is wanted,
+  ``tl.fma`` says so. Otherwise x·(1/scale) would round differently than in the oracle, and codes would differ at ties.
+* Division that the contract rounds once is ``tl.div_rn``; a plain ``/`` is two units in the last place off.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""True where kernels run on the CPU under TRITON_INTERPRET=1; fixed when Triton decorates them."""
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x rounded to nearest-even in DTYPE."""
+    if INTERPRET and DTYPE == tl.bfloat16:  # noqa: SIM300 (capitals are parameters here, not constants)
+        # The interpreter truncates: add what rounds to even first.
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, rounded, 0x7FC00000).to(tl.uint32).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def dot_operand(x, DTYPE: tl.constexpr):
+    """x in the side branch's dtype, as ``float_dot`` takes it."""
+    x = narrow(x, DTYPE)
+    if INTERPRET:
+        x = x.to(tl.float32)  # the interpreter's bfloat16 product is meaningless; float32 products are exact
+    return x
+
+
+@triton.jit
+def float_dot(a, b, acc):
+    """acc + a·b with float32 sums. Operands of 16 bits multiply exactly; float32 ones as three TF32 products (the error
+    per product is below 2^-21), because one TF32 product would keep 10 bits."""
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def round_half_even(x):
+    """rne(x) for |x| < 2^22: adding 1.5·2^23 leaves no fraction bits."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def magnitude(x):
+    """|x|, with Inf for NaN: a maximum over it cannot lose the NaN."""
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton.jit
+def dynamic_scale(absmax, top):
+    """absmax/top rounded once; 1 for a row of zeros (or one that underflows), NaN for a row with NaN or Inf."""
+    scale = tl.div_rn(absmax, top)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    return tl.where(scale < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def encode(x, inverse, low, high, zero_point, lut):
+    """int8 lut[clamp(rne(x·inverse), low, high) + zero_point]; NaN becomes the code of 0. lut may be None."""
+    x = x * inverse
+    x = tl.where(x == x, x, 0.0)
+    # Clamping to integers first commutes with rounding and keeps the conversion in range.
+    code = round_half_even(tl.minimum(tl.maximum(x, low), high)).to(tl.int32) + zero_point
+    if lut is not None:
+        return tl.load(lut + (code + 128))
+    else:
+        return code.to(tl.int8)
+
+
+@triton.jit
+def gelu_erf(x):
+    """x·Φ(x), Φ(−a) = exp(−a²/2)·P(t), t = 1/(1 + 0.21·a): no cancellation for negative x (see csrc/common/math.h)."""
+    x = tl.maximum(x, -12.5, propagate_nan=tl.PropagateNan.ALL)
+    a = tl.minimum(tl.abs(x), 12.5, propagate_nan=tl.PropagateNan.ALL)
+    t = 1.0 / (a * 0.21 + 1.0)
+    p = tl.fma(t, -0.0716560185, 0.283587128)
+    p = tl.fma(p, t, -0.330250293)
+    p = tl.fma(p, t, 0.349397361)
+    p = tl.fma(p, t, -0.0939225778)
+    p = tl.fma(p, t, 0.124871559)
+    p = tl.fma(p, t, 0.069192484)
+    p = tl.fma(p, t, 0.085068807)
+    p = tl.fma(p, t, 0.0837115794)
+    lower = p * t * tl.exp(a * a * -0.5)
+    return x * tl.where(x < 0.0, lower, 1.0 - lower)
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x/(1 + e^(−2u)), u = √(2/π)·(x + 0.044715·x³): tanh without its cancellation."""
+    x = tl.maximum(x, -9.6, propagate_nan=tl.PropagateNan.ALL)
+    minus_2u = x * (x * x * (-2.0 * 0.797884561 * 0.044715) - 2.0 * 0.797884561)
+    return x / (1.0 + tl.exp(tl.maximum(minus_2u, -80.0, propagate_nan=tl.PropagateNan.ALL)))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation by its schema number: none, gelu_erf, gelu_tanh."""
+    if ACTIVATION == 1:
+        return gelu_erf(x)
+    elif ACTIVATION == 2:
+        return gelu_tanh(x)
+    else:
+        return x
+
+
+@triton.jit
+def load_float(pointer, mask):
+    """float32 of what is at ``pointer``; 0 where masked."""
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def static_inverse(scale, offset, mask):
+    """1/scale, rounded once."""
+    return tl.div_rn(1.0, tl.load(scale + offset, mask=mask, other=1.0))
+
+
+# Four bytes of packed weights at a time: instruction counts are for eight codes. Operands are $0 and $1 (out: the low
+# and the high nibbles, one per byte), $2 (in: four packed bytes), $3 to $18 (in: the table's four words, four times
+# each, since an int32 operand has one register per element).
+UNPACK = tl.constexpr("""{
+.reg .b32 low, high;
+and.b32 low, $2, 0x0f0f0f0f;
+shr.u32 high, $2, 4;
+and.b32 high, high, 0x0f0f0f0f;
+or.b32 low, low, 0x80808080;
+or.b32 high, high, 0x80808080;
+sub.u32 low, low, 0x08080808;
+sub.u32 high, high, 0x08080808;
+xor.b32 $0, low, 0x80808080;
+xor.b32 $1, high, 0x80808080;
+}""")
+"""Nibble − 8 per byte: with the sign bit lent to each byte, no borrow crosses into its neighbour."""
+
+UNPACK_TABLE = tl.constexpr("""{
+.reg .b32 index, half, a, b, even, odd;
+and.b32 index, $2, 0x77777777;
+shr.u32 half, $2, 1;
+and.b32 half, half, 0x44444444;
+or.b32 half, half, 0x32103210;
+prmt.b32 a, $3, $7, index;
+prmt.b32 b, $11, $15, index;
+prmt.b32 even, a, b, half;
+shr.u32 index, index, 16;
+shr.u32 half, half, 16;
+prmt.b32 a, $3, $7, index;
+prmt.b32 b, $11, $15, index;
+prmt.b32 odd, a, b, half;
+prmt.b32 $0, even, odd, 0x6420;
+prmt.b32 $1, even, odd, 0x7531;
+}""")
+"""Table entry of every nibble: its low three bits pick from either half of the table, its top bit picks the half."""
+
+
+@triton.jit
+def unpack_int4(packed, table):
+    """uint8 [n, j] → the int8 codes of its low and of its high nibbles: nibble − 8, or table[nibble] ([16] int8).
+
+    Layout ``int4_k64x2``: in a run of 64 bytes they are k..k+63 and k+64..k+127.
+    """
+    if INTERPRET:
+        low, high = packed & 15, packed >> 4
+        if table is None:
+            return (low.to(tl.int32) - 8).to(tl.int8), (high.to(tl.int32) - 8).to(tl.int8)
+        else:
+            return tl.load(table + low.to(tl.int32)), tl.load(table + high.to(tl.int32))
+    elif table is None:
+        return tl.inline_asm_elementwise(UNPACK, "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+    else:
+        words = table.to(tl.pointer_type(tl.int32))
+        return tl.inline_asm_elementwise(
+            UNPACK_TABLE,
+            "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [packed, tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )

@@ -1,0 +1,162 @@
+"""Launching Triton kernels: where they can run, how tensors are seen as rows, and a record of what was launched."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+"""Triton reads the variable when a kernel is decorated, hence once per process."""
+
+MIN_CAPABILITY = (8, 0)
+
+
+_gpu: list[str | None] = []
+
+
+def unavailable(device: str) -> str | None:
+    """None if Triton kernels can serve ``device`` ("cuda" or "cpu"), else the reason."""
+    if not INSTALLED:
+        return "triton is not installed"
+    if INTERPRETED:
+        return None
+    if device != "cuda":
+        return f"runs on cuda tensors, not {device} (TRITON_INTERPRET=1 interprets its kernels on the CPU)"
+    if _gpu:
+        return _gpu[0]
+    reason = _gpu_reason()
+    if not torch.compiler.is_compiling():
+        _gpu.append(reason)
+    return reason
+
+
+def _gpu_reason() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.compiler.is_compiling():  # tracers see no device properties; a module was resolved before it is traced
+        return None
+    found = torch.cuda.get_device_capability()
+    if found < MIN_CAPABILITY:
+        need, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, found))
+        return f"needs compute capability {need}, {torch.cuda.get_device_name()} has {has}"
+    return None
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device``: how many programs fill it once. 1 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
+    """The least power of two that is ≥ n, within [low, high]."""
+    return min(max(1 << max(n - 1, 0).bit_length(), low), high)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A [..., K] tensor as M rows: row m starts at (m // inner)·outer_stride + (m % inner)·row_stride.
+
+    inner and outer_stride are None where one stride serves all rows.
+    """
+
+    tensor: Tensor
+    m: int
+    k: int
+    inner: int | None
+    outer_stride: int | None
+    row_stride: int
+    col_stride: int
+
+    @property
+    def arguments(self) -> tuple:
+        return (self.tensor, self.inner, self.outer_stride, self.row_stride, self.col_stride)
+
+
+def rows_of(x: Tensor, contiguous_columns: bool = False) -> Rows:
+    """``x`` as rows without a copy where at most two strides describe them (and, if asked, columns are contiguous)."""
+    k = x.shape[-1]
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    m = 1
+    for size in x.shape[:-1]:
+        m *= size
+    col_stride = x.stride(-1) if k > 1 else 1
+    if m * k and (len(dims) > 2 or (contiguous_columns and col_stride != 1)):
+        return rows_of(x.contiguous())
+    if len(dims) == 2:
+        return Rows(x, m, k, dims[1][0], dims[0][1], dims[1][1], col_stride)
+    return Rows(x, m, k, None, None, dims[0][1] if dims else k, col_stride)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what ``aot`` compiles."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict = field(default_factory=dict)
+
+
+_record: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recorded(run: bool = True) -> Iterator[list[Launch]]:
+    """Collects the launches inside; with ``run=False`` they are only collected and results stay unwritten."""
+    global _record, _run
+    before = (_record, _run)
+    _record, _run = [], run
+    try:
+        yield _record
+    finally:
+        _record, _run = before
+
+
+_run = True
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple, device: torch.device, **options) -> None:
+    """``kernel[grid](*arguments)`` on ``device``, never contracting a·b + c (see ``device``)."""
+    if _record is not None:
+        _record.append(Launch(kernel, grid, arguments, options))
+        if not _run:
+            return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options, enable_fp_fusion=False)
+    else:
+        kernel[grid](*arguments, **options, enable_fp_fusion=False)
+
+
+def implementation(op: str, module: str) -> Callable:
+    """``ops.<module>.triton.<op>``, imported (with Triton) at its first call."""
+    path = f"{__package__.rpartition('.')[0]}.ops.{module}.triton"
+    found: list[Callable] = []
+
+    def call(*arguments):
+        if not found:
+            found.append(getattr(importlib.import_module(path), op))
+        return found[0](*arguments)
+
+    return call

@@ -1,0 +1,129 @@
+"""Tile configurations per GPU: one small table each, chosen offline, looked up by the nearest shape.
+
+``<device name>.json`` (lower case, ``_`` for everything else) holds what was measured on that GPU, ``sm_<cc>.json``
+serves every other GPU of that compute capability or above; ``measured`` in the file says which of the two a row set is.
+Nothing is tuned at run time, so that a request, a capture or a compilation never waits for it.
+
+A file: ``{"gpu", "measured", "columns": [names of Config's fields behind m, n], "w8": rows, "w4": rows, ...}``, one row
+``[m, n, block_m, block_n, ...]`` for each shape that was tuned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+KINDS = ("w8", "w4", "w8_float", "w4_float")
+"""Weight width, and ``_float`` for the weight-only product."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of one product.
+
+    Args:
+        block_m, block_n, block_k: tile of the output and of K (128 for 4-bit weights: one run of their layout).
+        group_m: row tiles that share a column tile while it is in the second-level cache.
+        swap: 1 to make the weights operand A: yᵀ = W·xᵀ. Unpacked weights then stay in registers, and a short M
+            becomes the instruction's narrow side.
+        num_warps, num_stages: of the launch.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    swap: int
+    num_warps: int
+    num_stages: int
+
+
+_INTERPRETER = {
+    kind: Config(
+        block_m=32, block_n=64, block_k=64, group_m=2, swap=int(kind.startswith("w4")), num_warps=4, num_stages=1
+    )
+    for kind in KINDS
+}
+"""Interpreted programs cost 10 ms each, whatever their size; small enough that tests cross every boundary."""
+
+_pinned: list[Config] = []
+
+
+@contextlib.contextmanager
+def config(value: Config) -> Iterator[None]:
+    """Every product inside uses ``value``: what a tuner, or a test of one configuration, needs."""
+    _pinned.append(value)
+    try:
+        yield
+    finally:
+        _pinned.pop()
+
+
+def files() -> list[Path]:
+    return sorted(Path(__file__).parent.glob("*.json"))
+
+
+def slug(name: str) -> str:
+    """File stem of a device name: "NVIDIA H200" → "nvidia_h200"."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@cache
+def load(stem: str) -> dict[str, list[tuple[int, int, Config]]] | None:
+    """The tables of one file, or None if there is no such file."""
+    path = Path(__file__).parent / f"{stem}.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    columns = record["columns"]
+    return {
+        kind: [(row[0], row[1], Config(**dict(zip(columns, row[2:], strict=True)))) for row in record[kind]]
+        for kind in KINDS
+    }
+
+
+def _for_capability(capability: int) -> dict[str, list[tuple[int, int, Config]]]:
+    stems = [path.stem for path in files() if re.fullmatch(r"sm_\d+", path.stem)]
+    known = sorted(int(stem[3:]) for stem in stems)
+    # 12.0 is a consumer part with the shared memory of 8.9, not a larger 10.0.
+    usable = [cc for cc in known if cc <= (89 if capability >= 120 else capability)]
+    return load(f"sm_{usable[-1] if usable else known[0]}")
+
+
+@cache
+def _nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config:
+    rows = (load(slug(name)) or _for_capability(capability))[kind]
+
+    def distance(row: tuple[int, int, Config]) -> tuple[float, float]:
+        return abs(math.log2(max(m, 1) / row[0])), abs(math.log2(max(n, 1) / row[1]))
+
+    return min(rows, key=distance)[2]
+
+
+def nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config:
+    """The row of the table of GPU ``name`` (or of its capability) whose M, and then N, is nearest on a log scale."""
+    # Buckets of M keep the cache small where every request has another length.
+    return _nearest(capability, name, kind, 1 << max(m - 1, 0).bit_length(), n)
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[int, str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor, torch.cuda.get_device_name(device)
+
+
+def lookup(device: torch.device, kind: str, m: int, n: int) -> Config:
+    """The configuration of an [M, N] product with weights of ``kind`` on ``device``."""
+    if _pinned:
+        return _pinned[-1]
+    if device.type != "cuda":
+        return _INTERPRETER[kind]
+    return nearest(*_gpu(device), kind, m, n)
