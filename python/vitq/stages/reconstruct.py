@@ -21,6 +21,8 @@ class BlockOptions(Options):
     """
     Args:
         iterations: steps per block; batch: images per step.
+        least_iterations: with fewer steps (a recipe at reduced effort) nothing is learned: the first steps of Adam are
+            larger than what they find, and closed forms are a better start than that.
         lr_branch, lr_scale, lr_focus, lr_bias, lr_rounding, lr_weight_scale: Adam's rates, 0 freezes. Branches, scales
             and biases are learned relative to their own size.
         curriculum: λ0; step t of T draws from the easiest min(1, λ0 + (1 − λ0)·t/T) of the images, by their last
@@ -33,6 +35,7 @@ class BlockOptions(Options):
 
     iterations: int = Field(6000, ge=0)
     batch: int = Field(24, ge=1)
+    least_iterations: int = Field(0, ge=0)
     lr_branch: float = Field(3e-3, ge=0.0)
     lr_scale: float = Field(1e-3, ge=0.0)
     lr_weight_scale: float = Field(0.0, ge=0.0)
@@ -48,6 +51,8 @@ class BlockOptions(Options):
 
 @method("reconstruct", "blocks")
 def blocks(calibration: Calibration, options: BlockOptions) -> None:
+    if calibration.iterations(options.iterations) < options.least_iterations:
+        return
     units = [unit for unit in calibration.sim.sequence if isinstance(unit, BlockSite)]
     for unit, x_ref, x_sim in calibration.units(units):
         target = calibration.run(calibration.reference, unit, x_ref)
