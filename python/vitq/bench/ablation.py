@@ -153,7 +153,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "# Ablations",
         "",
         "Integer models on the shipped digits ViT; top-1 in percent and logit SQNR in dB against the float model, on",
-        "the clean and the hard split. Reduced effort: closed forms as in `make demo`, and 120 steps a block where reconstruction is listed. Made by",
+        "the clean and the hard split. Reduced effort: closed forms as in `make demo`, and 120 steps a block where",
+        "reconstruction is listed. Made by",
         "`python -m vitq.bench.ablation --output bench/results/ablation.json --markdown docs/ablation.md`.",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):

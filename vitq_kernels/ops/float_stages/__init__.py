@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import backends
 from ...formats import FocusSpec
 from .. import _schema
+from ..qattention import check_mask, check_scale
 from . import ref
 
 _schema.define(
@@ -129,16 +130,12 @@ def focus_position(
     """
     _schema.expect("product", product, dtype=torch.int32, shape=(None,) * 4)
     b, h, nq, nk = product.shape
-    for name, scale, n in (("q_scale", q_scale, nq), ("k_scale", k_scale, nk)):
-        _schema.expect(name, scale, dtype=_F32, device=product.device)
-        if tuple(scale.shape) not in ((), (1,), (h,), (b, h, n)):
-            raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected (1), ({h}) or ({b}, {h}, {n})")
+    check_scale("q_scale", q_scale, b, h, nq, product.device)
+    check_scale("k_scale", k_scale, b, h, nk, product.device)
     if bias is not None:
         _schema.expect("bias", bias, dtype=_schema.FLOATS, shape=(h, nq, nk), device=product.device)
     if mask is not None:
-        _schema.expect("mask", mask, dtype=_schema.FLOATS, shape=(None, None, nk), device=product.device)
-        if mask.shape[0] == 0 or b % mask.shape[0] or mask.shape[1] not in (1, nq):
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (a divisor of {b}, 1 or {nq}, {nk})")
+        check_mask(mask, b, nq, nk, product.device)
     args = (focus.n, focus.b1, focus.b2, focus.power, focus.anchor == "row", focus.renormalize)
     impl = backends.resolve("focus_position", product.device.type)
     return impl.fn(product, q_scale, k_scale, float(softmax_scale), *args, bias, mask)

@@ -63,10 +63,18 @@ def focus_args(focus: FocusSpec, device: torch.device, levels: Tensor | None = N
 _ANY = (None,) * 4
 
 
-def _check_scale(name: str, scale: Tensor, b: int, h: int, n: int, device: torch.device) -> None:
+def check_scale(name: str, scale: Tensor, b: int, h: int, n: int, device: torch.device) -> None:
+    """TypeError/ValueError unless ``scale`` is float32 of 1, [H] or [B, H, N] values on ``device``."""
     _schema.expect(name, scale, dtype=torch.float32, device=device)
     if scale.shape not in ((1,), (h,), (b, h, n), ()):
         raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected (1), ({h}) or ({b}, {h}, {n})")
+
+
+def check_mask(mask: Tensor, b: int, nq: int, nk: int, device: torch.device) -> None:
+    """TypeError/ValueError unless ``mask`` is float [G, 1 or Nq, Nk] on ``device`` and G divides B."""
+    _schema.expect("mask", mask, dtype=_schema.FLOATS, shape=(None, None, nk), device=device)
+    if mask.shape[0] == 0 or b % mask.shape[0] or mask.shape[1] not in (1, nq):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (a divisor of {b}, 1 or {nq}, {nk})")
 
 
 class PreparedAttention:
@@ -137,15 +145,13 @@ class PreparedAttention:
         _schema.expect("k", k, dtype=torch.int8, shape=(b, h, None, d), device=device)
         nk = k.shape[2]
         _schema.expect("v", v, dtype=torch.int8, shape=(b, h, nk, d), device=device)
-        _check_scale("q_scale", q_scale, b, h, nq, device)
-        _check_scale("k_scale", k_scale, b, h, nk, device)
-        _check_scale("v_scale", v_scale, b, h, nk, device)
+        check_scale("q_scale", q_scale, b, h, nq, device)
+        check_scale("k_scale", k_scale, b, h, nk, device)
+        check_scale("v_scale", v_scale, b, h, nk, device)
         if self._bias is not None:
             _schema.expect("bias", self._bias, shape=(h, nq, nk))
         if mask is not None:
-            _schema.expect("mask", mask, dtype=_schema.FLOATS, shape=(None, None, nk), device=device)
-            if mask.shape[0] == 0 or b % mask.shape[0] or mask.shape[1] not in (1, nq):
-                raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (a divisor of {b}, 1 or {nq}, {nk})")
+            check_mask(mask, b, nq, nk, device)
 
     def qattention(
         self, *operands: Tensor, mask: Tensor | None, out_dtype: torch.dtype, backend: str | None = None
