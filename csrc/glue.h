@@ -15,6 +15,10 @@
 #include "common/parallel.h"
 #include "quantize/quantize_cpu.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name up to torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace vitq::glue {
 
 using torch::headeronly::ScalarType;
