@@ -35,8 +35,8 @@ def _bits(weights: int) -> dict:
 MODELS = {
     "W4A8 static": ("minmax-w4a4", {**STATIC, **_bits(4), "focus": {"anchor": "row", "power": 2.0}}),
     "W8A8 static": ("minmax-w4a4", {**STATIC, **_bits(8), "focus": {"anchor": "row", "power": 2.0}}),
-    "vitq-w4a8 (dynamic, rank 32)": ("vitq-w4a8", {}),
-    "vitq-w8a8 (dynamic, rank 32)": ("vitq-w8a8", {}),
+    "vitq-w4a8 (dynamic, rank 16)": ("vitq-w4a8", {}),
+    "vitq-w8a8 (dynamic, rank 16)": ("vitq-w8a8", {}),
 }
 
 

@@ -124,7 +124,7 @@ def picture(summary: dict[str, Any], path: Path) -> None:
         below.bar(x, [rows[n]["top1_integer"] for n in names], 0.19, color=colour)
         below.axhline(summary["float"][variant][split], color=colour, linewidth=0.8, linestyle="--")
     above.set_ylabel("logit SQNR of the\ninteger model, dB")
-    above.legend(ncols=4, fontsize=8, loc="upper left")
+    above.legend(ncols=4, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
     below.set_ylabel("top-1 of the integer\nmodel, % (dashed: float)")
     # Bars start at zero unless all are high: then the differences are what matters.
     lowest = min(run["top1_integer"] for run in summary["runs"])
@@ -135,4 +135,5 @@ def picture(summary: dict[str, Any], path: Path) -> None:
 
 def _label(name: str, summary: dict[str, Any]) -> str:
     row = next(r for r in summary["runs"] if r["recipe"] == name)
-    return f"{name}\n{row['megabytes']:.2f} MB, {row['speedup']:.2f}x"
+    method, _, bits = name.rpartition("-")
+    return f"{method}\n{bits}\n{row['megabytes']:.2f} MB, {row['speedup']:.2f}x"
