@@ -95,17 +95,21 @@ class Linear {
     auto* codes = codes_.template at<typename P::Code>();
     auto* terms = row_terms_.template at<int32_t>();
     pool_for(args_.pool, args_.m, ceil_div(1 << 16, w_.k + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int8_t* x = args_.x + i * w_.k;
-        auto* out = codes + i * lda_;
-        for (int64_t k = 0; k < w_.k; ++k) out[k] = static_cast<typename P::Code>(x[k] + P::kCodeOffset);
-        for (int64_t k = w_.k; k < lda_; ++k) out[k] = 0;
-        int32_t sum = 0;
-        if constexpr (P::kWeightOffset != 0)
-          for (int64_t k = 0; k < w_.k; ++k) sum += x[k];
-        terms[i] = -P::kWeightOffset * sum;
-      }
+      for (int64_t i = begin; i < end; ++i)
+        terms[i] = -P::kWeightOffset * prepare_row(args_.x + i * w_.k, codes + i * lda_, w_.k, lda_);
     });
+  }
+
+  // Returns the row's sum where it is needed. Bytes may alias anything, the members of *this, too: without
+  // `restrict` and sizes by value this is a loop over single bytes, and takes longer than the products.
+  static int32_t prepare_row(const int8_t* __restrict x, typename P::Code* __restrict out, int64_t k,
+                             int64_t padded) {
+    for (int64_t i = 0; i < k; ++i) out[i] = static_cast<typename P::Code>(x[i] + P::kCodeOffset);
+    for (int64_t i = k; i < padded; ++i) out[i] = 0;
+    int32_t sum = 0;
+    if constexpr (P::kWeightOffset != 0)
+      for (int64_t i = 0; i < k; ++i) sum += x[i];
+    return sum;
   }
 
   // Rows [row, last) of panel p into dst (element [row, n0] at dst, row stride ld) or, if null, into

@@ -47,6 +47,11 @@ void quantize_group(const float* x, int64_t n, float inverse, float low, float h
   }
 }
 
+// Arguments by value: q may alias whatever holds them.
+void look_up(const int8_t* __restrict lut, int64_t n, int8_t* __restrict q) {
+  for (int64_t i = 0; i < n; ++i) q[i] = lut[q[i] + 128];
+}
+
 }  // namespace
 
 void quantize_rows(const QuantTail& tail, const float* x, float* residual, int64_t ld, int64_t row0,
@@ -83,8 +88,7 @@ void quantize_rows(const QuantTail& tail, const float* x, float* residual, int64
       }
       quantize_group(in, width, 1.0f / scale, low, high, tail.zero_point, q + g * width);
     }
-    if (tail.lut != nullptr)
-      for (int64_t c = 0; c < tail.k; ++c) q[c] = tail.lut[q[c] + 128];
+    if (tail.lut != nullptr) look_up(tail.lut, tail.k, q);
   }
 }
 
