@@ -24,7 +24,6 @@ RECIPES = (
     "aiqvit-w8a8",
     "aiqvit-w4a8",
     "aiqvit-w4a4",
-    "aiqvit-extended-w4a4",
     "aiqvit-w3a3",
     "vitq-w8a8",
     "vitq-w4a8",
