@@ -33,28 +33,26 @@ Tensor layer_norm(const Tensor& x_, OptTensor weight, OptTensor bias, double eps
   return y;
 }
 
-Tensor project(const Tensor& x_, const Tensor& basis_) {
-  const Tensor x = dense(x_), basis = dense(basis_);
-  STD_TORCH_CHECK(x.dim() == 2 && basis.dim() == 2, "x and basis have ", x.dim(), " and ", basis.dim(),
-                  " dimensions, expected [M, K] and [R, K]");
-  const int64_t m = x.size(0), k = x.size(1), rank = basis.size(0);
-  Tensor t = new_tensor({m, rank}, ScalarType::Float);
-  const LowRankArgs args{
-      floats(x, m * k, "x"), floats(basis, rank * k, "basis"), m, k, rank, new_floats(t), pool()};
-  if (m > 0) VITQ_DISPATCH(project)(args);
-  return t;
+// basis [R, K]; in [M, K] to [M, R] (project) or [M, R] to [M, K] (expand).
+template <class Kernel>
+Tensor low_rank(const Tensor& in_, const Tensor& basis_, bool expands, Kernel kernel) {
+  const Tensor in = dense(in_), basis = dense(basis_);
+  STD_TORCH_CHECK(in.dim() == 2 && basis.dim() == 2, "input and basis have ", in.dim(), " and ", basis.dim(),
+                  " dimensions, expected two each");
+  const int64_t m = in.size(0), rank = basis.size(0), k = basis.size(1);
+  Tensor out = new_tensor({m, expands ? k : rank}, ScalarType::Float);
+  const float* source = floats(in, m * (expands ? rank : k), "input");
+  const LowRankArgs args{source, floats(basis, rank * k, "basis"), m, k, rank, new_floats(out), pool()};
+  if (m > 0) kernel(args);
+  return out;
 }
 
-Tensor expand(const Tensor& t_, const Tensor& basis_) {
-  const Tensor t = dense(t_), basis = dense(basis_);
-  STD_TORCH_CHECK(t.dim() == 2 && basis.dim() == 2, "t and basis have ", t.dim(), " and ", basis.dim(),
-                  " dimensions, expected [M, R] and [R, K]");
-  const int64_t m = t.size(0), rank = t.size(1), k = basis.size(1);
-  Tensor x = new_tensor({m, k}, ScalarType::Float);
-  const LowRankArgs args{
-      floats(t, m * rank, "t"), floats(basis, rank * k, "basis"), m, k, rank, new_floats(x), pool()};
-  if (m > 0) VITQ_DISPATCH(expand)(args);
-  return x;
+Tensor project(const Tensor& x, const Tensor& basis) {
+  return low_rank(x, basis, false, VITQ_DISPATCH(project));
+}
+
+Tensor expand(const Tensor& t, const Tensor& basis) {
+  return low_rank(t, basis, true, VITQ_DISPATCH(expand));
 }
 
 Tensor gelu(const Tensor& x_, bool tanh) {

@@ -3,12 +3,15 @@
 //
 // A tile is kRows activation rows by kBlocks blocks of 16 weight rows over the whole of K, exact in int32. A
 // policy says
-//   Code                 activation element in the prepared matrix [M, 4·k4], zero padded
-//   kCodeOffset          what prepare() added to every activation: the sum is too large by
-//   kCodeOffset·col_sum[n] kWeightOffset        what the panel adds to every weight: the sum is too large by
-//   kWeightOffset·Σ_k x[m][k] block_bytes(k4)      of one decoded 16-row block; 0: the packed int8 block is
-//   used as it is decode()             one packed block → one decoded block tile<MR>() out[MR][16·kBlocks]
-//   int32
+//
+// - Code: an activation in the prepared matrix [M, 4·k4], zero padded;
+// - kCodeOffset: what prepare() added to every activation, so that sums are too large by it times col_sum[n];
+// - kWeightOffset: what the panel adds to every weight, so that sums are too large by it times Σ_k x[m][k];
+// - kStepBytes: of one k4 step of a decoded 16-row block; kReadsInt8: packed int8 blocks are used as they
+// are;
+// - decode(): one packed block to one decoded block;
+// - tile<MR>(): out [MR, 16·kBlocks] int32.
+//
 // Sums may wrap on the way; they are exact modulo 2^32, and the true sum fits (K <= 65,793).
 #pragma once
 

@@ -101,7 +101,7 @@ class Linear {
   }
 
   // Returns the row's sum where it is needed. Bytes may alias anything, the members of *this, too: without
-  // `restrict` and sizes by value this is a loop over single bytes, and takes longer than the products.
+  // `restrict` and sizes by value this is a loop over single bytes that takes nearly as long as the products.
   static int32_t prepare_row(const int8_t* __restrict x, typename P::Code* __restrict out, int64_t k,
                              int64_t padded) {
     for (int64_t i = 0; i < k; ++i) out[i] = static_cast<typename P::Code>(x[i] + P::kCodeOffset);

@@ -99,10 +99,10 @@ def test_integer_logits_are_the_simulated_ones(name, state):
     s = minmax_state(model, x, **STATES[state])
     integer, sim = to_integer(model, s), to_simulated(model, s)
     logits = []
-    for name in BACKENDS:
-        with backend(name), torch.no_grad():
+    for back_end in BACKENDS:
+        with backend(back_end), torch.no_grad():
             logits.append(integer(x))
-            assert torch.equal(sim(x), logits[-1]), name
+            assert torch.equal(sim(x), logits[-1]), back_end
     # Between back ends codes beside a tie differ, and that is all.
     assert sqnr(logits[0], logits[-1]) > 18
 
