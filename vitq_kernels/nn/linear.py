@@ -96,6 +96,12 @@ class QLinear(QModule):
         return self.norm, self.input, layer
 
     @property
+    def gathers(self) -> bool:
+        """True if :meth:`encode` reads its rows through a map: LayerNorm and quantization are one pass here."""
+        norm, quantizer, _ = self.prepared()
+        return norm is not None and quantizer is not None
+
+    @property
     def takes(self) -> Quantizer | None:
         """What the layer before may quantize its result with; None where this one takes floats."""
         norm, quantizer, _ = self.prepared()
@@ -117,11 +123,14 @@ class QLinear(QModule):
             self.repack()
         return self
 
-    def encode(self, x: Tensor | QTensor) -> Tensor | QTensor:
-        """What the product consumes: norm(x) quantized, or float for a weight-only layer; a QTensor as it is."""
-        return self._encode(x, self.prepared())
+    def encode(self, x: Tensor | QTensor, gather: Tensor | None = None) -> Tensor | QTensor:
+        """What the product consumes: norm(x) quantized, or float for a weight-only layer; a QTensor as it is.
 
-    def _encode(self, x: Tensor | QTensor, prepared: tuple) -> Tensor | QTensor:
+        Args: gather: as :func:`vitq_kernels.layer_norm_quantize`, for floats where the layer :attr:`gathers`.
+        """
+        return self._encode(x, self.prepared(), gather)
+
+    def _encode(self, x: Tensor | QTensor, prepared: tuple, gather: Tensor | None = None) -> Tensor | QTensor:
         norm, quantizer, _ = prepared
         if isinstance(x, QTensor):
             return x
@@ -132,7 +141,7 @@ class QLinear(QModule):
         # The norm may replace γ and β at any time: where they are plain parameters, past nn.Module's slow look-up.
         own = norm._parameters
         weight, bias = (own["weight"], own["bias"]) if len(own) == 2 else (norm.weight, norm.bias)
-        return run_layer_norm_quantize(x, weight, bias, norm.eps, quantizer.prepared(), self.backend)
+        return run_layer_norm_quantize(x, weight, bias, norm.eps, quantizer.prepared(), gather, self.backend)
 
     def forward(
         self,

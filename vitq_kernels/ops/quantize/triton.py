@@ -45,13 +45,23 @@ def _row_offset(row, inner, outer_stride, row_stride):
 
 
 @triton.jit
-def _affine(x, gamma, beta, col, col_mask):
-    """x·γ + β, columns along the last dimension."""
+def _source(row, row_mask, gather, slots, tokens):
+    """The rows of x that these rows of the result come from, and which of them come from any."""
+    if gather is None:
+        return row, row_mask
+    else:
+        token = tl.load(gather + row % slots, mask=row_mask, other=-1)
+        return (row // slots) * tokens + token, token >= 0
+
+
+@triton.jit
+def _affine(x, gamma, beta, col, col_mask, mask):
+    """x·γ + β, columns along the last dimension; zero outside ``mask``."""
     if gamma is not None:
         x = x * load_float(gamma + col, col_mask)[None, :]
     if beta is not None:
         x = x + load_float(beta + col, col_mask)[None, :]
-    return tl.where(col_mask[None, :], x, 0.0)
+    return tl.where(mask, x, 0.0)
 
 
 @triton.jit
@@ -67,6 +77,9 @@ def _whole(
     outer_stride,
     row_stride,
     col_stride,
+    gather,  # [slots] int32 or None: M rows are slots of images that have ``tokens`` rows in x
+    slots,
+    tokens,
     gamma,  # [K] or None
     beta,  # [K] or None
     scale,  # [groups] or [M, groups] (scale_stride = groups); None: dynamic
@@ -92,14 +105,16 @@ def _whole(
     col = tl.arange(0, BLOCK_K)
     row_mask, col_mask = row < M, col < K
     mask = row_mask[:, None] & col_mask[None, :]
-    offset = _row_offset(row, inner, outer_stride, row_stride)
-    v = load_float(x + offset[:, None] + (group * K + col)[None, :].to(tl.int64) * col_stride, mask)
+    source, present = _source(row, row_mask, gather, slots, tokens)
+    present = present[:, None] & col_mask[None, :]
+    offset = _row_offset(source, inner, outer_stride, row_stride)
+    v = load_float(x + offset[:, None] + (group * K + col)[None, :].to(tl.int64) * col_stride, present)
     if NORM:
         # The first mean only centres; what it is off by, the second one takes out (a mean of small numbers).
         v = tl.where(col_mask[None, :], v - (tl.sum(v, 1) / count)[:, None], 0.0)
         mean = tl.sum(v, 1) / count
         rstd = _reciprocal_deviation(tl.sum(v * v, 1), mean, count, eps)
-        v = _affine((v - mean[:, None]) * rstd[:, None], gamma, beta, col, col_mask)
+        v = _affine((v - mean[:, None]) * rstd[:, None], gamma, beta, col, col_mask, present)
     if row_qmax is not None:
         high = tl.load(row_qmax + row, mask=row_mask, other=1).to(tl.float32)[:, None]
         low = -high
@@ -120,7 +135,7 @@ def _chunk(x, offset, row_mask, col, col_mask, col_stride, gamma, beta, centre, 
     mask = row_mask[:, None] & col_mask[None, :]
     v = load_float(x + offset[:, None] + col[None, :].to(tl.int64) * col_stride, mask)
     if centre is not None:
-        v = _affine((v - centre[:, None] - mean[:, None]) * rstd[:, None], gamma, beta, col, col_mask)
+        v = _affine((v - centre[:, None] - mean[:, None]) * rstd[:, None], gamma, beta, col, col_mask, mask)
     return v
 
 
@@ -152,6 +167,9 @@ def _chunked(
     outer_stride,
     row_stride,
     col_stride,
+    gather,  # [slots] int32 or None: M rows are slots of images that have ``tokens`` rows in x
+    slots,
+    tokens,
     gamma,  # [K] or None
     beta,  # [K] or None
     scale,  # [groups] or [M, groups] (scale_stride = groups); None: dynamic
@@ -181,19 +199,20 @@ def _chunked(
 ):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < M
-    offset = _row_offset(row, inner, outer_stride, row_stride)
+    source, present = _source(row, row_mask, gather, slots, tokens)
+    offset = _row_offset(source, inner, outer_stride, row_stride)
     rank = tl.arange(0, RANK)
     zeros = tl.zeros((BLOCK_M,), tl.float32)
     centre, mean, rstd = zeros, zeros, zeros
     if NORM:
         for k in range(0, K, WIDE_K):
             col = k + tl.arange(0, WIDE_K)
-            centre += tl.sum(_chunk(x, offset, row_mask, col, col < K, col_stride, None, None, None, None, None), 1)
+            centre += tl.sum(_chunk(x, offset, present, col, col < K, col_stride, None, None, None, None, None), 1)
         centre = centre / count
         squares = zeros
         for k in range(0, K, WIDE_K):
             col = k + tl.arange(0, WIDE_K)
-            v = _chunk(x, offset, row_mask, col, col < K, col_stride, None, None, None, None, None)
+            v = _chunk(x, offset, present, col, col < K, col_stride, None, None, None, None, None)
             v = tl.where((col < K)[None, :], v - centre[:, None], 0.0)
             mean += tl.sum(v, 1)
             squares += tl.sum(v * v, 1)
@@ -206,7 +225,7 @@ def _chunked(
     if SUBSPACE:
         for k in range(0, K, BLOCK_K):
             col = k + tl.arange(0, BLOCK_K)
-            v = _chunk(x, offset, row_mask, col, col < K, col_stride, gamma, beta, centre, mean, rstd)
+            v = _chunk(x, offset, present, col, col < K, col_stride, gamma, beta, centre, mean, rstd)
             t = _add_projection(t, v, lora_down, rank, col, col < K, K, R)
         # What is subtracted here and what lora_up multiplies later is one and the same number.
         t = narrow(t, lora_down.dtype.element_ty).to(tl.float32)
@@ -222,7 +241,7 @@ def _chunked(
             step: tl.constexpr = BLOCK_K if SUBSPACE else WIDE_K
             for k in range(begin, end, step):
                 col = k + tl.arange(0, step)
-                v = _chunk(x, offset, row_mask, col, col < end, col_stride, gamma, beta, centre, mean, rstd)
+                v = _chunk(x, offset, present, col, col < end, col_stride, gamma, beta, centre, mean, rstd)
                 if SUBSPACE:
                     v = _without_subspace(v, t, lora_down, rank, col, col < end, K, R)
                 absmax = tl.maximum(absmax, tl.max(magnitude(v), 1))
@@ -233,7 +252,7 @@ def _chunked(
             inverse = static_inverse(scale, row[:, None] * scale_stride + group, row_mask[:, None])
         for k in range(begin, end, BLOCK_K):
             col = k + tl.arange(0, BLOCK_K)
-            v = _chunk(x, offset, row_mask, col, col < end, col_stride, gamma, beta, centre, mean, rstd)
+            v = _chunk(x, offset, present, col, col < end, col_stride, gamma, beta, centre, mean, rstd)
             if SUBSPACE:
                 v = _without_subspace(v, t, lora_down, rank, col, col < end, K, R)
             elif lora_down is not None:
@@ -266,25 +285,31 @@ def quantize_rows(
     lut: Tensor | None,
     lora_down: Tensor | None,
     subspace: bool,
+    gather: Tensor | None = None,
+    tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both ops; ``norm`` is (γ, β, eps) or None.
+    """Both ops; ``norm`` is (γ, β, eps) or None. With ``gather``, result [B, S, K] of images of ``tokens`` rows.
 
     Raises: ValueError for a rank above ``MAX_RANK``.
     """
     rows = host.rows_of(x)
-    m, k = rows.m, rows.k
+    m, k, shape = rows.m, rows.k, x.shape
+    if gather is not None:
+        shape = (x.shape[0], gather.shape[0], k)
+        m = shape[0] * shape[1]
     rank = 0 if lora_down is None else lora_down.shape[0]
     if rank > MAX_RANK:
         raise ValueError(f"lora_down has rank {rank}, the triton back end serves at most {MAX_RANK}")
     device, f32 = x.device, torch.float32
-    q = torch.empty(x.shape, dtype=torch.int8, device=device)
+    q = torch.empty(shape, dtype=torch.int8, device=device)
     out_scale = torch.empty((m, groups) if scale is None else (0,), dtype=f32, device=device)
     t = torch.empty((m, rank) if lora_down is not None else (0,), dtype=f32, device=device)
     if m == 0:
         return q, out_scale, t
     gamma, beta, eps = norm or (None, None, 0.0)
     low, high = qmin - zero_point, qmax - zero_point  # dynamic scales have no zero point: absmax becomes qmax
-    inputs = (*rows.arguments, _dense(gamma), _dense(beta))
+    windows = (None, None, None) if gather is None else (_dense(gather), gather.shape[0], tokens)
+    inputs = (*rows.arguments, *windows, _dense(gamma), _dense(beta))
     scale_stride = groups if scale is not None and scale.dim() == 2 else 0
     epilogue = (_dense(scale), scale_stride, _dense(row_qmax), _dense(lut))
     floats = (float(k), float(eps), float(low), float(high), zero_point)
