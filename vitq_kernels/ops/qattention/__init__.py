@@ -80,7 +80,7 @@ def check_mask(mask: Tensor, b: int, nq: int, nk: int, device: torch.device) -> 
 
 
 def check_scatter(scatter: Tensor, tokens: int, b: int, n: int, device: torch.device) -> None:
-    """TypeError/ValueError unless ``scatter`` is int32 [nW·N] on ``device``, nW divides B and it can fill ``tokens``."""
+    """TypeError/ValueError unless ``scatter`` is int32 [nW·N] on ``device``, nW divides B, and T ≤ nW·N tokens."""
     _schema.expect("scatter", scatter, dtype=torch.int32, shape=(None,), device=device)
     slots = scatter.shape[0]
     if slots == 0 or n == 0 or slots % n or b % (slots // n):
@@ -269,8 +269,8 @@ def qattention_quantize(
 ) -> QTensor:
     """q = quantize(qattention(…), out) over rows of all heads [B·Nq, H·d]; arguments as :func:`qattention`.
 
-    Returns:  QTensor of :func:`qattention`'s shape, with the projection's t if ``out.lora_down`` is given. Scales, t and
-              per-row parts of ``out`` are in the order of the result's rows.
+    Returns:  QTensor of :func:`qattention`'s shape, with the projection's t if ``out.lora_down`` is given. Scales, t
+              and per-row parts of ``out`` are in the order of the result's rows.
     Backends: ref any | cpu
     """
     _schema.expect("q", q, dtype=torch.int8, shape=_ANY)
