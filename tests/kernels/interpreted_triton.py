@@ -78,6 +78,12 @@ def test_layer_norm_in_chunks(monkeypatch, whole, k):
     for subspace in (False, True):
         a = vk.ActQuant(lora_down=directions(3, k), subspace=subspace)
         layer_norm_tests.check(x, weight, bias, a, "triton")
+    gather = torch.tensor([5, -1, 0, 0, 6, -1, 2, 3], dtype=torch.int32)
+    for quant in ({}, {"lora_down": directions(3, k)}, {"lora_down": directions(3, k), "subspace": True}):
+        a = vk.ActQuant(**quant)
+        out = layer_norm_tests.check(torch.stack((x, x.flip(0))), weight, bias, a, "triton", gather=gather)
+        assert (out.scale.reshape(2, 8)[:, gather < 0] == 1.0).all()
+        assert not out.q[:, gather < 0].any()
 
 
 def test_layer_norm_with_groups():
@@ -302,6 +308,25 @@ BUGS = {
     "last column": lambda kernel, a: a.update(N=a["N"] - 1) if kernel == "_product" else None,
     "nibbles swapped": None,
 }
+
+
+GATHER_BUGS = {
+    "image": lambda a: a.update(tokens=a["tokens"] - 1),
+    "slot": lambda a: a.update(gather=a["gather"].roll(1)),
+    "padding": lambda a: a.update(gather=a["gather"].clamp(min=0)),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("bug", GATHER_BUGS)
+def test_planted_gather_bugs_are_caught(bug, rank, monkeypatch):
+    x = torch.randn(2, 7, 40, generator=generator())
+    gather = torch.tensor([5, -1, 0, 0, 6, -1, 2, 3], dtype=torch.int32)
+    a = vk.ActQuant(scale=torch.tensor([0.03]), lora_down=directions(rank, 40) if rank else None)
+    layer_norm_tests.check(x, None, None, a, "triton", gather=gather)
+    monkeypatch.setattr(host, "launch", _launching(lambda kernel, named: GATHER_BUGS[bug](named)))
+    with pytest.raises(AssertionError, match=r"\d+ of \d+ (elements|codes) off"):
+        layer_norm_tests.check(x, None, None, a, "triton", gather=gather)
 
 
 @pytest.mark.parametrize("bug", BUGS)

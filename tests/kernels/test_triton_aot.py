@@ -44,7 +44,7 @@ def rows(norm: bool, **quant):
 
     def run():
         if norm:
-            layer_norm_quantize.layer_norm_quantize(x, gamma, gamma, 1e-6, *flat(vk.ActQuant(**quant)))
+            layer_norm_quantize.layer_norm_quantize(x, gamma, gamma, 1e-6, *flat(vk.ActQuant(**quant)), None, 0)
         else:
             quantize.quantize(x, *flat(vk.ActQuant(**quant)))
 
@@ -137,7 +137,14 @@ def test_compiled_kernels(name, capability, instruction, registers, kilobytes):
 def wide(**quant):
     """LayerNorm and quantization of rows with two strides, in float16."""
     x = torch.empty(8, 198, 768, dtype=torch.float16)[:, 1:]
-    layer_norm_quantize.layer_norm_quantize(x, None, None, 1e-6, *flat(vk.ActQuant(**quant)))
+    layer_norm_quantize.layer_norm_quantize(x, None, None, 1e-6, *flat(vk.ActQuant(**quant)), None, 0)
+
+
+def windows(**quant):
+    """LayerNorm and quantization of 56² tokens into windows of 7², as Swin's first stage."""
+    x, gamma = torch.empty(2, 56, 56, 96, dtype=BF16), torch.empty(96)
+    a = flat(vk.ActQuant(**quant))
+    layer_norm_quantize.layer_norm_quantize(x, gamma, gamma, 1e-6, *a, torch.empty(3136, dtype=torch.int32), 3136)
 
 
 TABLE, BITS = torch.empty(256, dtype=I8), torch.empty(6304, dtype=torch.int32)
@@ -149,6 +156,8 @@ BRANCHES = {
     "LayerNorm, groups, t, subspace": rows(True, groups=3, lora_down=DOWN.float(), subspace=True)[3],
     "two strides": wide,
     "two strides, t": lambda: wide(lora_down=DOWN.half()),
+    "LayerNorm into windows": windows,
+    "LayerNorm into windows, t, subspace": lambda: windows(lora_down=DOWN[:, :96].contiguous(), subspace=True),
     "product, scales per group": product(6304, 768, 768, "w8", quant={"groups": 3, "scale": PER_ROW[0]})[3],
     "product, scales per row and group": product(6304, 768, 768, "w8", quant={"groups": 3, "scale": PER_ROW})[3],
     "product, table, row_qmax": product(6304, 768, 768, "w4", quant={"scale": ONE, "lut": TABLE, "row_qmax": BITS})[3],

@@ -138,7 +138,7 @@ class WindowMap(QModule):
         return replace(x, q=q, **rows)
 
     def _gather(self, x: Tensor, b: int, pad: float) -> Tensor:
-        x = x.reshape(b, -1, x.shape[-1])
+        x = x.reshape(b, self.reverse_index.numel(), x.shape[-1])
         if self.window.padded:
             x = torch.nn.functional.pad(x, (0, 0, 0, 1), value=pad)
         return x.index_select(1, self.partition_index)
