@@ -141,10 +141,10 @@ def wide(**quant):
 
 
 def windows(**quant):
-    """LayerNorm and quantization of 56² tokens into windows of 7², as Swin's first stage."""
-    x, gamma = torch.empty(2, 56, 56, 96, dtype=BF16), torch.empty(96)
-    a = flat(vk.ActQuant(**quant))
-    layer_norm_quantize.layer_norm_quantize(x, gamma, gamma, 1e-6, *a, torch.empty(3136, dtype=torch.int32), 3136)
+    """LayerNorm and quantization of 28² tokens into windows, as Swin's second stage."""
+    x, gamma = torch.empty(8, 28, 28, 192, dtype=BF16), torch.empty(192)
+    gather = torch.empty(784, dtype=torch.int32)
+    layer_norm_quantize.layer_norm_quantize(x, gamma, gamma, 1e-6, *flat(vk.ActQuant(**quant)), gather, 784)
 
 
 TABLE, BITS = torch.empty(256, dtype=I8), torch.empty(6304, dtype=torch.int32)
@@ -157,7 +157,7 @@ BRANCHES = {
     "two strides": wide,
     "two strides, t": lambda: wide(lora_down=DOWN.half()),
     "LayerNorm into windows": windows,
-    "LayerNorm into windows, t, subspace": lambda: windows(lora_down=DOWN[:, :96].contiguous(), subspace=True),
+    "LayerNorm into windows, t, subspace": lambda: windows(lora_down=DOWN[:, :192].contiguous(), subspace=True),
     "product, scales per group": product(6304, 768, 768, "w8", quant={"groups": 3, "scale": PER_ROW[0]})[3],
     "product, scales per row and group": product(6304, 768, 768, "w8", quant={"groups": 3, "scale": PER_ROW})[3],
     "product, table, row_qmax": product(6304, 768, 768, "w4", quant={"scale": ONE, "lut": TABLE, "row_qmax": BITS})[3],
