@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_qattention import BACKENDS, FOCUSES, ISAS, arguments, call, dirty_memory, flat_args, make, native, pinned
+from test_qattention import BACKENDS, FOCUSES, ISAS, arguments, call, flat_args, make, native, pinned
 
 from vitq_kernels.formats import ActQuant
 from vitq_kernels.ops import qattention, qattention_quantize, quantize
+from vitq_kernels.testing import poison
 
 
 def make_scatter(windows, n, tokens, seed=0):
@@ -48,7 +49,7 @@ def test_scatter_moves_rows(backend, images, windows, n, kept, dtype, mask, seed
     tokens = max(1, int(kept * windows * n))
     data = make(images * windows, 2, n, n, 8, "per_head", True, (windows, True) if mask and images else None, seed)
     scatter = make_scatter(windows, n, tokens, seed)
-    with dirty_memory():
+    with poison(0x7F):
         got = call(data, FOCUSES["row4"], backend, scatter=scatter, tokens=tokens, out_dtype=dtype)
     want = call(data, FOCUSES["row4"], backend, out_dtype=dtype)
     assert got.is_contiguous()
@@ -86,7 +87,7 @@ def test_quantized_rows_are_those_of_the_images(backend, out, order):
     kw = {"focus": FOCUSES["row8"], "softmax_scale": softmax_scale, "bias": bias, "mask": mask}
     kw |= {"scatter": scatter, "tokens": 35}
     with pinned(backend):
-        with dirty_memory():
+        with poison(0x7F):
             got = qattention_quantize(*operands, out=out, **kw)
         want = quantize(qattention(*operands, **kw), out)
     assert torch.equal(got.q, want.q)
@@ -124,7 +125,7 @@ BUGS = {
 def test_planted_bugs_are_caught(backend, bug):
     data, scatter = make(b=4), make_scatter(2, 9, 15)
     want = moved(call(data, FOCUSES["row8"], backend), scatter, 15)
-    with dirty_memory():
+    with poison(0x7F):
         assert torch.equal(call(data, FOCUSES["row8"], backend, scatter=scatter, tokens=15), want)
         assert not torch.equal(call(data, FOCUSES["row8"], backend, scatter=BUGS[bug](scatter), tokens=15), want)
 
