@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ...triton import host
 from ...triton.device import (
+    branch_value,
     dot_operand,
     dynamic_scale,
     encode,
     float_dot,
     load_float,
     magnitude,
-    narrow,
     static_inverse,
 )
 
@@ -70,6 +70,16 @@ def _reciprocal_deviation(square_sum, mean, count, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(square_sum / count - mean * mean + eps))
 
 
+@triton.jit
+def normalized(v, gamma, beta, col, col_mask, mask, count, eps):
+    """LayerNorm of whole rows in registers, columns along the last dimension; zero outside ``mask``."""
+    # The first mean only centres; what it is off by, the second one takes out (a mean of small numbers).
+    v = tl.where(col_mask[None, :], v - (tl.sum(v, 1) / count)[:, None], 0.0)
+    mean = tl.sum(v, 1) / count
+    rstd = _reciprocal_deviation(tl.sum(v * v, 1), mean, count, eps)
+    return _affine((v - mean[:, None]) * rstd[:, None], gamma, beta, col, col_mask, mask)
+
+
 @triton.jit(do_not_specialize=["zero_point"])
 def _whole(
     x,  # [M, groups·K], any strides
@@ -110,11 +120,7 @@ def _whole(
     offset = _row_offset(source, inner, outer_stride, row_stride)
     v = load_float(x + offset[:, None] + (group * K + col)[None, :].to(tl.int64) * col_stride, present)
     if NORM:
-        # The first mean only centres; what it is off by, the second one takes out (a mean of small numbers).
-        v = tl.where(col_mask[None, :], v - (tl.sum(v, 1) / count)[:, None], 0.0)
-        mean = tl.sum(v, 1) / count
-        rstd = _reciprocal_deviation(tl.sum(v * v, 1), mean, count, eps)
-        v = _affine((v - mean[:, None]) * rstd[:, None], gamma, beta, col, col_mask, present)
+        v = normalized(v, gamma, beta, col, col_mask, present, count, eps)
     if row_qmax is not None:
         high = tl.load(row_qmax + row, mask=row_mask, other=1).to(tl.float32)[:, None]
         low = -high
@@ -228,7 +234,7 @@ def _chunked(
             v = _chunk(x, offset, present, col, col < K, col_stride, gamma, beta, centre, mean, rstd)
             t = _add_projection(t, v, lora_down, rank, col, col < K, K, R)
         # What is subtracted here and what lora_up multiplies later is one and the same number.
-        t = narrow(t, lora_down.dtype.element_ty).to(tl.float32)
+        t = branch_value(t, lora_down.dtype.element_ty).to(tl.float32)
 
     if row_qmax is not None:
         high = tl.load(row_qmax + row, mask=row_mask, other=1).to(tl.float32)[:, None]
