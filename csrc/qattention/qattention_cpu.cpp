@@ -294,7 +294,8 @@ void qattention_quantize(const QAttentionArgs& args, const QuantTail& tail) {
       while (slot < end) {
         const int64_t row = args.scatter.token_row(b * args.nq + slot);
         int64_t run = 1;
-        while (row >= 0 && slot + run < end && args.scatter.token_row(b * args.nq + slot + run) == row + run) ++run;
+        while (row >= 0 && slot + run < end && args.scatter.token_row(b * args.nq + slot + run) == row + run)
+          ++run;
         float* in = x + slot * tail.k;
         if (row >= 0) quantize_rows(tail, in, in, tail.k, row, run);
         slot += run;
