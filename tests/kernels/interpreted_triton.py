@@ -295,8 +295,14 @@ def _launching(change):
     return spoiled
 
 
+def _finish_early(a):
+    """As if one program of every row tile had been counted twice: the last one's share is missing."""
+    a["counters"].view(-1, 3)[:, 0] += 1
+    a["shares"].fill_(float("nan"))
+
+
 BUGS = {
-    "a tile's share of t": lambda kernel, a: a.update(parts=a["parts"] - 1) if kernel == "_add_shares" else None,
+    "a tile's share of t": lambda kernel, a: _finish_early(a),
     "zero point": lambda kernel, a: a.update(x_zero_point=a["x_zero_point"] + 1) if kernel == "_product" else None,
     "clamp": lambda kernel, a: a.update(high=a["high"] + 1) if kernel == "_product" else None,
     "last column": lambda kernel, a: a.update(N=a["N"] - 1) if kernel == "_product" else None,
