@@ -119,7 +119,8 @@ def test_one_launch_is_the_two_it_replaces(monkeypatch, name, norm):
     """To the bit, where rows are finished in the chunks that ``quantize`` takes; t of a tile's epilogue is summed tile
     by tile and has its own test. M ends inside a row tile and inside a unit."""
     monkeypatch.setattr(quantize_triton, "WHOLE_ROW", 16)
-    monkeypatch.setattr(qlinear_triton, "WIDE_ROW", 256 // 4)
+    warps = 4 >> QUANTS[name][1].get("subspace", False)
+    monkeypatch.setattr(qlinear_triton, "WIDE_ROW", 256 // warps)
     with host.recorded() as launches:
         got = run(name, norm)
     assert len(launches) == 1

@@ -51,7 +51,9 @@ def rows(norm: bool, **quant):
     return "w8", 6304, 768, run
 
 
-def product(m, k, n, weight, quant=None, activation=0, residual=False, table=False, branch=BF16, rank=32, x=I8):
+def product(
+    m, k, n, weight, quant=None, activation=0, residual=False, table=False, branch=BF16, rank=32, x=I8, norm=False
+):
     """(kind, M, N), the launches of a product with a rank-32 branch, bias, and per-token scales."""
     packed = weight == "w4"
     data = torch.empty(n, k // 2, dtype=torch.uint8) if packed else torch.empty(n, k, dtype=I8)
@@ -66,7 +68,10 @@ def product(m, k, n, weight, quant=None, activation=0, residual=False, table=Fal
             qlinear.qlinear_weight_only(codes, t, *weights, *tail, BF16)
             return
         common = (codes, torch.empty(m), 0, t, *weights, torch.empty(n, dtype=torch.int32), *tail)
-        if quant is None:
+        if norm:
+            gamma = torch.empty(n)
+            qlinear.qlinear_norm_quantize(*common, BF16, gamma, gamma, 1e-6, *flat(vk.ActQuant(**quant)))
+        elif quant is None:
             qlinear.qlinear(*common, BF16)
         else:
             qlinear.qlinear_quantize(*common, *flat(vk.ActQuant(**quant)))
@@ -86,6 +91,13 @@ KERNELS = {
     "w8, heads": product(6304, 768, 2304, "w8", quant={"groups": 36}),
     "w4, residual": product(6304, 3072, 768, "w4", residual=True),
     "w4, GELU, quantize, t": product(6304, 768, 3072, "w4", quant=FC1, activation=1),
+    "w4, quantize, whole rows": product(6304, 768, 3072, "w4", quant={}),
+    "w4, GELU, subspace": product(6304, 768, 3072, "w4", quant=FC1 | {"scale": None, "subspace": True}, activation=1),
+    "w8, residual, norm": product(6304, 768, 768, "w8", quant={}, residual=True, norm=True),
+    "w4, residual, norm, t": product(
+        6304, 768, 768, "w4", quant={"scale": ONE, "lora_down": DOWN}, residual=True, norm=True
+    ),
+    "w8, M=197, norm": product(197, 768, 768, "w8", quant={"lora_down": DOWN, "subspace": True}, norm=True),
     "w4, table": product(1576, 768, 768, "w4", table=True),
     "w4, float32 branch": product(1576, 768, 768, "w4", branch=torch.float32),
     "w4a16": product(1576, 768, 768, "w4", x=BF16),

@@ -71,8 +71,8 @@ SHARES, ROWS = tl.constexpr(1), tl.constexpr(2)
 """What the last program of a row tile finishes; 0 for nothing."""
 UNIT = tl.constexpr(quantize_triton.ROWS)
 """Rows that are finished at a time."""
-WIDE_ROW = 128
-"""Columns of such rows that are finished at a time, per warp: 64 values a thread."""
+WIDE_ROW = 64
+"""Columns of such rows that are finished at a time, per warp: 32 values a thread, half as many beside ``subspace``."""
 
 
 @triton.jit
@@ -423,7 +423,7 @@ def _launch(
         quant.norm_eps is not None,
         quant.subspace,
         chunk_columns(quant.rank) if by_rows else 0,
-        power_of_2(n, 16, WIDE_ROW * config.num_warps) if by_rows else 0,
+        power_of_2(n, 16, WIDE_ROW * config.num_warps >> quant.subspace) if by_rows else 0,
         config.block_m,
         config.block_n,
         config.block_k,
