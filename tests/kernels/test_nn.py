@@ -485,6 +485,13 @@ def test_branches_pinned_to_different_back_ends_are_not_fused():
     assert torch.equal(b(x), b.mlp(y, residual=y))
 
 
+def test_nothing_else_goes_between_a_layer_and_the_norm_behind_it():
+    b, x = block(), torch.randn(2, 9, 16, generator=gen(1))
+    for kw in ({"activation": "gelu_erf"}, {"out": vk.ActQuant()}):
+        with pytest.raises(ValueError, match="then is given with activation"):
+            b.attn.proj(x, then=b.mlp.fc1, **kw)
+
+
 def test_mlp_takes_what_its_first_layer_would_make():
     mlp, x = block().mlp, torch.randn(2, 9, 16, generator=gen(1))
     taken = mlp.fc1.encode(x)

@@ -162,6 +162,8 @@ class QLinear(QModule):
         prepared = self.prepared()
         coded, layer = self._encode(x, prepared), prepared[2]
         if then is not None:
+            if activation != "none" or out is not None:
+                raise ValueError(f"then is given with activation {activation!r} and out {out}, expected none of both")
             norm, quantizer, _ = then.prepared()
             if (
                 norm is not None

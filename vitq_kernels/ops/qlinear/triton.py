@@ -1,4 +1,4 @@
-"""Triton kernels of ``qlinear``, ``qlinear_quantize`` and ``qlinear_weight_only``.
+"""Triton kernels of ``qlinear``, ``qlinear_quantize``, ``qlinear_norm_quantize`` and ``qlinear_weight_only``.
 
 Roofline of one product: 2·M·N·K integer operations and 2·M·N·R of the branch in 16 bits (which count twice); reads
 M·K + N·K·(1 or ½) bytes of codes, 4·M·R of t, b·M·N of a residual, writes b·M·N floats or M·N codes. Floor: the larger
@@ -27,8 +27,10 @@ the last program of a row tile to arrive finishes it (see ``fixup``), bitwise re
             that the tiles have just stored, from the second-level cache: as floats in a workspace, 8·M·N bytes more,
             or, behind a residual, the output itself, 2·M·N bytes more to read.
 
-A pass over 16 rows takes a processor one or two microseconds, over a tile of 128 rows that much eight times, while the
-others multiply; the tiles that end the launch are shared among the programs that have nothing else to do.
+Estimated, not measured: finishing 16 rows of N=768 takes a processor two microseconds, a tile of 128 rows eight times
+that, while the others multiply; the row tiles that end the launch are shared among the programs that have nothing else
+to do. A second launch would use all processors at once, but costs its start and, behind a large product, its reads from
+memory instead of cache.
 """
 
 from __future__ import annotations
