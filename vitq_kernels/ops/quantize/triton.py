@@ -3,6 +3,7 @@
 Roofline: reads M·K·b bytes (b of the float), writes M·K codes and 4·M·(G + R) bytes of scales and t; 2·M·K·R operations
 for t (twice that with ``subspace``), a few per element besides. Floor: bytes / bandwidth. M=6304, K=768, bf16, R=32:
 14.5 + 0.8 MB, 3.6 µs at 4.3 TB/s; the 0.3 G operations of the branch are under 1 µs on 16-bit tensor cores.
+``gather`` (windows) adds 4 bytes a row, most of them from the cache: all images share one map.
 
 ``_whole``: BLOCK_M rows (of one column group) in registers, read once. ``_chunked``: 16 rows in chunks of K, for rows
 too long for registers, for t (what the tensor core multiplies comes in chunks) and for LayerNorm with several groups.
