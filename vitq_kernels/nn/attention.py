@@ -77,11 +77,19 @@ class QAttention(QModule):
         layer = PreparedAttention(self.focus, self.softmax_scale, self.bias, self.levels, self.levels.device)
         return layer, self.qkv, self.operands, self.window, self.proj
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        then: QLinear | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | QTensor]:
         """[B, N, C] float (windows: [B, H, W, C]) to the same shape.
 
-        Args:   residual: added last, in the epilogue of proj. mask ([G, 1 or N, N]): additive scores, image b uses
-                mask[b mod G]; None with windows, which bring their own.
+        Args:    residual: added last, in the epilogue of proj. mask ([G, 1 or N, N]): additive scores, image b uses
+                 mask[b mod G]; None with windows, which bring their own.
+                 then: the layer that follows, whose LayerNorm and quantization the epilogue of proj takes along.
+        Returns: y, or with ``then`` (y, what ``then`` takes of it): see :meth:`QLinear.forward`.
         """
         layer, qkv, operands, window, proj = self.prepared()
         options = {"mask": mask, "backend": self.backend}
@@ -103,7 +111,7 @@ class QAttention(QModule):
             y = layer.qattention_quantize(*heads, *scales, out=out.prepared(), **options)
         if window is not None:
             y = _shaped(y, *x.shape[:-1], width // 3)
-        return proj(y, residual=residual, out_dtype=x.dtype)
+        return proj(y, residual=residual, out_dtype=x.dtype, then=then)
 
     def _scales(self, scale: Tensor, b: int, n: int) -> tuple[Tensor, ...]:
         """Scales of q, k, v: [1] or [H] static, [B, H, N] dynamic."""
