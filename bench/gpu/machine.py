@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +28,13 @@ MOST_SETS = 256
 """Input sets that a small kernel rotates through at most."""
 COLD = 2.5
 """Bytes between two uses of one input set, in units of the second-level cache."""
+
+
+@dataclass
+class Peak:
+    """What :meth:`Machine.peak_memory` found."""
+
+    megabytes: float | None = None
 
 
 class Machine:
@@ -149,6 +159,20 @@ class Machine:
             first = once()
         rounds = min(max(round(1e3 * seconds / max(first, 1e-3)), 7), 60)
         return Timing.of([once() / calls for _ in range(rounds)])
+
+    @contextlib.contextmanager
+    def peak_memory(self) -> Iterator[Peak]:
+        """Sets ``megabytes``: the most that was allocated inside beyond what was before; None without a GPU."""
+        peak = Peak()
+        if self.dry:
+            yield peak
+            return
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        peak.megabytes = (torch.cuda.max_memory_allocated() - before) / 1e6
 
     def kernels(self, run: Callable[[], object]) -> list[str]:
         """Names of the GPU kernels that ``run`` launches, in order."""

@@ -105,6 +105,13 @@ def check(x, weight, w_scale, kw, out_dtype=torch.float32):
     return out
 
 
+def check_weight_only(out, x, t, weight, w_scale, kw):
+    codes = unpack_weight(weight).double()
+    terms = (x.double().abs() @ codes.abs().T) * w_scale.double()
+    y, bound = exact_linear((x.double() @ codes.T) * w_scale.double(), terms, x.shape[-1] + 2, t, kw)
+    assert_within(out, y, round_to(y, bound, x.dtype))
+
+
 @pytest.mark.parametrize("name", ["w8", "w4"])
 def test_hand_computed(implementation, name):
     layout, bits, _ = FORMATS[name]
@@ -294,10 +301,7 @@ def test_weight_only(implementation, m, k, n, r, seed):
     case, weight, w_scale, kw = make_case(g, m, k, n, r, list(FORMATS)[seed % 4], seed % 5 > 0, dtype=dtype)
     x = torch.randn(m, k, generator=g).to(dtype)
     out = vk.qlinear_weight_only(x, weight, w_scale, lora_t=case.t, **kw)
-    codes = unpack_weight(weight).double()
-    terms = (x.double().abs() @ codes.abs().T) * w_scale.double()
-    y, bound = exact_linear((x.double() @ codes.T) * w_scale.double(), terms, k + 2, case.t, kw)
-    assert_within(out, y, round_to(y, bound, dtype))
+    check_weight_only(out, x, case.t, weight, w_scale, kw)
 
 
 def test_leading_dimensions_and_strides(implementation):
