@@ -131,10 +131,11 @@ def poison(byte: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def offloaded(device: str) -> Iterator[None]:
-    """Inside, the back end ``triton`` takes CPU tensors and runs on ``device``: tests on CPU tensors try a GPU.
+    """Inside, the back end ``triton`` runs on ``device`` for tensors of any: tests on CPU tensors try a GPU.
 
-    Arguments are copied as they lie, with their strides, gaps and misalignment. Each call runs twice: with outputs whose
-    memory held NaN (the largest value, for integers), and on a stream of its own.
+    Arguments are copied as they lie, with their strides, gaps and misalignment, and results to where arguments were.
+    Each call runs twice: with outputs whose memory held NaN (the largest value, for integers), and on a stream of its
+    own.
 
     Raises: AssertionError where the two runs differ in a bit, with the op, the result and the first coordinate.
     """
@@ -150,6 +151,7 @@ def offloaded(device: str) -> Iterator[None]:
 
 def _remote(op: str, fn: Callable, device: str) -> Callable:
     def call(*arguments):
+        home = next(x.device for x in arguments if isinstance(x, Tensor))
         moved = [_move(x, device) if isinstance(x, Tensor) else x for x in arguments]
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is allocated
@@ -167,14 +169,14 @@ def _remote(op: str, fn: Callable, device: str) -> Callable:
         alone = isinstance(result, Tensor)
         for i, (a, b) in enumerate(zip((result,) if alone else result, (again,) if alone else again, strict=True)):
             _assert_same_bits(a, b, f"result {i} of {op}")
-        return result.cpu() if alone else tuple(x.cpu() for x in result)
+        return result.to(home) if alone else tuple(x.to(home) for x in result)
 
     return call
 
 
 def _move(x: Tensor, device: str) -> Tensor:
     """A copy with the strides and the offset of ``x``."""
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    storage = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
     return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 

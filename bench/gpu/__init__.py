@@ -10,7 +10,7 @@
 ``roofline``     bytes and operations of every kernel, and the time that they take at least
 ``goals``        what must be reached, and whether it was
 ``report``       the tables of the summary and of docs/gpu.md
-``tune``         the tables of ``vitq_kernels/tuning``
+``tune``         the tables of ``vitq_kernels/tuning``, from the configurations of ``candidates``
 ``warm``         compiles ahead, beside the tests, what will be timed
 
 Runs from a checkout, installed or not, with torch, triton, timm and pytest alone.

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +110,17 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def time(
-        self, run: Callable[[dict], object], inputs: dict[str, Tensor], *, seconds: float = 0.04, sets: int | None = None
+        self,
+        run: Callable[[dict], object],
+        inputs: dict[str, Tensor],
+        *,
+        seconds: float = 0.04,
+        sets: int | None = None,
     ) -> Timing:
         """Milliseconds of ``run(inputs)`` in a CUDA graph with a cold second-level cache.
 
-        The graph holds one call for each of as many copies of ``inputs`` as it takes to push one out of the cache before
-        it comes round again; where that is a single one, the cache is overwritten between replays.
+        The graph holds one call for each of as many copies of ``inputs`` as it takes to push one out of the cache
+        before it comes round again; where that is a single one, the cache is overwritten between replays.
 
         Args: sets: copies; None: what the size of the inputs asks for. seconds: about how long to replay.
         """
@@ -160,6 +165,11 @@ class Machine:
         rounds = min(max(round(1e3 * seconds / max(first, 1e-3)), 7), 60)
         return Timing.of([once() / calls for _ in range(rounds)])
 
+    def release(self) -> None:
+        """Hands back what the graphs of finished timings held."""
+        if not self.dry:
+            torch.cuda.empty_cache()
+
     @contextlib.contextmanager
     def peak_memory(self) -> Iterator[Peak]:
         """Sets ``megabytes``: the most that was allocated inside beyond what was before; None without a GPU."""
@@ -174,13 +184,14 @@ class Machine:
         yield peak
         peak.megabytes = (torch.cuda.max_memory_allocated() - before) / 1e6
 
-    def kernels(self, run: Callable[[], object]) -> list[str]:
-        """Names of the GPU kernels that ``run`` launches, in order."""
+    def kernels(self, variants: Iterable) -> list[str]:
+        """Names of the GPU kernels that the variants' ``run_once`` launch, in order."""
         if self.dry:
             return []
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
-            run()
+            for variant in variants:
+                variant.run_once()
             self.synchronize()
         on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         return [e.name for e in sorted(on_gpu, key=lambda e: e.time_range.start)]

@@ -39,13 +39,16 @@ class Variant:
     work: Work | None = None
     check: Callable[[Any], None] | None = None
 
+    def run_once(self) -> Any:
+        return self.run(self.inputs)
+
 
 def time_variants(machine: Machine, variants: dict[str, Variant]) -> dict[str, Any]:
     """Checks every variant, then times them. Raises: AssertionError, naming the variant, for a wrong result."""
     for name, variant in variants.items():
         if variant.check is not None:
             try:
-                variant.check(variant.run(variant.inputs))
+                variant.check(variant.run_once())
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
     row: dict[str, Any] = {"ms": {}, "p20": {}, "p80": {}, "of_floor": {}}
@@ -54,6 +57,7 @@ def time_variants(machine: Machine, variants: dict[str, Variant]) -> dict[str, A
         row["ms"][name], row["p20"][name], row["p80"][name] = timing.median, timing.p20, timing.p80
         if variant.work is not None:
             row["of_floor"][name] = variant.work.floor(machine.peaks) / timing.median * 1e3
+    machine.release()
     return row
 
 
@@ -77,20 +81,25 @@ def product_variants(machine: Machine, m: int, k: int, n: int) -> dict[str, Vari
     float_weight = torch.randn(n, k, generator=g, device=device).to(BF16) * k**-0.5
     int_weight = torch.randint(-127, 128, (n, k), generator=g, device=device, dtype=torch.int8)
     variants = {
-        "bf16": Variant(
-            lambda t: F.linear(t["x"], t["w"], t["b"]), {"x": x, "w": float_weight, "b": bias.to(BF16)}
-        ),
-        "_int_mm": Variant(lambda t: torch._int_mm(t["x"], t["w"].T), {"x": coded.q, "w": int_weight}),
+        "bf16": Variant(lambda t: F.linear(t["x"], t["w"], t["b"]), {"x": x, "w": float_weight, "b": bias.to(BF16)}),
     }
+    int_mm = Variant(lambda t: torch._int_mm(t["x"], t["w"].T), {"x": coded.q, "w": int_weight})
+    try:
+        int_mm.run_once()
+        variants["_int_mm"] = int_mm
+    except RuntimeError:  # it does not take every shape
+        pass
     for bits, weight in weights.items():
         for rank in (0, RANK):
             name = f"w{bits}" + (f" rank {RANK}" if rank else "")
-            variants[name] = _product(coded, weight, w_scale, bias, up if rank else None)
+            variants[name] = product(coded, weight, w_scale, bias, up if rank else None)
     variants[WHOLE] = _whole(x, down, weights[8], w_scale, bias, up)
     return variants
 
 
-def _layer(weight: PackedWeight, w_scale: Tensor, bias: Tensor, up: Tensor | None) -> tuple[dict[str, Tensor], Callable]:
+def _layer(
+    weight: PackedWeight, w_scale: Tensor, bias: Tensor, up: Tensor | None
+) -> tuple[dict[str, Tensor], Callable]:
     """Tensors of a layer, and the layer of such tensors."""
     tensors = {"w": weight.data, "sum": weight.col_sum, "s": w_scale, "b": bias}
     if up is not None:
@@ -115,7 +124,7 @@ def _check_product(x: QTensor, weight: PackedWeight, w_scale: Tensor, bias: Tens
     return check
 
 
-def _product(x: QTensor, weight: PackedWeight, w_scale: Tensor, bias: Tensor, up: Tensor | None) -> Variant:
+def product(x: QTensor, weight: PackedWeight, w_scale: Tensor, bias: Tensor, up: Tensor | None) -> Variant:
     tensors, layer = _layer(weight, w_scale, bias, up)
     tensors |= {"q": x.q, "scale": x.scale} | ({} if up is None else {"t": x.t})
     m, k = x.q.shape
@@ -139,12 +148,12 @@ def _whole(x: Tensor, down: Tensor, weight: PackedWeight, w_scale: Tensor, bias:
 
 
 def products(machine: Machine) -> Iterator[dict[str, Any]]:
-    """One row per (M, K, N): speed-ups over bf16, the kernels that torch picked."""
+    """One row per (M, K, N); ``kernels``: what torch launched for bf16, then for ``_int_mm``."""
     for m, k, n in shapes.products(machine.dry):
         variants = product_variants(machine, m, k, n)
         with _named(f"product of M={m}, K={k}, N={n}"):
             row = time_variants(machine, variants)
-        names = {x: machine.kernels(lambda x=x: variants[x].run(variants[x].inputs)) for x in ("bf16", "_int_mm")}
+        names = machine.kernels([variants[x] for x in ("bf16", "_int_mm") if x in variants])
         tops = 2e-9 * m * k * n / row["ms"][ALONE]
         yield {"M": m, "K": k, "N": n, **row, "kernels": names, "tops": tops}
 
@@ -167,7 +176,7 @@ def row_variants(machine: Machine, m: int, k: int) -> dict[str, Variant]:
     a, s, d = ActQuant(), ActQuant(scale=scale), ActQuant(lora_down=down)
     return {
         "quantize": Variant(
-            lambda t: vk.quantize(t["x"], ActQuant()), plain, roofline.quantize(m, k), checked(quantize_oracle.check, x, a)
+            lambda t: vk.quantize(t["x"], a), plain, roofline.quantize(m, k), checked(quantize_oracle.check, x, a)
         ),
         "quantize, t": Variant(
             lambda t: vk.quantize(t["x"], ActQuant(lora_down=t["d"])), {"x": x, "d": down},

@@ -1,8 +1,8 @@
 """Bytes and operations of every kernel from its shapes, and its floor: the time that a GPU needs for them at least.
 
-Inputs are read once and outputs written once, whatever a cache makes of it. Integer and 16-bit products take turns on the
-tensor cores, so their times add up; exponentials have a unit of their own. Floor: the largest of memory, tensor cores
-and exponentials. Benchmarks report measured time over this floor; docs/gpu.md prints the same counts.
+Inputs are read once and outputs written once, whatever a cache makes of it. Integer and 16-bit products take turns on
+the tensor cores, so their times add up; exponentials have a unit of their own. Floor: the largest of memory, tensor
+cores and exponentials. Benchmarks report this floor over the measured time; docs/gpu.md prints the same counts.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ class Work:
     exp2: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.bytes + other.bytes, self.int8 + other.int8, self.half + other.half, self.exp2 + other.exp2
-        )
+        return Work(self.bytes + other.bytes, self.int8 + other.int8, self.half + other.half, self.exp2 + other.exp2)
 
     def times(self, peaks: Peaks) -> dict[str, float]:
         """Seconds on each unit."""

@@ -1,4 +1,4 @@
-"""What is timed: the layers of ViT-S, B and L at the token counts of batches 1, 8, 32 and 64, and tiny ones for a dry run."""
+"""What is timed: the layers of ViT-S, B and L at the tokens of batches 1, 8, 32 and 64, and tiny ones for a dry run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ BATCHES = (64, 1, 8, 256)
 """Those with goals first: what there is no time for is left out from the end."""
 
 TINY = {
-    "ViT tiny": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 64, "num_heads": 1, "num_classes": 8}),
+    "ViT tiny": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "depth": 1, "embed_dim": 64, "num_heads": 1, "num_classes": 8},
+    ),
 }
 
 

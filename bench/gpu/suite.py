@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from . import ROOT, environment
 
 KERNELS = ("test_quantize.py", "test_layer_norm_quantize.py", "test_qlinear.py", "test_qattention.py")
 SHAPES = "test_triton_shapes.py"
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "bench.gpu.share")
+PYTEST = (sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "bench.gpu.share")
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,22 @@ def selections(dry: bool) -> list[Selection]:
     if dry:
         return [
             Selection("kernel tests", kernels[:1], 1, "triton and (hand_computed or special)"),
-            Selection("ViT shapes", shapes, 1, "rows and static"),
+            Selection("ViT shapes", shapes, 1, "rows and static and 384"),
         ]
     cores = os.cpu_count() or 1
     return [
         Selection("kernel tests", kernels, max(1, cores // 2), "triton"),
         Selection("ViT shapes", shapes, max(1, cores // 4)),
-        Selection("tests for a GPU", (str(ROOT / "tests"),), 1, marker="gpu", device=False),
+        Selection("tests for a GPU", (str(ROOT / "tests" / "kernels"),), 1, marker="gpu", device=False),
     ]
 
 
-def run(device: str, dry: bool, seconds: float) -> dict[str, str]:
-    """Runs every selection at once.
+def run(device: str, dry: bool, seconds: float, stop: threading.Event) -> dict[str, str]:
+    """Runs every selection at once, until all are done, the time is up or ``stop`` is set.
 
     Returns: selection → "N passed", or why it did not finish.
-    Raises:  AssertionError at the first failure of any process, with the end of its output.
+    Raises:  AssertionError at the first failure of any process, with the end of its output, and where the kernel tests
+             select nothing.
     """
     chosen = selections(dry)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,19 +81,20 @@ def run(device: str, dry: bool, seconds: float) -> dict[str, str]:
                     with log.open("w") as file:
                         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
                     started.append((selection, process, log))
-            _wait(started, time.monotonic() + seconds)
+            _wait(started, time.monotonic() + seconds, stop)
         finally:
             for _, process, _ in started:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
         return {
-            selection.name: _outcome([(p, log) for s, p, log in started if s is selection]) for selection in chosen
+            selection.name: _outcome(selection, [(p, log) for s, p, log in started if s is selection])
+            for selection in chosen
         }
 
 
-def _wait(started: list, deadline: float) -> None:
-    while time.monotonic() < deadline:
+def _wait(started: list, deadline: float, stop: threading.Event) -> None:
+    while time.monotonic() < deadline and not stop.is_set():
         for selection, process, log in started:
             if process.poll() not in (None, 0, 5):  # 5: no test in this share
                 raise AssertionError(f"{selection.name}: {' '.join(map(str, process.args))}\n{log.read_text()[-6000:]}")
@@ -100,12 +103,12 @@ def _wait(started: list, deadline: float) -> None:
         time.sleep(0.2)
 
 
-def _outcome(processes: list[tuple[subprocess.Popen, Path]]) -> str:
+def _outcome(selection: Selection, processes: list[tuple[subprocess.Popen, Path]]) -> str:
     stopped = sum(process.returncode not in (0, 5) for process, _ in processes)
     if stopped:
         return f"out of time: {stopped} of {len(processes)} processes did not finish"
-    text = [log.read_text() for _, log in processes]
-    passed, skipped = (sum(int(n) for t in text for n in re.findall(rf"(\d+) {what}", t)) for what in ("passed", "skipped"))
-    if not passed:
-        return "no test was selected"
+    text = "".join(log.read_text() for _, log in processes)
+    passed, skipped = (sum(map(int, re.findall(rf"(\d+) {what}", text))) for what in ("passed", "skipped"))
+    if not passed and selection.device:
+        raise AssertionError(f"{selection.name}: no test ran\n{text[-2000:]}")
     return f"{passed} passed" + (f", {skipped} skipped" if skipped else "")

@@ -62,7 +62,9 @@ def hostile(m: int, k: int, dtype=torch.float32, seed=0) -> torch.Tensor:
 
 def directions(rank: int, k: int) -> torch.Tensor:
     rank = min(rank, k)
-    return torch.linalg.qr(torch.randn(k, rank, generator=torch.Generator().manual_seed(1)))[0].T.contiguous().to(DEVICE)
+    return (
+        torch.linalg.qr(torch.randn(k, rank, generator=torch.Generator().manual_seed(1)))[0].T.contiguous().to(DEVICE)
+    )
 
 
 ROWS = [(197, 384), (1576, 768), (6304, 768), (1576, 3072), (12608, 1024), (203, 389), (3136, 96)]
