@@ -257,8 +257,8 @@ def _state(seed, n, k, rank, kind="error", dynamic=True):
         act=act,
         act_scale=None if dynamic else torch.tensor([0.03]),
         lora=LowRankSpec(rank, kind),
-        lora_down=directions(rank, k, seed),
-        lora_up=torch.randn(n, rank, generator=g),
+        lora_down=directions(rank, k, seed).half(),
+        lora_up=torch.randn(n, rank, generator=g).half(),
     )
 
 

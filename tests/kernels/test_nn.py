@@ -65,8 +65,8 @@ def linear_state(n, k, act=STATIC, bits=8, rank=0, kind="error", table=None, bia
         act_scale=torch.tensor([3.5 / act.qmax]) if static else None,
         act_zero_point=3 if static and not act.symmetric else 0,
         lora=LowRankSpec(rank, kind),
-        lora_down=down,
-        lora_up=up,
+        lora_down=None if down is None else down.half(),
+        lora_up=None if up is None else up.half(),
     )
 
 
@@ -340,7 +340,7 @@ def attention_by_ops(state: AttentionState, x: torch.Tensor, norm, gamma, residu
     h, d = state.heads, c // state.heads
     y = norm(x)
     q = vk.quantize(y, state.qkv.act_quant)
-    w = vk.pack_weight(state.qkv.codes, 8, linear_module.choose_layout("qlinear", "cpu", 8))
+    w = vk.pack_weight(state.qkv.codes, 8, linear_module.choose_layout(backends.resolve("qlinear", "cpu").layouts, 8))
     f = vk.qlinear(q, w, state.qkv.weight_scale, state.qkv.bias, lora_up=state.qkv.lora_up)
     coded = vk.quantize(f, state.operand_quant)
     parts = [p.contiguous() for p in coded.q.reshape(b, n, 3, h, d).permute(2, 0, 3, 1, 4)]

@@ -470,3 +470,15 @@ def test_oracle_in_float64_agrees_with_this_file(implementation):
     packed = (weight.data, LAYOUT_IDS[weight.layout], 24, 30, weight.col_sum, None, w_scale.double())
     y = ref.qlinear(x.q, x.scale.double(), 0, None, *packed, None, None, 0, None, None, torch.float64)
     assert_within(y, exact_qlinear(x, weight, w_scale, kw)[0], 1e-12)
+
+
+def test_a_weight_in_another_layout_does_not_fall_back_to_the_oracle():
+    """The oracle would serve it, a hundred times slower; asked for by name it does."""
+    codes = torch.ones(4, 8, dtype=torch.int8)
+    wrong = vk.pack_weight(codes, 8, "int8")
+    x = vk.QTensor(torch.ones(2, 8, dtype=torch.int8), torch.ones(1))
+    with vk.backend("ref"):
+        assert vk.qlinear(x, wrong, torch.ones(4)).eq(8).all()
+    if vk.backends.status()["cpu"] is None:
+        with pytest.raises(ValueError, match=r"cpu: reads weight layouts .*, not int8 \(repack the weight\)"):
+            vk.qlinear(x, wrong, torch.ones(4))

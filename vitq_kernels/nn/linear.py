@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..formats import ActQuant, LinearState, PackedWeight, QTensor
 from ..ops._schema import Epilogue
 from ..ops.layer_norm_quantize import run_layer_norm_quantize
@@ -26,7 +27,7 @@ class QLinear(QModule):
     Attributes:
         input: Quantizer of the input, or None for a weight-only layer.
         norm: absorbed LayerNorm in front, or None. It only ever sees floats.
-        layout: run-time layout of ``weight``, chosen for the device and back end.
+        layout: run-time layout of ``weight``, chosen for the device and back end, as is the dtype of the branch.
     """
 
     def __init__(self, state: LinearState, norm: nn.LayerNorm | None, layer_scale: Tensor | None, backend: str | None):
@@ -73,8 +74,8 @@ class QLinear(QModule):
             act_scale=None if quant is None else quant.scale,
             act_zero_point=0 if quant is None else quant.zero_point,
             lora=self.lora,
-            lora_down=self.lora_down if quant is None else quant.lora_down,
-            lora_up=self.lora_up,
+            lora_down=_half(self.lora_down if quant is None else quant.lora_down),
+            lora_up=_half(self.lora_up),
         )
 
     @property
@@ -103,10 +104,15 @@ class QLinear(QModule):
 
     def _pack(self, codes: Tensor) -> None:
         op = "qlinear" if self.input is not None else "qlinear_weight_only"
-        self.layout = choose_layout(op, codes.device.type, self.weight_spec.bits, self.backend)
+        serving = backends.resolve(op, codes.device.type, pin=self.backend)
+        self.layout = choose_layout(serving.layouts, self.weight_spec.bits)
         packed = pack_weight(codes, self.weight_spec.bits, self.layout, self.weight_spec.table)
         self.weight, self.col_sum, self.weight_lut = packed.data, packed.col_sum, packed.lut
         self.packed_for = codes.device.type
+        if self.lora_up is not None:
+            self.lora_up = self.lora_up.to(serving.branch)
+            holder = self if self.input is None else self.input
+            holder.lora_down = holder.lora_down.to(serving.branch)
 
     def repack(self) -> None:
         self._pack(unpack_weight(self.packed))
@@ -190,6 +196,10 @@ class QLinear(QModule):
             parts.append(f"rank={self.lora.rank} {self.lora.kind}")
         parts += [f"bias={self.bias is not None}"] + (["layer_scale"] if self.layer_scale is not None else [])
         return ", ".join(parts)
+
+
+def _half(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.half()
 
 
 class QPatchEmbed(QModule):

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ...triton import host
 from ...triton.device import (
+    branch_value,
     dot_operand,
     dynamic_scale,
     encode,
     float_dot,
     load_float,
     magnitude,
-    narrow,
     static_inverse,
 )
 
@@ -58,6 +58,16 @@ def _affine(x, gamma, beta, col, col_mask):
 def _reciprocal_deviation(square_sum, mean, count, eps):
     """1/√(variance + eps) of values whose mean is ``mean`` (all but zero: the values are centred)."""
     return tl.div_rn(1.0, tl.sqrt_rn(square_sum / count - mean * mean + eps))
+
+
+@triton.jit
+def normalized(v, gamma, beta, col, col_mask, count, eps):
+    """LayerNorm of whole rows in registers, columns along the last dimension."""
+    # The first mean only centres; what it is off by, the second one takes out (a mean of small numbers).
+    v = tl.where(col_mask[None, :], v - (tl.sum(v, 1) / count)[:, None], 0.0)
+    mean = tl.sum(v, 1) / count
+    rstd = _reciprocal_deviation(tl.sum(v * v, 1), mean, count, eps)
+    return _affine((v - mean[:, None]) * rstd[:, None], gamma, beta, col, col_mask)
 
 
 @triton.jit(do_not_specialize=["zero_point"])
@@ -95,11 +105,7 @@ def _whole(
     offset = _row_offset(row, inner, outer_stride, row_stride)
     v = load_float(x + offset[:, None] + (group * K + col)[None, :].to(tl.int64) * col_stride, mask)
     if NORM:
-        # The first mean only centres; what it is off by, the second one takes out (a mean of small numbers).
-        v = tl.where(col_mask[None, :], v - (tl.sum(v, 1) / count)[:, None], 0.0)
-        mean = tl.sum(v, 1) / count
-        rstd = _reciprocal_deviation(tl.sum(v * v, 1), mean, count, eps)
-        v = _affine((v - mean[:, None]) * rstd[:, None], gamma, beta, col, col_mask)
+        v = normalized(v, gamma, beta, col, col_mask, count, eps)
     if row_qmax is not None:
         high = tl.load(row_qmax + row, mask=row_mask, other=1).to(tl.float32)[:, None]
         low = -high
@@ -209,7 +215,7 @@ def _chunked(
             v = _chunk(x, offset, row_mask, col, col < K, col_stride, gamma, beta, centre, mean, rstd)
             t = _add_projection(t, v, lora_down, rank, col, col < K, K, R)
         # What is subtracted here and what lora_up multiplies later is one and the same number.
-        t = narrow(t, lora_down.dtype.element_ty).to(tl.float32)
+        t = branch_value(t, lora_down.dtype.element_ty).to(tl.float32)
 
     if row_qmax is not None:
         high = tl.load(row_qmax + row, mask=row_mask, other=1).to(tl.float32)[:, None]
