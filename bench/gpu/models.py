@@ -56,7 +56,7 @@ def _with_branch(state: LinearState, rank: int, kind: str) -> LinearState:
         down = torch.linalg.qr(down.T)[0].T.contiguous()
     up = torch.randn(n, rank, generator=g, device=device) * 1e-3
     lora = LowRankSpec(rank, kind)
-    return replace(state, lora=lora, lora_down=down.half().float(), lora_up=up.half().float())
+    return replace(state, lora=lora, lora_down=down.half(), lora_up=up.half())
 
 
 def random_state(model: nn.Module, images: Tensor, bits: int, dynamic: bool, rank: int, kind: str) -> ModelState:

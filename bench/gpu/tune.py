@@ -74,16 +74,14 @@ def _table(record: dict) -> str:
 
 def template(machine) -> dict:
     """The table that serves this GPU as long as none of its own does."""
+    import torch
+
     from vitq_kernels import tuning
 
-    if machine.dry:
-        stem = "sm_80"
-    else:
-        import torch
-
-        major, minor = torch.cuda.get_device_capability()
-        stem = tuning.stem_for(10 * major + minor)
-    return json.loads((Path(tuning.__file__).parent / f"{stem}.json").read_text())
+    major, minor = (8, 0) if machine.dry else torch.cuda.get_device_capability()
+    serving = tuning._for_capability(10 * major + minor)  # loaded once: the very object
+    path = next(path for path in tuning.files() if tuning.load(path.stem) is serving)
+    return json.loads(path.read_text())
 
 
 def pending(store: Store, shapes: list) -> list[tuple]:

@@ -138,12 +138,6 @@ def test_nearest_row():
     assert tuning.slug("NVIDIA H200") == "nvidia_h200"
 
 
-def test_the_file_that_serves_a_capability():
-    assert [tuning.stem_for(c) for c in (75, 80, 89, 90, 100, 120)] == [
-        "sm_80", "sm_80", "sm_86", "sm_90", "sm_90", "sm_86"
-    ]  # fmt: skip
-
-
 def test_pinned_configuration_wins():
     c = tuning.Config(16, 16, 32, 1, 0, 4, 1)
     with tuning.config(c):

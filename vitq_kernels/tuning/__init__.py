@@ -90,18 +90,17 @@ def load(stem: str) -> dict[str, list[tuple[int, int, Config]]] | None:
     }
 
 
-def stem_for(capability: int) -> str:
-    """The file that serves GPUs of this compute capability without one of their own."""
+def _for_capability(capability: int) -> dict[str, list[tuple[int, int, Config]]]:
     stems = [path.stem for path in files() if re.fullmatch(r"sm_\d+", path.stem)]
     known = sorted(int(stem[3:]) for stem in stems)
     # 12.0 is a consumer part with the shared memory of 8.9, not a larger 10.0.
     usable = [cc for cc in known if cc <= (89 if capability >= 120 else capability)]
-    return f"sm_{usable[-1] if usable else known[0]}"
+    return load(f"sm_{usable[-1] if usable else known[0]}")
 
 
 @cache
 def _nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config:
-    rows = (load(slug(name)) or load(stem_for(capability)))[kind]
+    rows = (load(slug(name)) or _for_capability(capability))[kind]
 
     def distance(row: tuple[int, int, Config]) -> tuple[float, float]:
         return abs(math.log2(max(m, 1) / row[0])), abs(math.log2(max(n, 1) / row[1]))
