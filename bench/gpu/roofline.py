@@ -63,16 +63,18 @@ def quantize(m: int, k: int, rank: int = 0, *, float_bytes: int = 2, dynamic: bo
 
 
 def linear(m: int, n: int, k: int, rank: int = 0, *, bits: int = 8, out_bytes: int = 2, per_row: bool = True,
-           bias_bytes: int = 4, residual_bytes: int = 0, rank_down: int = 0) -> Work:  # fmt: skip
+           bias_bytes: int = 4, residual_bytes: int = 0, rank_down: int = 0, norm: bool = False) -> Work:  # fmt: skip
     """``qlinear`` to [M, N] floats (``out_bytes`` of 2 or 4), or ``qlinear_quantize`` to codes (1).
 
     bits: of a weight as it lies in memory: 8, or 4 (K in runs of 128). rank: of the branch, t in float32 and lora_up in
-    16 bits. rank_down: of the next layer's lora_down, computed on the way.
+    16 bits. rank_down: of the next layer's lora_down, computed on the way. norm: the LayerNorm of the result is quantized
+    besides, which adds γ, β and the codes.
     """
     weight = n * k if bits == 8 else n * (-(-k // 128) * 64)
     scales = 4 * (m if per_row else 1) + 4 * n
     branch = 4 * m * rank + 2 * n * rank
     down = 2 * n * rank_down + 4 * m * rank_down
+    down += (8 * n + m * n) * norm
     moved = m * k + weight + scales + branch + down + n * bias_bytes + m * n * (residual_bytes + out_bytes)
     return Work(moved, int8=2 * m * n * k, half=2 * m * n * (rank + rank_down))
 
@@ -89,15 +91,16 @@ def float_linear(m: int, n: int, k: int, float_bytes: int = 2) -> Work:
 
 
 def block(tokens: int, images: int, width: int, heads: int, rank: int = 0, *, bits: int = 8) -> dict[str, Work]:
-    """The kernels of a converted transformer block with static scales: launch → work."""
+    """The six launches of a converted transformer block with static scales, and their work."""
     m, w, r = tokens * images, width, rank
     common = {"bits": bits, "per_row": False}
     return {
         "LayerNorm + quantize": quantize(m, w, r, dynamic=False, norm=True),
         "qkv": linear(m, 3 * w, w, r, out_bytes=1, **common),
         "attention": attention(images, heads, tokens, w // heads, out_bytes=1),
-        "proj + residual": linear(m, w, w, r, residual_bytes=2, **common),
-        "LayerNorm + quantize (MLP)": quantize(m, w, r, dynamic=False, norm=True),
+        "proj + residual + LayerNorm + quantize": linear(
+            m, w, w, r, residual_bytes=2, rank_down=r, norm=True, **common
+        ),
         "fc1 + GELU + quantize": linear(m, 4 * w, w, r, out_bytes=1, rank_down=r, **common),
         "fc2 + residual": linear(m, w, 4 * w, r, residual_bytes=2, **common),
     }
