@@ -29,7 +29,7 @@ from typing import Any
 
 from . import RESULTS, ROOT, environment, report
 
-TIMED_RESERVE = 0.45
+TIMED_RESERVE = 0.5
 """Share of the time that is kept for timing, whatever the checks would take."""
 
 
@@ -179,10 +179,10 @@ def ops(check: Check) -> None:
             check.leave_out(f"attention: missing, {reason}")
         else:
             check.rows(
-                "attention", ops.attentions(machine), check.left(0.06), len(shapes.attentions(machine.dry)), figures
+                "attention", ops.attentions(machine), check.left(0.05), len(shapes.attentions(machine.dry)), figures
             )
-        check.rows("products", ops.products(machine), check.left(0.17), len(shapes.products(machine.dry)), figures)
-        check.rows("rows", ops.rows(machine), check.left(0.05), len(shapes.rows(machine.dry)), figures)
+        check.rows("products", ops.products(machine), check.left(0.14), len(shapes.products(machine.dry)), figures)
+        check.rows("rows", ops.rows(machine), check.left(0.04), len(shapes.rows(machine.dry)), figures)
 
 
 def models(check: Check) -> None:
@@ -197,7 +197,7 @@ def models(check: Check) -> None:
     table = check.record.setdefault("models", [])
     longest = 0.0
     for i, (name, architecture, kwargs, batches) in enumerate(plan):
-        if check.left() < longest:
+        if check.left() <= longest:
             rest = "; ".join(f"{n} at batch {', '.join(map(str, b))}" for n, _, _, b in plan[i:])
             check.leave_out(f"models: {rest}")
             return

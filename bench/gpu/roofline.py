@@ -67,8 +67,8 @@ def linear(m: int, n: int, k: int, rank: int = 0, *, bits: int = 8, out_bytes: i
     """``qlinear`` to [M, N] floats (``out_bytes`` of 2 or 4), or ``qlinear_quantize`` to codes (1).
 
     bits: of a weight as it lies in memory: 8, or 4 (K in runs of 128). rank: of the branch, t in float32 and lora_up in
-    16 bits. rank_down: of the next layer's lora_down, computed on the way. norm: the LayerNorm of the result is quantized
-    besides, which adds γ, β and the codes.
+    16 bits. rank_down: of the next layer's lora_down, computed on the way. norm: the LayerNorm of the result is
+    quantized besides, which adds γ, β and the codes.
     """
     weight = n * k if bits == 8 else n * (-(-k // 128) * 64)
     scales = 4 * (m if per_row else 1) + 4 * n

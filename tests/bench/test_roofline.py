@@ -66,6 +66,16 @@ def test_linear(rank, bits, form):
     assert (counted.int8, counted.half) == (2 * m * n * k, 2 * m * n * rank)
 
 
+def test_block():
+    """Six launches; the codes that one writes are what the next one reads."""
+    block = roofline.block(197, 2, 64, 2, 16)
+    assert len(block) == 6
+    assert sum(work.int8 for work in block.values()) == 2 * 394 * 64 * (12 * 64) + 4 * 2 * 2 * 197 * 197 * 32
+    plain = roofline.linear(394, 64, 64, 16, per_row=False, residual_bytes=2)
+    with_norm = block["proj + residual + LayerNorm + quantize"]
+    assert with_norm.bytes - plain.bytes == 8 * 64 + 394 * 64 + 2 * 64 * 16 + 4 * 394 * 16
+
+
 def test_attention_counts_each_operand_once():
     b, h, n, d = 2, 3, 49, 32
     q = k = v = b * h * n * d
