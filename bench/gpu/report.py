@@ -20,7 +20,6 @@ def roofline_rows() -> list[dict[str, Any]]:
     for images in (32, 1):
         block = roofline.block(197, images, 768, 12, 32)
         cases += [(name, f"ViT-B, M = {197 * images}, rank 32", work) for name, work in block.items()]
-    cases += [(name, f"ViT-B, M = {197 * images}, rank 32", work) for name, work in block.items() if "MLP" not in name]
     cases += [
         ("fc1, 4-bit weights, GELU + quantize", "ViT-B, M = 197, rank 32",
          roofline.linear(197, 3072, 768, 32, bits=4, out_bytes=1, rank_down=32)),
