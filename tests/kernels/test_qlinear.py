@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import test_layer_norm_quantize as layer_norm_tests
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,8 @@ from selected import TRITON
 
 import vitq_kernels as vk
 from vitq_kernels.formats import LevelTable
-from vitq_kernels.ops.qlinear import ref
+from vitq_kernels.ops._schema import Epilogue
+from vitq_kernels.ops.qlinear import PreparedLinear, ref
 from vitq_kernels.packing import LAYOUT_IDS, unpack_weight, weight_lut
 from vitq_kernels.testing import ROUNDOFF, assert_codes_match, assert_within, gamma, isas, poison
 
@@ -408,6 +410,66 @@ def test_wrong_layout_is_refused_with_every_reason():
         vk.qlinear(**_tiny(weight=weight))
 
 
+def norm_quantize(x, weight, w_scale, kw, norm, a, out_dtype=torch.float32):
+    """qlinear and, of its result as it is rounded, layer_norm_quantize with (γ, β, eps): what a block fuses."""
+    layer = PreparedLinear(weight, w_scale, kw.get("bias"), kw.get("lora_up"), kw.get("layer_scale"))
+    return layer.qlinear_norm_quantize(x, *norm, Epilogue(a), kw.get("residual"), out_dtype)
+
+
+def check_norm_quantize(x, weight, w_scale, kw, norm, a, out_dtype, implementation):
+    y, out = norm_quantize(x, weight, w_scale, kw, norm, a, out_dtype)
+    exact, bound = exact_qlinear(x, weight, w_scale, kw)
+    assert_within(y, exact, round_to(exact, bound, out_dtype))
+    layer_norm_tests.check_output(out, y, *norm[:2], a, implementation, norm[2])
+    return y, out
+
+
+@settings(SHAPES, max_examples=25)
+@given(
+    m=st.integers(0, 40),
+    k=st.integers(1, 70),
+    n=st.integers(1, 150),
+    name=st.sampled_from(list(FORMATS)),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_norm_behind_a_product(implementation, m, k, n, name, dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, weight, w_scale, kw = make_case(g, m, k, n, seed % 4, name, seed % 3 > 0, dtype)
+    norm = (torch.randn(n, generator=g), torch.randn(n, generator=g) if seed % 2 else None, 1e-6)
+    static = torch.tensor([0.03])
+    down = torch.linalg.qr(torch.randn(n, min(n, 9), generator=g))[0].T.contiguous()
+    a = (
+        vk.ActQuant(),
+        vk.ActQuant(scale=static, zero_point=-20, qmin=-128),
+        vk.ActQuant(scale=static, lora_down=down),
+        vk.ActQuant(scale=static, lora_down=down, subspace=True),
+    )[seed % 4]
+    y, out = check_norm_quantize(x, weight, w_scale, kw, norm, a, dtype, implementation)
+    if implementation != "triton":  # there, sums of float32 run in another order
+        want = vk.qlinear(x, weight, w_scale, out_dtype=dtype, **kw)
+        coded = vk.layer_norm_quantize(want, *norm, a)
+        assert torch.equal(y, want)
+        for got, expected in zip((out.q, out.scale, out.t), (coded.q, coded.scale, coded.t)):
+            assert got is expected or torch.equal(got, expected)
+
+
+def test_norm_behind_a_product_is_refused(implementation):
+    x, weight, w_scale, kw = make_case(torch.Generator().manual_seed(0), 3, 8, 12, 0, "w8", False)
+    good = (torch.ones(12), None, 1e-6)
+    for norm, a, error, message in (
+        ((torch.ones(8), None, 1e-6), vk.ActQuant(), ValueError, r"weight has shape \(8,\), expected \(12\)"),
+        ((None, torch.ones(12).int(), 1e-6), vk.ActQuant(), TypeError, "bias has dtype torch.int32"),
+        ((None, None, -1.0), vk.ActQuant(), ValueError, r"eps is -1.0, expected a number >= 0"),
+        (good, vk.ActQuant(groups=5), ValueError, "groups is 5, expected a divisor of the 12 columns"),
+    ):
+        with pytest.raises(error, match=message):
+            norm_quantize(x, weight, w_scale, kw, norm, a)
+    empty = vk.pack_weight(torch.zeros(0, 8, dtype=torch.int8), 8, weight.layout)
+    with pytest.raises(ValueError, match="weight has 0 out features, expected at least 1"):
+        norm_quantize(x, empty, torch.ones(0), {}, (None, None, 1e-6), vk.ActQuant())
+
+
 def _flat_args(m=3, k=12, n=20):
     g = torch.Generator().manual_seed(0)
     x, weight, w_scale, kw = make_case(g, m, k, n, 4, "w4 table", True)
@@ -423,6 +485,8 @@ def test_opcheck():
     quant = (None, 0, -127, 127, 1, None, None, torch.ones(2, 20), False)
     torch.library.opcheck(torch.ops.vitq.qlinear.default, (*flat, torch.float16))
     torch.library.opcheck(torch.ops.vitq.qlinear_quantize.default, (*flat, *quant))
+    normed = (*flat, torch.float16, torch.ones(20), None, 1e-6, *quant)
+    torch.library.opcheck(torch.ops.vitq.qlinear_norm_quantize.default, normed)
     xf = torch.randn(3, 12)
     torch.library.opcheck(
         torch.ops.vitq.qlinear_weight_only.default, (xf, x.t, *packed, lut, w_scale, *tail, torch.float32)
@@ -451,7 +515,8 @@ def test_compile_and_export():
         def forward(self, q, scale, t):
             x = vk.QTensor(q, scale, 0, t)
             y = vk.qlinear_quantize(x, weight, w_scale, out=vk.ActQuant(), **kw)
-            return vk.qlinear(x, weight, w_scale, **kw), y.q
+            normed, coded = norm_quantize(x, weight, w_scale, kw, (None, None, 1e-6), vk.ActQuant())
+            return vk.qlinear(x, weight, w_scale, **kw), y.q, normed, coded.q, coded.scale
 
     args = (x.q, x.scale, x.t)
     want = Layer()(*args)

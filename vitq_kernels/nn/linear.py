@@ -17,6 +17,12 @@ from ..packing import pack_weight, unpack_weight
 from .base import QModule, Quantizer, choose_layout
 
 
+def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
+    """γ and β, which a norm may replace at any time: where they are plain parameters, past nn.Module's slow look-up."""
+    own = norm._parameters
+    return (own["weight"], own["bias"]) if len(own) == 2 else (norm.weight, norm.bias)
+
+
 class QLinear(QModule):
     """y = γ·act(Linear(norm(x))) + residual in integers: a drop-in for ``nn.Linear``, and more where a block can fuse.
 
@@ -135,10 +141,7 @@ class QLinear(QModule):
             return x if norm is None else norm(x)
         if norm is None:
             return run_quantize(x, quantizer.prepared(), self.backend)
-        # The norm may replace γ and β at any time: where they are plain parameters, past nn.Module's slow look-up.
-        own = norm._parameters
-        weight, bias = (own["weight"], own["bias"]) if len(own) == 2 else (norm.weight, norm.bias)
-        return run_layer_norm_quantize(x, weight, bias, norm.eps, quantizer.prepared(), self.backend)
+        return run_layer_norm_quantize(x, *_affine(norm), norm.eps, quantizer.prepared(), self.backend)
 
     def forward(
         self,
@@ -148,18 +151,36 @@ class QLinear(QModule):
         residual: Tensor | None = None,
         out: ActQuant | Quantizer | None = None,
         out_dtype: torch.dtype | None = None,
-    ) -> Tensor | QTensor:
+        then: QLinear | None = None,
+    ) -> Tensor | QTensor | tuple[Tensor, Tensor | QTensor]:
         """Floats or a QTensor of [..., K] to [..., N] floats, or to a QTensor under the next layer's epilogue ``out``.
 
         Args:     activation: "none", "gelu_erf" or "gelu_tanh"; residual ([..., N]), added last.
                   out: an ActQuant, or the next layer's ``input``.
                   out_dtype: default that of residual, else of x, else float32 (for a QTensor).
+                  then: the layer that takes the float result behind its LayerNorm; without activation and ``out``.
+        Returns:  y, or with ``then`` (y, what ``then`` takes): ``then.encode(y)`` out of the same op where both layers
+                  take integers and ``then`` has absorbed a LayerNorm, else y itself.
         Raises:   as :func:`vitq_kernels.qlinear`.
         """
         if out_dtype is None:
             out_dtype = residual.dtype if residual is not None else torch.float32 if isinstance(x, QTensor) else x.dtype
         prepared = self.prepared()
-        return self._multiply(self._encode(x, prepared), prepared[2], activation, residual, out, out_dtype)
+        coded, layer = self._encode(x, prepared), prepared[2]
+        if then is not None:
+            if activation != "none" or out is not None:
+                raise ValueError(f"then is given with activation {activation!r} and out {out}, expected none of both")
+            norm, quantizer, _ = then.prepared()
+            if (
+                norm is not None
+                and quantizer is not None
+                and isinstance(coded, QTensor)
+                and self.backend == then.backend
+            ):
+                own, quant = (*_affine(norm), norm.eps), quantizer.prepared()
+                return layer.qlinear_norm_quantize(coded, *own, quant, residual, out_dtype, self.backend)
+        y = self._multiply(coded, layer, activation, residual, out, out_dtype)
+        return y if then is None else (y, y)
 
     def multiply(self, x: Tensor | QTensor, out: ActQuant | Quantizer | None = None) -> Tensor | QTensor:
         """:meth:`forward` behind :meth:`encode`, without options; float32 where there is no ``out``."""
