@@ -69,6 +69,19 @@ def register(op: str, implementation: Implementation) -> None:
     _resolved.clear()
 
 
+def table() -> dict[str, dict[str, Implementation]]:
+    """A copy of the table: op → back end → implementation."""
+    return {op: dict(row) for op, row in _table.items()}
+
+
+def replace(op: str, implementation: Implementation) -> None:
+    """Put ``implementation`` in the place of the one of its name, e.g. of an instrumented one."""
+    if implementation.name not in _table.get(op, ()):
+        raise ValueError(f"{op} has no back end {implementation.name!r} to replace")
+    _table[op][implementation.name] = implementation
+    _resolved.clear()
+
+
 def _checked(name: str, where: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{where} is {name!r}, expected one of {', '.join(NAMES)}")

@@ -7,6 +7,7 @@ import test_layer_norm_quantize as layer_norm_tests
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from selected import TRITON
 
 import vitq_kernels as vk
 from vitq_kernels.formats import LevelTable
@@ -14,10 +15,9 @@ from vitq_kernels.ops._schema import Epilogue
 from vitq_kernels.ops.qlinear import PreparedLinear, ref
 from vitq_kernels.packing import LAYOUT_IDS, unpack_weight, weight_lut
 from vitq_kernels.testing import ROUNDOFF, assert_codes_match, assert_within, gamma, isas, poison
-from vitq_kernels.triton import host
 
 TABLE = LevelTable((-128, -90, -60, -40, -25, -12, -5, -1, 1, 6, 13, 27, 45, 66, 95, 127))  # no zero: pads with 1 or −1
-INT8, INT4 = ("int8", "int4_k64x2") if host.INTERPRETED else ("int8_n16k4", "int4_n16k4")
+INT8, INT4 = ("int8", "int4_k64x2") if TRITON else ("int8_n16k4", "int4_n16k4")
 FORMATS = {
     "w8": (INT8, 8, None),
     "w4": (INT4, 4, None),
@@ -63,7 +63,7 @@ def exact_linear(product, terms, operations, t, kw):
     up, bias = kw.get("lora_up"), kw.get("bias")
     y, magnitude = product, terms
     if up is not None:
-        t = t.to(up.dtype) if host.INTERPRETED else t  # Triton's branch multiplies in the dtype of lora_up
+        t = t.to(up.dtype) if TRITON else t  # Triton's branch multiplies in the dtype of lora_up
         y = y + t.double() @ up.double().T
         magnitude = magnitude + t.double().abs() @ up.double().abs().T
         operations += up.shape[1] + 1
@@ -105,6 +105,13 @@ def check(x, weight, w_scale, kw, out_dtype=torch.float32):
     y, bound = exact_qlinear(x, weight, w_scale, kw)
     assert_within(out, y, round_to(y, bound, out_dtype))
     return out
+
+
+def check_weight_only(out, x, t, weight, w_scale, kw):
+    codes = unpack_weight(weight).double()
+    terms = (x.double().abs() @ codes.abs().T) * w_scale.double()
+    y, bound = exact_linear((x.double() @ codes.T) * w_scale.double(), terms, x.shape[-1] + 2, t, kw)
+    assert_within(out, y, round_to(y, bound, x.dtype))
 
 
 @pytest.mark.parametrize("name", ["w8", "w4"])
@@ -296,10 +303,7 @@ def test_weight_only(implementation, m, k, n, r, seed):
     case, weight, w_scale, kw = make_case(g, m, k, n, r, list(FORMATS)[seed % 4], seed % 5 > 0, dtype=dtype)
     x = torch.randn(m, k, generator=g).to(dtype)
     out = vk.qlinear_weight_only(x, weight, w_scale, lora_t=case.t, **kw)
-    codes = unpack_weight(weight).double()
-    terms = (x.double().abs() @ codes.abs().T) * w_scale.double()
-    y, bound = exact_linear((x.double() @ codes.T) * w_scale.double(), terms, k + 2, case.t, kw)
-    assert_within(out, y, round_to(y, bound, dtype))
+    check_weight_only(out, x, case.t, weight, w_scale, kw)
 
 
 def test_leading_dimensions_and_strides(implementation):

@@ -53,7 +53,10 @@ class QMlp(QModule):
         The result has the dtype of x, or, where that is a QTensor, of ``residual`` (float32 without one).
         """
         fc1, fc2, activation = self.prepared()
-        dtype = x.dtype if isinstance(x, Tensor) else torch.float32 if residual is None else residual.dtype
+        if isinstance(x, QTensor):
+            dtype = torch.float32 if residual is None else residual.dtype
+        else:
+            dtype = x.dtype
         if not isinstance(activation, str):
             hidden = activation(fc1(x, out_dtype=dtype))
         else:

@@ -40,8 +40,8 @@ def _fake_norm_quantize(x, x_scale, x_zero_point, lora_t, weight, layout, n, *re
 
 
 def _norm_quantize(*args):
-    y = torch.ops.vitq.qlinear.default(*args[:-12])
-    return y, *torch.ops.vitq.layer_norm_quantize.default(y, *args[-12:], None, 0)
+    y = _qlinear(*args[:-12])
+    return y, *_layer_norm_quantize(y, *args[-12:], None, 0)
 
 
 def _fake_weight_only(x, lora_t, weight, layout, n, *rest):
@@ -49,6 +49,7 @@ def _fake_weight_only(x, lora_t, weight, layout, n, *rest):
 
 
 _schema.define("qlinear", f"{_INPUT_ARGS}, ScalarType out_dtype", "Tensor", ref.qlinear, _fake_linear, _LAYOUTS)
+_qlinear, _layer_norm_quantize = torch.ops.vitq.qlinear.default, torch.ops.vitq.layer_norm_quantize.default
 _schema.define(
     "qlinear_quantize",
     f"{_INPUT_ARGS}, {_schema.QUANT_ARGS}",
