@@ -36,7 +36,7 @@ def test_quantize(rank, norm, dynamic):
     args = flat(vk.ActQuant(scale=None if dynamic else torch.ones(1), lora_down=down))
     with host.recorded(run=False) as launches:
         if norm:
-            layer_norm_quantize.layer_norm_quantize(x, gamma, beta, 1e-6, *args)
+            layer_norm_quantize.layer_norm_quantize(x, gamma, beta, 1e-6, *args, None, 0)
         else:
             quantize.quantize(x, *args)
     assert bytes_of(launches) == roofline.quantize(m, k, rank, dynamic=dynamic, norm=norm).bytes
