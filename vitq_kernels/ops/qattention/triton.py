@@ -208,16 +208,30 @@ def _largest_scale(scale, b, h, H, N, KIND: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
-def _load_values(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND: tl.constexpr):
-    """[keys, d] int8 codes of V on the scale ``top``; 0 outside."""
+def _load_aligned(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND: tl.constexpr):
+    """[keys, d] int8 codes of V, on the scale ``top`` where tokens have their own; 0 outside."""
     codes = _load_codes(v, j, v_row, Nk, col, d)
     if KIND == 2:
         ratio = tl.div_rn(_load_scale(scale, b, h, j, H, Nk, KIND), top)
         ratio = tl.where(ratio == ratio, ratio, 0.0)
-        shifted = (codes.to(tl.int32) + _MAGIC).to(tl.float32, bitcast=True)
-        aligned = (shifted - _MAGIC_FLOAT) * ratio[:, None] + _MAGIC_FLOAT
-        codes = aligned.to(tl.int32, bitcast=True).to(tl.int8)
+        value = (codes.to(tl.int32) + _MAGIC).to(tl.float32, bitcast=True) - _MAGIC_FLOAT
+        codes = (value * ratio[:, None] + _MAGIC_FLOAT).to(tl.int32, bitcast=True).to(tl.int8)
     return codes
+
+
+@triton.jit
+def _load_values(
+    v, v_row, scale, top, b, h, H, first, Nk, col, d, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """[d, keys] int8: ``_load_aligned`` transposed, since int8 tensor cores want keys side by side."""
+    # Four keys at a time lie side by side in registers: what goes to shared memory is their words, not bytes.
+    j = first + 4 * tl.arange(0, BLOCK_N // 4)
+    x0 = _load_aligned(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND)
+    x1 = _load_aligned(v, v_row, scale, top, b, h, H, j + 1, Nk, col, d, KIND)
+    x2 = _load_aligned(v, v_row, scale, top, b, h, H, j + 2, Nk, col, d, KIND)
+    x3 = _load_aligned(v, v_row, scale, top, b, h, H, j + 3, Nk, col, d, KIND)
+    y = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK_N // 4, BLOCK_D, 4))
+    return tl.reshape(tl.permute(y, (1, 0, 2)), (BLOCK_D, BLOCK_N))
 
 
 @triton.jit(do_not_specialize=["G", "windows", "tokens", "M", "zero_point"])
@@ -359,7 +373,11 @@ def _attention(
             tl.store(out + row[:, None] * Nk + j[None, :], position, mask=(i < Nq)[:, None] & (j < Nk)[None, :])
         else:
             level = _levels(position, levels, level_gain, TOP, DECODE, SHIFT)
-            values = _load_values(v, v_row, v_scale, largest, b, h, H, j, Nk, col, d, V_SCALES)
+            values = tl.trans(
+                _load_values(
+                    v, v_row, v_scale, largest, b, h, H, first, Nk, col, d, V_SCALES, BLOCK_N, BLOCK_D
+                )
+            )
             if not DIRECT:  # otherwise e = 0 has level 0
                 valid = value != -float("inf")
                 level = tl.where(valid, level, -SHIFT)
