@@ -17,7 +17,7 @@ from ..qlinear.triton import _store_codes
 from ..quantize import triton as quantize_triton
 
 WHOLE_KEYS = 256
-"""Longest row of scores that stays in registers."""
+"""Longest row of scores that stays in registers; half of it for d > 64, a quarter with bias or mask to load beside it."""
 MAX_HEAD_DIM = 128
 """Largest d whose tiles fit; products then stay below 2^22, which ``_shifted_product`` counts on."""
 
@@ -58,7 +58,7 @@ def _row_max(x):
 
 
 @triton.jit
-def _load_codes(x, row, row_stride, N, col, d):
+def _load_codes(x, row, row_stride, N, col, d: tl.constexpr):
     """[rows, cols] int8, 0 outside."""
     mask = (row < N)[:, None] & (col < d)[None, :]
     return tl.load(x + row.to(tl.int64)[:, None] * row_stride + col[None, :], mask=mask, other=0)
@@ -274,7 +274,6 @@ def _attention(
     H,
     Nq,
     Nk,
-    d,
     groups,
     width,
     factor,  # softmax_scale in units of the exponent of 2
@@ -306,6 +305,7 @@ def _attention(
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    d: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     tiles = (Nq + BLOCK_M - 1) // BLOCK_M
@@ -359,42 +359,40 @@ def _attention(
         v += b.to(tl.int64) * v_image + h.to(tl.int64) * v_head
         largest = _largest_scale(v_scale, b, h, H, Nk, V_SCALES, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
-        sum_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
         valid_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
         level_sum = tl.zeros((BLOCK_M,), tl.int32)
-        count = tl.zeros((BLOCK_M,), tl.int32)
+        count = tl.full((BLOCK_M,), 0 if ADDITIVE else Nk, tl.int32)
     for first in range(0, BLOCK_N if WHOLE else Nk, BLOCK_N):
         if not WHOLE:
             value = _values(first, context, PRODUCT, K_SCALES, BLOCK_N)
-        j = first + tl.arange(0, BLOCK_N)
         t = tl.exp2(_exponents(value, base, row_factor[:, None], ADDITIVE))
         position = _position(t, total, gain, shift, inverse_power, TOP, POWER, DIRECT, ROW)
         if PRODUCT:
+            j = first + tl.arange(0, BLOCK_N)
             tl.store(out + row[:, None] * Nk + j[None, :], position, mask=(i < Nq)[:, None] & (j < Nk)[None, :])
         else:
             level = _levels(position, levels, level_gain, TOP, DECODE, SHIFT)
-            values = tl.trans(
-                _load_values(
-                    v, v_row, v_scale, largest, b, h, H, first, Nk, col, d, V_SCALES, BLOCK_N, BLOCK_D
-                )
-            )
-            if not DIRECT:  # otherwise e = 0 has level 0
-                valid = value != -float("inf")
-                level = tl.where(valid, level, -SHIFT)
-            acc = tl.dot(level.to(tl.int8), values, acc, out_dtype=tl.int32)
-            if SHIFT != 0:
-                ones = tl.full((BLOCK_M, BLOCK_N), 1, tl.int8)
-                sum_acc = tl.dot(ones, values, sum_acc, out_dtype=tl.int32)
-            if OFFSET:
-                valid_acc = tl.dot(valid.to(tl.int8), values, valid_acc, out_dtype=tl.int32)
+            if DECODE == 2 and not DIRECT:  # anywhere else a key that does not count has level 0 already
+                level = tl.where(value != -float("inf"), level, -SHIFT)
             if RENORMALIZE:
                 level_sum += tl.sum(level, 1) + SHIFT * BLOCK_N
-                if OFFSET:
+            values = _load_values(
+                v, v_row, v_scale, largest, b, h, H, first, Nk, col, d, V_SCALES, BLOCK_N, BLOCK_D
+            )
+            if SHIFT != 0 or (OFFSET and not ADDITIVE):
+                ones = tl.full((BLOCK_M, BLOCK_N), 1, tl.int8)
+                column_sums = tl.dot(ones, tl.trans(values), out_dtype=tl.int32)
+                acc += SHIFT * column_sums
+            acc = tl.dot(level.to(tl.int8), tl.trans(values), acc, out_dtype=tl.int32)
+            if OFFSET:
+                if ADDITIVE:
+                    valid = (value != -float("inf")).to(tl.int8)
+                    valid_acc = tl.dot(valid, tl.trans(values), valid_acc, out_dtype=tl.int32)
                     count += tl.sum(valid.to(tl.int32), 1)
+                else:
+                    valid_acc += column_sums
 
     if not PRODUCT:
-        if SHIFT != 0:
-            acc += SHIFT * sum_acc
         y = acc.to(tl.float32) * step
         if OFFSET:
             y += valid_acc.to(tl.float32) * offset
@@ -494,9 +492,14 @@ def _scales(scale: Tensor) -> tuple[Tensor, int]:
     return scale.contiguous(), 2 if scale.dim() == 3 else 0 if scale.numel() == 1 else 1
 
 
+_PLAIN = (None, 0, 0, 0, None, 0, 0, 0, 1)
+
+
 def _additive(bias: Tensor | None, mask: Tensor | None) -> tuple:
-    flat = (None, 0, 0, 0) if bias is None else (bias, *_strides(bias, 3))
-    return (*flat, *((None, 0, 0, 0, 1) if mask is None else (mask, *_strides(mask, 3), mask.shape[0])))
+    if bias is None and mask is None:
+        return _PLAIN
+    first = _PLAIN[:4] if bias is None else (bias, *_strides(bias, 3))
+    return (*first, *(_PLAIN[4:] if mask is None else (mask, *_strides(mask, 3), mask.shape[0])))
 
 
 def _launch(
@@ -518,7 +521,7 @@ def _launch(
     if softmax_scale < 0.0:
         raise ValueError(f"softmax_scale is {softmax_scale}, the triton back end expects a number >= 0")
     b, h, nq, nk, d = shape
-    whole = nk <= WHOLE_KEYS
+    whole = nk <= (WHOLE_KEYS // 4 if additive is not _PLAIN else WHOLE_KEYS // 2 if d > 64 else WHOLE_KEYS)
     config = tuning.attention(out.device, nk, d)
     block_m = min(config.block_m, power_of_2(nq, 16))
     block_n = power_of_2(nk, 32) if whole else config.block_n
@@ -538,7 +541,6 @@ def _launch(
         h,
         nq,
         nk,
-        d,
         *sizes[1:],
         softmax_scale * exponent,
         exponent,
@@ -552,6 +554,7 @@ def _launch(
         whole,
         block_m,
         block_n,
+        d,
         power_of_2(d, 32),
     )
     grid = (ceil_div(nq, block_m) * h * b,)
