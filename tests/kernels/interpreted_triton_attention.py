@@ -34,7 +34,7 @@ def call(data, focus, **kw):
 @pytest.mark.parametrize("additive", [False, True], ids=["plain", "bias, mask"])
 @pytest.mark.parametrize("focus", FOCUSES)
 def test_every_focus_in_two_passes(monkeypatch, focus, additive):
-    """Rows of three blocks of keys, the last one short: the oracle's bound, and what a whole row gives, but for sums."""
+    """Rows of three blocks of keys, the last one short, are within the bound, and as a whole row is but for Σ e."""
     data = make(b=1, h=1, nq=10, nk=70, d=16, scales="per_token", bias=additive, mask=(1, True) if additive else None)
     results = []
     for keys in (1024, 16):
@@ -95,18 +95,18 @@ def test_views_are_read_where_they_are():
     assert_attention(got, *oracle_args(data, FOCUSES["row4"]))
 
 
-def test_levels_by_arithmetic_are_the_table():
-    """Square-law levels need no table where float32 gives each of them; a grid where it does not keeps the table."""
+@pytest.mark.parametrize("b2", [1.0, 0.35])
+def test_square_law_levels_need_no_table(b2):
+    """rne(c²·(grid/n²)), in the kernel's float32, is the level of every code of every grid."""
     for bits in range(2, 9):
-        for grid in (255, 127, 100, 63, 1):
-            focus = FocusSpec(bits=bits, power=2.0, anchor="row", grid=grid)
-            step, offset = focus.step_offset
-            _, constants = attention._focus(focus.n, step, offset, 0.0, 1.0, 2.0, True, False)
+        for grid in range(1, 256):
+            focus = FocusSpec(bits=bits, b2=b2, power=2.0, anchor="row", grid=grid)
+            floats, constants = attention._focus(focus.n, *focus.step_offset, 0.0, b2, 2.0, True, False)
+            *_, level_gain, step, offset = floats
+            *_, decode, shift = constants
             code = torch.arange(focus.n + 1, dtype=torch.float32)
-            floats = attention._focus(focus.n, step, offset, 0.0, 1.0, 2.0, True, False)[0]
-            level = torch.round(code * code * torch.tensor(floats[6]))
-            assert (constants[5] == attention.SQUARES) == torch.equal(level.int(), focus.decode()[0])
-    assert attention._focus(255, 1 / 255, 0.0, 0.0, 1.0, 2.0, True, False)[1][5] == attention.SQUARES
+            assert torch.equal(torch.round(code * code * torch.tensor(level_gain)).int(), focus.decode()[0])
+            assert (decode, shift, step, offset) == (attention.SQUARES, 128 * (grid > 127), *focus.step_offset)
 
 
 TABLE = LevelTable((-128, -50, -20, -7, 3, 11, 60, 127)).lut()

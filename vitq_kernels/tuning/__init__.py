@@ -5,8 +5,8 @@ serves every other GPU of that compute capability or above; ``measured`` in the 
 Nothing is tuned at run time, so that a request, a capture or a compilation never waits for it.
 
 A file: ``{"gpu", "measured", "columns": [names of Config's fields behind m, n], "w8": rows, "w4": rows, ...}``, one row
-``[m, n, block_m, block_n, ...]`` for each shape that was tuned. Likewise "attention_columns" and "attention", whose rows
-begin with the number of keys and head_dim.
+``[m, n, block_m, block_n, ...]`` for each shape that was tuned. Likewise "attention_columns" and "attention", where m
+and n are the number of keys and head_dim.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from ..qlinear.triton import _store_codes
 from ..quantize import triton as quantize_triton
 
 WHOLE_KEYS = 256
-"""Longest row of scores that stays in registers; half of it for d > 64, a quarter with bias or mask to load beside it."""
+"""Longest row of scores held in registers: half of it for d > 64, a quarter with bias or mask, which come beside it."""
 MAX_HEAD_DIM = 128
-"""Largest d whose tiles fit; products then stay below 2^22, which ``_shifted_product`` counts on."""
+"""Largest d whose tiles fit; products then stay below 2^22, which ``_values`` counts on."""
 
 _LOG2_E = 1.4426950408889634
 CODES, SQUARES, TABLE = range(3)
@@ -120,7 +120,7 @@ def _values(first, context, PRODUCT: tl.constexpr, K_SCALES: tl.constexpr, BLOCK
 
 @triton.jit
 def _mass(x, power, POWER: tl.constexpr):
-    """exp of the score whose exponent, over the power, is x."""
+    """e, where 2^x is e^(1/power)."""
     t = tl.exp2(x)
     if POWER == 1:
         return t
@@ -138,6 +138,7 @@ def _finite(top):
 
 @triton.jit
 def _exponents(value, base, factor, ADDITIVE: tl.constexpr):
+    """log2 of what ``_values`` stands for, over the row's largest."""
     if ADDITIVE:
         return value - base
     else:
@@ -157,10 +158,21 @@ def _row_gain(gain, total, inverse_power, POWER: tl.constexpr):
 
 @triton.jit
 def _position(
-    t, total, gain, shift, inverse_power, TOP: tl.constexpr, POWER: tl.constexpr, DIRECT: tl.constexpr, ROW: tl.constexpr
+    t,
+    total,
+    gain,
+    shift,
+    inverse_power,
+    TOP: tl.constexpr,
+    POWER: tl.constexpr,
+    DIRECT: tl.constexpr,
+    ROW: tl.constexpr,
 ):
-    """TOP·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power); t, up to what the row's total makes of it, is u^(1/power) if DIRECT
-    (b1 = 0: a multiple of t that needs no root), else u."""
+    """TOP·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power).
+
+    t is e = exp(score − max), or, if DIRECT, e^(1/power): where b1 = 0 the position is a multiple of that, and no root is
+    taken. u is e/total, or e itself if ROW.
+    """
     if DIRECT:
         if not ROW:
             gain = _row_gain(gain, total, inverse_power, POWER)[:, None]
@@ -223,7 +235,7 @@ def _load_aligned(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND: tl.constex
 def _load_values(
     v, v_row, scale, top, b, h, H, first, Nk, col, d, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """[d, keys] int8: ``_load_aligned`` transposed, since int8 tensor cores want keys side by side."""
+    """``_load_aligned`` of BLOCK_N keys, laid out with keys side by side, as int8 tensor cores want them."""
     # Four keys at a time lie side by side in registers: what goes to shared memory is their words, not bytes.
     j = first + 4 * tl.arange(0, BLOCK_N // 4)
     x0 = _load_aligned(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND)
@@ -231,7 +243,7 @@ def _load_values(
     x2 = _load_aligned(v, v_row, scale, top, b, h, H, j + 2, Nk, col, d, KIND)
     x3 = _load_aligned(v, v_row, scale, top, b, h, H, j + 3, Nk, col, d, KIND)
     y = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK_N // 4, BLOCK_D, 4))
-    return tl.reshape(tl.permute(y, (1, 0, 2)), (BLOCK_D, BLOCK_N))
+    return tl.trans(tl.reshape(tl.permute(y, (1, 0, 2)), (BLOCK_D, BLOCK_N)))
 
 
 @triton.jit(do_not_specialize=["G", "windows", "tokens", "M", "zero_point"])
@@ -315,8 +327,7 @@ def _attention(
     col = tl.arange(0, BLOCK_D)
     k += b.to(tl.int64) * k_image + h.to(tl.int64) * k_head
     ADDITIVE: tl.constexpr = bias is not None or mask is not None
-    # Only these need Σ e. (Its power is 1 where t is u itself.)
-    TOTAL: tl.constexpr = PRODUCT or not (ROW and RENORMALIZE)
+    TOTAL: tl.constexpr = PRODUCT or not (ROW and RENORMALIZE)  # Σ e is asked for
     MASS: tl.constexpr = POWER if DIRECT else 1
     row_factor = _load_scale(q_scale, b, h, i, H, Nq, Q_SCALES) * factor
     if K_SCALES != 2:
@@ -376,18 +387,16 @@ def _attention(
                 level = tl.where(value != -float("inf"), level, -SHIFT)
             if RENORMALIZE:
                 level_sum += tl.sum(level, 1) + SHIFT * BLOCK_N
-            values = _load_values(
-                v, v_row, v_scale, largest, b, h, H, first, Nk, col, d, V_SCALES, BLOCK_N, BLOCK_D
-            )
+            values = _load_values(v, v_row, v_scale, largest, b, h, H, first, Nk, col, d, V_SCALES, BLOCK_N, BLOCK_D)
             if SHIFT != 0 or (OFFSET and not ADDITIVE):
                 ones = tl.full((BLOCK_M, BLOCK_N), 1, tl.int8)
-                column_sums = tl.dot(ones, tl.trans(values), out_dtype=tl.int32)
+                column_sums = tl.dot(ones, values, out_dtype=tl.int32)
                 acc += SHIFT * column_sums
-            acc = tl.dot(level.to(tl.int8), tl.trans(values), acc, out_dtype=tl.int32)
+            acc = tl.dot(level.to(tl.int8), values, acc, out_dtype=tl.int32)
             if OFFSET:
                 if ADDITIVE:
                     valid = (value != -float("inf")).to(tl.int8)
-                    valid_acc = tl.dot(valid, tl.trans(values), valid_acc, out_dtype=tl.int32)
+                    valid_acc = tl.dot(valid, values, valid_acc, out_dtype=tl.int32)
                     count += tl.sum(valid.to(tl.int32), 1)
                 else:
                     valid_acc += column_sums
@@ -405,7 +414,7 @@ def _attention(
         else:
             denominator = tl.full((BLOCK_M,), 1.0, tl.float32)
         scale_back = tl.where(denominator == 0.0, 0.0, tl.div_rn(largest, denominator))
-        # +inf is a score of NaN's making, too: inf − inf.
+        # A score of +inf makes NaN, too: inf − inf.
         scale_back = tl.where((top < float("inf")) & (row_factor < float("inf")), scale_back, float("nan"))
         y = tl.where((top == -float("inf"))[:, None], 0.0, y * scale_back[:, None])
 
@@ -444,15 +453,6 @@ def _attention(
 
 
 @lru_cache(maxsize=256)
-def _squares(n: int, grid: int) -> bool:
-    """Whether rne(grid·(c/n)²) in the kernel's float32 operations is the level of every code c."""
-    code = torch.arange(n + 1, dtype=torch.float64)
-    exact = torch.round(grid * (code / n) ** 2)
-    got = torch.round(code.float() * code.float() * torch.tensor(grid / n**2, dtype=torch.float32))
-    return torch.equal(got.double(), exact)
-
-
-@lru_cache(maxsize=256)
 def _focus(
     n: int, step: float, offset: float, b1: float, b2: float, power: float, row_anchor: bool, renormalize: bool
 ) -> tuple[tuple[float, ...], tuple]:
@@ -464,7 +464,7 @@ def _focus(
     shift = 0.0 if direct else -b1 / (b2 - b1) * inside
     affine = power == 1.0 and offset == b1
     grid = n if affine else round(b2 / step)
-    decode = CODES if affine else SQUARES if power == 2.0 and direct and _squares(n, grid) else TABLE
+    decode = CODES if affine else SQUARES if power == 2.0 and direct else TABLE
     floats = (exponent, gain, shift, power, 1.0 / power, grid / n**2, step, offset)
     known = int(power) if power in (1.0, 2.0) else 0
     constants = (row_anchor, renormalize, n, known, direct, offset != 0.0, decode, 0 if grid <= 127 else 128)
@@ -615,9 +615,10 @@ def qattention_quantize(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     whole = groups == q.shape[1] if scale is None else scale.dim() == 1 or groups == 1
     if lora_down is not None or not whole or q.numel() == 0 or k.shape[2] == 0:
         return quantize_triton.quantize(_attend(arguments, torch.float32), *quant)
-    b, h, nq, _ = q.shape
     scatter, tokens = arguments[17:]
-    rows = b * nq if scatter is None else b * nq // scatter.numel() * tokens
+    rows = q.shape[0] * q.shape[2]
+    if scatter is not None:
+        rows = rows // scatter.numel() * tokens
     absent = torch.empty(0, dtype=torch.float32, device=q.device)
     out_scale = torch.empty((rows, groups), dtype=torch.float32, device=q.device) if scale is None else absent
     epilogue = (_dense(scale), _dense(row_qmax), _dense(lut), out_scale)
