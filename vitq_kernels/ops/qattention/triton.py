@@ -1,4 +1,26 @@
-"""Triton kernels of ``qattention``, ``qattention_quantize`` and the float stage ``focus_position``."""
+"""Triton kernel of ``qattention``, ``qattention_quantize`` and the float stage ``focus_position``.
+
+Roofline of a head: 4·Nq·Nk·d integer operations (6 where levels exceed 127: the sums of V come from the tensor core,
+too), Nq·Nk exponentials (twice that in two passes with Σ e), d·(Nq + 2·Nk) bytes of codes and d·Nq·b of output. Floor:
+the largest of operations / 1979 TOPS, exponentials / 16 a clock and processor, and bytes / 4.3 TB/s. B=32, H=12, N=197,
+d=64: 5.7 G operations, 2.9 µs; 14.9 M exponentials, 4 µs; 20 MB, 4.7 µs. None of these binds: quantizing a score takes
+about 30 ordinary instructions (ahead-of-time builds), and tiles pad 197 to 256 both ways, 25 M scores: 25 to 30 µs of
+issue at 128 lanes a clock and processor. Instructions per score, and rows not padded, are what there is to gain.
+
+One kernel, ``_attention``: BLOCK_M queries of a head per program. Up to ``WHOLE_KEYS`` keys a row of scores stays in
+registers; beyond, a first pass over blocks of keys finds the row's maximum and Σ e, a second one does the products
+again and accumulates P·V in int32. Products leave the tensor core as floats (see ``_values``), codes leave a float
+addition as bytes. Levels above 127 go in less 128, and 128·Σ V' is added back.
+
+int8 tensor cores want both operands with keys side by side. V is turned by words of four keys on its way to shared
+memory: ``tl.dot(p, v)`` of V as loaded stores single bytes on sm_90 (255 registers and spills at 64 rows; now 204 to
+231) and loads them on sm_80 (520 loads of a byte a thread; now 34 ldmatrix). P is operand A straight from its registers
+on sm_90, which the transposed product would have to pass through shared memory.
+
+``qattention_quantize`` is one launch for static scales (not per row and group) and for dynamic ones of each head,
+without ``lora_down``; otherwise the float32 result goes through ``quantize``. Levels need no table where they are the
+codes or, with b1 = 0, follow the square law; other tables are read through the first-level cache, a byte a score.
+"""
 
 from __future__ import annotations
 
@@ -166,17 +188,19 @@ def _position(
     TOP: tl.constexpr,
     POWER: tl.constexpr,
     DIRECT: tl.constexpr,
+    CUT: tl.constexpr,
     ROW: tl.constexpr,
 ):
     """TOP·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power).
 
-    t is e = exp(score − max), or, if DIRECT, e^(1/power): where b1 = 0 the position is a multiple of that, and no root is
-    taken. u is e/total, or e itself if ROW.
+    t is e = exp(score − max), or, if DIRECT, e^(1/power): where b1 = 0 the position is a multiple of that, and needs no
+    root. u is e/total, or e itself if ROW.
     """
     if DIRECT:
         if not ROW:
             gain = _row_gain(gain, total, inverse_power, POWER)[:, None]
-        return tl.minimum(t * gain, TOP)
+        # t ≤ 1, of which no rounding makes TOP + 1/2: without b2 nothing is cut off.
+        return tl.minimum(t * gain, TOP) if CUT else t * gain
     else:
         # TOP^power inside the root: one multiplication less, and 1 maps to TOP exactly.
         high: tl.constexpr = TOP if POWER == 1 else TOP * TOP if POWER == 2 else 1.0
@@ -199,10 +223,11 @@ def _levels(position, levels, level_gain, TOP: tl.constexpr, DECODE: tl.constexp
         code = (position + _MAGIC_FLOAT).to(tl.int32, bitcast=True) & TOP  # NaN must not reach beyond the table
         return tl.load(levels + code).to(tl.int32) - SHIFT
     else:
+        shifted = position + (_MAGIC_FLOAT - SHIFT)
         if DECODE == 1:
             code = round_half_even(position)
-            position = code * code * level_gain
-        return (position + (_MAGIC_FLOAT - SHIFT)).to(tl.int32, bitcast=True) - _MAGIC
+            shifted = tl.fma(code * level_gain, code, _MAGIC_FLOAT - SHIFT)
+        return shifted.to(tl.int32, bitcast=True) - _MAGIC
 
 
 @triton.jit
@@ -309,7 +334,8 @@ def _attention(
     RENORMALIZE: tl.constexpr,
     TOP: tl.constexpr,  # n, the largest code
     POWER: tl.constexpr,
-    DIRECT: tl.constexpr,
+    DIRECT: tl.constexpr,  # b1 = 0
+    CUT: tl.constexpr,  # b2 < 1
     OFFSET: tl.constexpr,
     DECODE: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -333,12 +359,10 @@ def _attention(
     if K_SCALES != 2:
         row_factor *= _load_scale(k_scale, b, h, 0, H, Nk, K_SCALES)
     row_factor = tl.broadcast_to(_positive(row_factor), (BLOCK_M,))
-    if PRODUCT:
-        queries = None
-    else:
-        queries = _load_codes(q + b.to(tl.int64) * q_image + h.to(tl.int64) * q_head, i, q_row, Nq, col, d)
+    if not PRODUCT:
+        q = _load_codes(q + b.to(tl.int64) * q_image + h.to(tl.int64) * q_head, i, q_row, Nq, col, d)
     context = (
-        (queries, k, k_row, i, col, Nq, Nk, d),
+        (q, k, k_row, i, col, Nq, Nk, d),
         (k_scale, b, h, H, row_factor),
         (bias, bias_head, bias_row, bias_col, mask, mask_image, mask_row, mask_col, G, exponent),
     )
@@ -377,7 +401,7 @@ def _attention(
         if not WHOLE:
             value = _values(first, context, PRODUCT, K_SCALES, BLOCK_N)
         t = tl.exp2(_exponents(value, base, row_factor[:, None], ADDITIVE))
-        position = _position(t, total, gain, shift, inverse_power, TOP, POWER, DIRECT, ROW)
+        position = _position(t, total, gain, shift, inverse_power, TOP, POWER, DIRECT, CUT, ROW)
         if PRODUCT:
             j = first + tl.arange(0, BLOCK_N)
             tl.store(out + row[:, None] * Nk + j[None, :], position, mask=(i < Nq)[:, None] & (j < Nk)[None, :])
@@ -467,7 +491,8 @@ def _focus(
     decode = CODES if affine else SQUARES if power == 2.0 and direct else TABLE
     floats = (exponent, gain, shift, power, 1.0 / power, grid / n**2, step, offset)
     known = int(power) if power in (1.0, 2.0) else 0
-    constants = (row_anchor, renormalize, n, known, direct, offset != 0.0, decode, 0 if grid <= 127 else 128)
+    law = (known, direct, b2 < 1.0)
+    constants = (row_anchor, renormalize, n, *law, offset != 0.0, decode, 0 if grid <= 127 else 128)
     return tuple(map(float, floats)), constants
 
 
@@ -521,10 +546,13 @@ def _launch(
     if softmax_scale < 0.0:
         raise ValueError(f"softmax_scale is {softmax_scale}, the triton back end expects a number >= 0")
     b, h, nq, nk, d = shape
-    whole = nk <= (WHOLE_KEYS // 4 if additive is not _PLAIN else WHOLE_KEYS // 2 if d > 64 else WHOLE_KEYS)
+    plain = additive is _PLAIN
+    whole = nk <= (WHOLE_KEYS // 4 if not plain else WHOLE_KEYS // 2 if d > 64 else WHOLE_KEYS)
     config = tuning.attention(out.device, nk, d)
-    block_m = min(config.block_m, power_of_2(nq, 16))
-    block_n = power_of_2(nk, 32) if whole else config.block_n
+    # Positions come and go through shared memory, four bytes each.
+    block_m = min(config.block_m if total is None else min(config.block_m, 64), power_of_2(nq, 16))
+    # Bias and mask are read element by element where Nk is odd: their addresses take registers, too.
+    block_n = power_of_2(nk, 32) if whole else config.block_n if plain else min(config.block_n, 32)
     tensors, kinds = zip(*map(_scales, scales))
     (exponent, *floats), constants = focus
     scale = epilogue[0]
