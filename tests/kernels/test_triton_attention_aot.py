@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def run(b, h, n, d, focus, scales="per_token", additive=False, out=STATIC, windows=None, positions=False):
-    """Keys, d and a call that launches attention on views of a fused QKV result; ``windows``: (an image's, its tokens)."""
+    """Keys, d, and a call that launches attention on views of a fused QKV; ``windows``: an image's, and its tokens."""
     qkv = torch.empty(b, n, 3, h, d, dtype=torch.int8)
     scale = torch.empty({"per_token": (b, h, n), "per_head": (h,), "per_tensor": (1,)}[scales])
     bias = torch.empty(h, n, n) if additive else None

@@ -100,17 +100,15 @@ def _load_additive(x, outer, outer_stride, row_stride, col_stride, i, j, Nq, Nk)
 
 
 @triton.jit
-def _values(first, context, PRODUCT: tl.constexpr, K_SCALES: tl.constexpr, BLOCK_N: tl.constexpr):
+def _values(first, tile, scaling, additive, PRODUCT: tl.constexpr, K_SCALES: tl.constexpr, BLOCK_N: tl.constexpr):
     """Scores of BLOCK_N keys from ``first`` on, in units of the exponent of 2; −inf for keys past the end.
 
     Without bias and mask they lack the row's factor and may be shifted by 1.5·2^23: differences to the row's maximum,
     multiplied by the factor, are then those of exact numbers.
     """
-    (
-        (q, k, k_row, i, col, Nq, Nk, d),
-        (k_scale, b, h, H, factor),
-        (bias, bias_head, bias_row, bias_col, mask, mask_image, mask_row, mask_col, G, exponent),
-    ) = context
+    q, k, k_row, i, col, Nq, Nk, d = tile
+    k_scale, b, h, H, factor = scaling
+    bias, bias_head, bias_row, bias_col, mask, mask_image, mask_row, mask_col, G, exponent = additive
     j = first + tl.arange(0, BLOCK_N)
     if PRODUCT:
         inside = (i < Nq)[:, None] & (j < Nk)[None, :]
@@ -361,15 +359,13 @@ def _attention(
     row_factor = tl.broadcast_to(_positive(row_factor), (BLOCK_M,))
     if not PRODUCT:
         q = _load_codes(q + b.to(tl.int64) * q_image + h.to(tl.int64) * q_head, i, q_row, Nq, col, d)
-    context = (
-        (q, k, k_row, i, col, Nq, Nk, d),
-        (k_scale, b, h, H, row_factor),
-        (bias, bias_head, bias_row, bias_col, mask, mask_image, mask_row, mask_col, G, exponent),
-    )
+    tile = (q, k, k_row, i, col, Nq, Nk, d)
+    scaling = (k_scale, b, h, H, row_factor)
+    additive = (bias, bias_head, bias_row, bias_col, mask, mask_image, mask_row, mask_col, G, exponent)
 
     total = tl.zeros((BLOCK_M,), tl.float32)
     if WHOLE:
-        value = _values(0, context, PRODUCT, K_SCALES, BLOCK_N)
+        value = _values(0, tile, scaling, additive, PRODUCT, K_SCALES, BLOCK_N)
         top = _row_max(value)
         if TOTAL:
             x = _exponents(value, _finite(top)[:, None], row_factor[:, None], ADDITIVE)
@@ -377,7 +373,7 @@ def _attention(
     else:
         top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         for first in range(0, Nk, BLOCK_N):
-            seen = _values(first, context, PRODUCT, K_SCALES, BLOCK_N)
+            seen = _values(first, tile, scaling, additive, PRODUCT, K_SCALES, BLOCK_N)
             higher = _larger(top, _row_max(seen))
             if TOTAL:
                 base = _finite(higher)
@@ -399,7 +395,7 @@ def _attention(
         count = tl.full((BLOCK_M,), 0 if ADDITIVE else Nk, tl.int32)
     for first in range(0, BLOCK_N if WHOLE else Nk, BLOCK_N):
         if not WHOLE:
-            value = _values(first, context, PRODUCT, K_SCALES, BLOCK_N)
+            value = _values(first, tile, scaling, additive, PRODUCT, K_SCALES, BLOCK_N)
         t = tl.exp2(_exponents(value, base, row_factor[:, None], ADDITIVE))
         position = _position(t, total, gain, shift, inverse_power, TOP, POWER, DIRECT, CUT, ROW)
         if PRODUCT:
