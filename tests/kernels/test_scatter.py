@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_qattention import BACKENDS, FOCUSES, ISAS, arguments, call, flat_args, make, native, pinned
+from test_qattention import BACKENDS, FOCUSES, arguments, call, flat_args, make, native, pinned
 
 from vitq_kernels.formats import ActQuant
 from vitq_kernels.ops import qattention, qattention_quantize, quantize
@@ -35,7 +35,7 @@ def moved(rows, scatter, tokens):
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    backend=st.sampled_from(["ref", *ISAS]),
+    backend=st.sampled_from(BACKENDS),
     images=st.integers(0, 2),
     windows=st.integers(1, 4),
     n=st.integers(1, 60),

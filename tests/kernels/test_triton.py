@@ -17,7 +17,7 @@ from vitq_kernels.formats import LevelTable
 from vitq_kernels.triton import host
 
 HERE = Path(__file__).parent
-OPS = ("quantize", "layer_norm_quantize")
+OPS = ("quantize", "layer_norm_quantize", "qattention", "qattention_quantize")
 OPS += ("qlinear", "qlinear_quantize", "qlinear_norm_quantize", "qlinear_weight_only")
 pytestmark = pytest.mark.skipif(not host.INSTALLED, reason="triton is not installed")
 
@@ -25,8 +25,9 @@ pytestmark = pytest.mark.skipif(not host.INSTALLED, reason="triton is not instal
 def test_kernels_under_the_interpreter():
     """Every kernel test of the other back ends, and Triton's own, on CPU tensors, in a process of its own: Triton
     looks at TRITON_INTERPRET once, when it decorates a kernel."""
-    files = ("test_quantize.py", "test_layer_norm_quantize.py", "test_qlinear.py")
-    files += ("interpreted_triton.py", "interpreted_triton_fixup.py")
+    files = ("test_quantize.py", "test_layer_norm_quantize.py", "test_qlinear.py", "test_qattention.py")
+    files += ("test_scatter.py", "test_float_stages.py")
+    files += ("interpreted_triton.py", "interpreted_triton_fixup.py", "interpreted_triton_attention.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("VITQ_BACKEND", None)
     command = [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -167,6 +168,14 @@ def test_tables_are_sound(path):
             assert c.swap in (0, 1)
             if kind.startswith("w4"):
                 assert c.block_k == 128  # a run of the layout
+    rows = tables["attention"]
+    assert len({row[:2] for row in rows}) == len(rows) > 0
+    for _, _, c in rows:
+        assert all(v & (v - 1) == 0 for v in (c.block_m, c.block_n, c.num_warps))
+        assert c.block_m >= 16
+        assert c.block_n >= 32
+    # How a row is summed up must not depend on head_dim, which focus_position does not know.
+    assert len({(keys, c.block_n) for keys, _, c in rows}) == len({keys for keys, _, _ in rows})
     assert '"measured": false' in path.read_text() or not path.stem.startswith("sm_")
 
 
@@ -188,6 +197,10 @@ def test_pinned_configuration_wins():
     c = tuning.Config(16, 16, 32, 1, 0, 4, 1)
     with tuning.config(c):
         assert tuning.lookup(torch.device("cpu"), "w8", 1, 1) is c
+        a = tuning.Attention(16, 32, 4, 1)
+        with tuning.config(a):
+            assert tuning.attention(torch.device("cpu"), 1, 1) is a
+            assert tuning.lookup(torch.device("cpu"), "w8", 1, 1) is c
     assert tuning.lookup(torch.device("cpu"), "w8", 1, 1) is not c
 
 

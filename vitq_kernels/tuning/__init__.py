@@ -5,7 +5,8 @@ serves every other GPU of that compute capability or above; ``measured`` in the 
 Nothing is tuned at run time, so that a request, a capture or a compilation never waits for it.
 
 A file: ``{"gpu", "measured", "columns": [names of Config's fields behind m, n], "w8": rows, "w4": rows, ...}``, one row
-``[m, n, block_m, block_n, ...]`` for each shape that was tuned.
+``[m, n, block_m, block_n, ...]`` for each shape that was tuned. Likewise "attention_columns" and "attention", where m
+and n are the number of keys and head_dim.
 """
 
 from __future__ import annotations
@@ -46,20 +47,37 @@ class Config:
     num_stages: int
 
 
-_INTERPRETER = {
+@dataclass(frozen=True)
+class Attention:
+    """Tiles of an attention.
+
+    Args:
+        block_m: queries of a program.
+        block_n: keys at a time, where a row of scores is too long to be held whole. The same for every head_dim.
+        num_warps, num_stages: of the launch.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+_INTERPRETER: dict[str, Config | Attention] = {
     kind: Config(
         block_m=32, block_n=64, block_k=64, group_m=2, swap=int(kind.startswith("w4")), num_warps=4, num_stages=1
     )
     for kind in KINDS
 }
+_INTERPRETER["attention"] = Attention(block_m=64, block_n=64, num_warps=4, num_stages=1)
 """Interpreted programs cost 10 ms each, whatever their size; small enough that tests cross every boundary."""
 
-_pinned: list[Config] = []
+_pinned: list[Config | Attention] = []
 
 
 @contextlib.contextmanager
-def config(value: Config) -> Iterator[None]:
-    """Every product inside uses ``value``: what a tuner, or a test of one configuration, needs."""
+def config(value: Config | Attention) -> Iterator[None]:
+    """Every product, or attention, inside uses ``value``: what a tuner, or a test of one configuration, needs."""
     _pinned.append(value)
     try:
         yield
@@ -77,20 +95,21 @@ def slug(name: str) -> str:
 
 
 @cache
-def load(stem: str) -> dict[str, list[tuple[int, int, Config]]] | None:
+def load(stem: str) -> dict[str, list[tuple[int, int, Config | Attention]]] | None:
     """The tables of one file, or None if there is no such file."""
     path = Path(__file__).parent / f"{stem}.json"
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    columns = record["columns"]
-    return {
-        kind: [(row[0], row[1], Config(**dict(zip(columns, row[2:], strict=True)))) for row in record[kind]]
-        for kind in KINDS
-    }
+
+    def table(kind: str, form: type, columns: list[str]) -> list[tuple[int, int, Config | Attention]]:
+        return [(row[0], row[1], form(**dict(zip(columns, row[2:], strict=True)))) for row in record[kind]]
+
+    tables = {kind: table(kind, Config, record["columns"]) for kind in KINDS}
+    return tables | {"attention": table("attention", Attention, record["attention_columns"])}
 
 
-def _for_capability(capability: int) -> dict[str, list[tuple[int, int, Config]]]:
+def _for_capability(capability: int) -> dict[str, list[tuple[int, int, Config | Attention]]]:
     stems = [path.stem for path in files() if re.fullmatch(r"sm_\d+", path.stem)]
     known = sorted(int(stem[3:]) for stem in stems)
     # 12.0 is a consumer part with the shared memory of 8.9, not a larger 10.0.
@@ -99,16 +118,16 @@ def _for_capability(capability: int) -> dict[str, list[tuple[int, int, Config]]]
 
 
 @cache
-def _nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config:
+def _nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config | Attention:
     rows = (load(slug(name)) or _for_capability(capability))[kind]
 
-    def distance(row: tuple[int, int, Config]) -> tuple[float, float]:
+    def distance(row: tuple[int, int, Config | Attention]) -> tuple[float, float]:
         return abs(math.log2(max(m, 1) / row[0])), abs(math.log2(max(n, 1) / row[1]))
 
     return min(rows, key=distance)[2]
 
 
-def nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config:
+def nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config | Attention:
     """The row of the table of GPU ``name`` (or of its capability) whose M, and then N, is nearest on a log scale."""
     # Buckets of M keep the cache small where every request has another length.
     return _nearest(capability, name, kind, 1 << max(m - 1, 0).bit_length(), n)
@@ -120,10 +139,20 @@ def _gpu(device: torch.device) -> tuple[int, str]:
     return 10 * major + minor, torch.cuda.get_device_name(device)
 
 
-def lookup(device: torch.device, kind: str, m: int, n: int) -> Config:
-    """The configuration of an [M, N] product with weights of ``kind`` on ``device``."""
-    if _pinned:
-        return _pinned[-1]
+def _lookup(form: type, device: torch.device, kind: str, m: int, n: int) -> Config | Attention:
+    for value in reversed(_pinned):
+        if isinstance(value, form):
+            return value
     if device.type != "cuda":
         return _INTERPRETER[kind]
     return nearest(*_gpu(device), kind, m, n)
+
+
+def lookup(device: torch.device, kind: str, m: int, n: int) -> Config:
+    """The configuration of an [M, N] product with weights of ``kind`` on ``device``."""
+    return _lookup(Config, device, kind, m, n)
+
+
+def attention(device: torch.device, keys: int, head_dim: int) -> Attention:
+    """The configuration of an attention over so many keys on ``device``."""
+    return _lookup(Attention, device, "attention", keys, head_dim)

@@ -49,7 +49,7 @@ _schema.define(
     ),
 )
 
-for _op in ("layer_norm", "project", "expand", "gelu"):
+for _op in ("layer_norm", "project", "expand", "gelu", "focus_position"):
     _schema.define_triton(_op, "float_stages")
 
 _F32 = torch.float32
@@ -131,7 +131,7 @@ def focus_position(
     Returns:  position [B, H, Nq, Nk] float32 in [0, n] (undefined for excluded keys); total [B, H, Nq] float32: Σ_j e,
               meaningful where ``qattention`` divides by it (no renormalization, or the absolute anchor).
     Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     _schema.expect("product", product, dtype=torch.int32, shape=(None,) * 4)
     b, h, nq, nk = product.shape

@@ -14,7 +14,10 @@ from torch import Tensor
 from ...triton import host
 from ...triton.device import activate, dot_operand, float_dot, load_float
 from ...triton.host import ceil_div, power_of_2
+from ..qattention.triton import focus_position
 from ..quantize.triton import MAX_RANK, normalized
+
+__all__ = ["expand", "focus_position", "gelu", "layer_norm", "project"]
 
 BLOCK = 1024
 

@@ -42,6 +42,8 @@ _schema.define(
     ref.qattention_quantize,
     _fake_quantize,
 )
+for _name in ("qattention", "qattention_quantize"):
+    _schema.define_triton(_name, "qattention")
 
 _levels_cache: dict[tuple[FocusSpec, torch.device], Tensor] = {}
 
