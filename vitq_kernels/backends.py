@@ -60,6 +60,11 @@ def register(op: str, implementation: Implementation) -> None:
     if implementation.name in row:
         raise ValueError(f"back end {implementation.name!r} of {op} is registered already")
     row[implementation.name] = implementation
+    forget()
+
+
+def forget() -> None:
+    """Resolve anew: what may serve a device has changed."""
     _resolved.clear()
 
 

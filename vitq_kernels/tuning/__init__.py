@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from ..triton import host
+
 KINDS = ("w8", "w4", "w8_float", "w4_float")
 """Weight width, and ``_float`` for the weight-only product."""
 
@@ -114,16 +116,11 @@ def nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config:
     return _nearest(capability, name, kind, 1 << max(m - 1, 0).bit_length(), n)
 
 
-@cache
-def _gpu(device: torch.device) -> tuple[int, str]:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor, torch.cuda.get_device_name(device)
-
-
 def lookup(device: torch.device, kind: str, m: int, n: int) -> Config:
     """The configuration of an [M, N] product with weights of ``kind`` on ``device``."""
     if _pinned:
         return _pinned[-1]
     if device.type != "cuda":
         return _INTERPRETER[kind]
-    return nearest(*_gpu(device), kind, m, n)
+    gpu = host.gpu(device)
+    return nearest(gpu.capability, gpu.name, kind, m, n)
