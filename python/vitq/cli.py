@@ -99,9 +99,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--bench-threads", type=_positives, metavar="T,T", help="thread counts (default: torch's choice)")
     p.add_argument("--seconds", type=float, default=3.0, help="per model and setting (default: 3)")
 
-    p = command(
-        "warmup", run.warmup, "Compile the Triton kernels that a checkpoint launches, before the first request."
-    )
+    p = command("warmup", run.warmup, "Compile the Triton kernels of a checkpoint before its first request.")
     p.add_argument("checkpoint")
     p.add_argument("--batch", type=_positives, default=[1, 8, 64], metavar="B,B", help="batch sizes (default: 1,8,64)")
     p.add_argument("--dtype", default="float16", metavar="D,D", help=f"of {', '.join(run.DTYPES)} (default: float16)")
