@@ -116,11 +116,15 @@ def nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config:
     return _nearest(capability, name, kind, 1 << max(m - 1, 0).bit_length(), n)
 
 
+def _gpu(device: torch.device) -> tuple[int, str]:
+    gpu = host.gpu(device)
+    return gpu.capability, gpu.name
+
+
 def lookup(device: torch.device, kind: str, m: int, n: int) -> Config:
     """The configuration of an [M, N] product with weights of ``kind`` on ``device``."""
     if _pinned:
         return _pinned[-1]
     if device.type != "cuda":
         return _INTERPRETER[kind]
-    gpu = host.gpu(device)
-    return nearest(gpu.capability, gpu.name, kind, m, n)
+    return nearest(*_gpu(device), kind, m, n)
