@@ -70,7 +70,7 @@ _assumed: list[Gpu] = []
 
 @contextlib.contextmanager
 def assuming(gpu: Gpu) -> Iterator[None]:
-    """Every choice of a kernel inside is the one for ``gpu``, which need not be there. Not for several threads."""
+    """Every choice of a kernel inside is the one for ``gpu``, which need not be there. For one thread at a time."""
     _assumed.append(gpu)
     try:
         yield

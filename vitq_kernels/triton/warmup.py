@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends
@@ -70,7 +71,7 @@ def present() -> Gpu | None:
 def without_device(gpu: Gpu) -> Iterator[None]:
     """CUDA tensors inside have a shape, a dtype and a device, but no memory and no values; ``gpu`` serves them.
 
-    What a model that is moved there runs, traces or exports is what it would on ``gpu``. Not for several threads.
+    What a model that is moved there runs, traces or exports is what it would on ``gpu``. For one thread at a time.
     Raises: ValueError where Triton kernels cannot serve ``gpu``.
     """
     if host.INTERPRETED:
@@ -87,14 +88,22 @@ def without_device(gpu: Gpu) -> Iterator[None]:
 
 
 class _Kernels(TorchDispatchMode):
-    """Ops run their Triton function, which records its launches, where tensors without values have it run the fake."""
+    """Ops run their Triton function, which records its launches, where tensors without values have it run the fake.
+    What such a function computes on the CPU to choose by keeps its values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kernel = host.kernels.get(func._schema.name)
-        if kernel is None:
-            return func(*args, **(kwargs or {}))
-        with self:
-            return kernel(*args)
+        kernel, kwargs = host.kernels.get(func._schema.name), kwargs or {}
+        if kernel is not None:
+            with self:
+                return kernel(*args)
+        if any(_on_gpu(value) for value in pytree.tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+
+
+def _on_gpu(value: object) -> bool:
+    return isinstance(value, FakeTensor) or (isinstance(value, torch.device) and value.type == "cuda")
 
 
 def record(model: nn.Module, shapes: Iterable[Sequence[int]], gpu: Gpu, dtype: torch.dtype) -> list[host.Launch]:
