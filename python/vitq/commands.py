@@ -65,7 +65,6 @@ WARMUP_COLUMNS = {
     "batch": "batch",
     "launches": "launches",
     "kernels": "kernels",
-    "new": "new",
     "seconds": "s",
 }
 
@@ -258,8 +257,8 @@ def warmup(args: argparse.Namespace) -> None:
             task = bar.add_task(f"{row['gpu']}, {dtype}, batch {batch}", total=None)
             launches = warm.record(model, [(batch, *size)], gpu, dtypes[dtype])
             kernels = warm.compile_launches(launches, gpu, partial(_advance, bar, task))
-        row |= {"launches": len(launches), "kernels": len(kernels), "new": len(kernels - every)}
-        rows.append(row | {"seconds": time.perf_counter() - start})
+        row |= {"launches": len(launches), "kernels": len(kernels), "seconds": time.perf_counter() - start}
+        rows.append(row)
         every |= kernels
     console.print_rows(out, f"{args.checkpoint}: compiled kernels", rows, WARMUP_COLUMNS)
     out.print(f"{len(every)} kernels in {warm.cache_folder()}")
