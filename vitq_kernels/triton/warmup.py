@@ -141,7 +141,7 @@ def compile_launches(
                 kernel = kernel.result()
             keys.add(kernel.hash)
             if here:
-                kernel._init_handles()  # loads it; before triton 3.7 that also compiles its launcher, in C
+                kernel._init_handles()  # loads it; triton 3.6 then also compiles its launcher, in C
             if progress is not None:
                 progress(done, len(launches))
     return keys
