@@ -192,7 +192,9 @@ def test_spills_would_be_found():
 
 def test_specialization_follows_the_arguments():
     launch = launches("w8, M=197", 90)[0]
-    source = aot.build(launch, 90).src
+    source = aot.source(launch)
+    built = aot.build(launch, 90).src
+    assert (source.signature, source.constants, source.attrs) == (built.signature, built.constants, built.attrs)
     index = {name: (i,) for i, name in enumerate(launch.kernel.arg_names)}
     assert source.signature["x"] == "*i8"
     assert source.signature["residual"] == "constexpr"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.driver import driver
 
 from .host import Launch
@@ -84,6 +84,21 @@ def build(launch: Launch, capability: int) -> CompiledKernel:
         return launch.kernel.warmup(*arguments, grid=launch.grid, **launch.options, enable_fp_fusion=False)
     finally:
         driver._active = before
+
+
+def source(launch: Launch, capability: int = 90) -> ASTSource:
+    """``launch`` as the compiler would take it, specialized as a call with these arguments is: on None, on 1, on
+    multiples of 16, and on the dtype and 16-byte alignment of every tensor (as allocations are aligned)."""
+    seen = []
+
+    def instead(*, compile, **_) -> bool:
+        seen.append(ASTSource(launch.kernel, compile["signature"], compile["constants"], compile["configs"][0]))
+        return True
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = instead
+        built = build(launch, capability)
+    return seen[0] if seen else built.src  # the hook is not asked where the kernel is there already
 
 
 def compile_launch(launch: Launch, capability: int) -> Binary:
