@@ -147,7 +147,7 @@ FUSED = {
     "static": (144, {"scale": torch.tensor([0.7])}, 1),
     "static groups": (144, {"scale": torch.rand(9, generator=generator(3)) + 0.3, "groups": 9}, 1),
     "row scales": (144, {"scale": torch.rand(37, 1, generator=generator(3)) + 0.3}, 1),
-    "row and group scales": (144, {"scale": torch.rand(37, 3, generator=generator(3)) + 0.3, "groups": 3}, 2),
+    "row and group scales": (144, {"scale": torch.rand(37, 3, generator=generator(3)) + 0.3, "groups": 3}, 1),
     "zero point, table": (144, {"scale": torch.tensor([0.7]), "zero_point": -30, "qmin": -128, "lut": TABLE}, 1),
     "row_qmax": (144, {"row_qmax": torch.arange(37, dtype=torch.int32) + 1, "scale": torch.tensor([0.5])}, 1),
     "heads": (144, {"groups": 9}, 1),
@@ -159,13 +159,13 @@ FUSED = {
     ),
     "whole row": (144, {}, 1),
     "whole row, t": (144, {"lora_down": directions(7, 144)}, 1),
-    "static, t": (144, {"scale": torch.tensor([0.7]), "lora_down": directions(7, 144)}, 2),
-    "heads, t": (144, {"groups": 9, "lora_down": directions(20, 144)}, 2),
-    "long row": (300, {}, 2),
-    "long row, t": (300, {"lora_down": directions(7, 300)}, 2),
-    "groups of odd width": (150, {"groups": 3}, 2),
-    "subspace": (144, {"scale": torch.tensor([0.7]), "lora_down": directions(7, 144), "subspace": True}, 2),
-    "rank beyond the epilogue": (160, {"scale": torch.tensor([0.7]), "lora_down": directions(130, 160)}, 2),
+    "static, t": (144, {"scale": torch.tensor([0.7]), "lora_down": directions(7, 144)}, 1),
+    "heads, t": (144, {"groups": 9, "lora_down": directions(20, 144)}, 1),
+    "long row": (300, {}, 1),
+    "long row, t": (300, {"lora_down": directions(7, 300)}, 1),
+    "groups of odd width": (150, {"groups": 3}, 1),
+    "subspace": (144, {"scale": torch.tensor([0.7]), "lora_down": directions(7, 144), "subspace": True}, 1),
+    "rank beyond the epilogue": (160, {"scale": torch.tensor([0.7]), "lora_down": directions(130, 160)}, 1),
 }
 
 
@@ -257,8 +257,8 @@ def _state(seed, n, k, rank, kind="error", dynamic=True):
         act=act,
         act_scale=None if dynamic else torch.tensor([0.03]),
         lora=LowRankSpec(rank, kind),
-        lora_down=directions(rank, k, seed),
-        lora_up=torch.randn(n, rank, generator=g),
+        lora_down=directions(rank, k, seed).half(),
+        lora_up=torch.randn(n, rank, generator=g).half(),
     )
 
 
@@ -295,8 +295,14 @@ def _launching(change):
     return spoiled
 
 
+def _finish_early(a):
+    """As if one program of every row tile had been counted twice: the last one's share is missing."""
+    a["counters"].view(-1, 3)[:, 0] += 1
+    a["shares"].fill_(float("nan"))
+
+
 BUGS = {
-    "a tile's share of t": lambda kernel, a: a.update(parts=a["parts"] - 1) if kernel == "_add_shares" else None,
+    "a tile's share of t": lambda kernel, a: _finish_early(a),
     "zero point": lambda kernel, a: a.update(x_zero_point=a["x_zero_point"] + 1) if kernel == "_product" else None,
     "clamp": lambda kernel, a: a.update(high=a["high"] + 1) if kernel == "_product" else None,
     "last column": lambda kernel, a: a.update(N=a["N"] - 1) if kernel == "_product" else None,

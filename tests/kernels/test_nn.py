@@ -65,8 +65,8 @@ def linear_state(n, k, act=STATIC, bits=8, rank=0, kind="error", table=None, bia
         act_scale=torch.tensor([3.5 / act.qmax]) if static else None,
         act_zero_point=3 if static and not act.symmetric else 0,
         lora=LowRankSpec(rank, kind),
-        lora_down=down,
-        lora_up=up,
+        lora_down=None if down is None else down.half(),
+        lora_up=None if up is None else up.half(),
     )
 
 
@@ -340,7 +340,7 @@ def attention_by_ops(state: AttentionState, x: torch.Tensor, norm, gamma, residu
     h, d = state.heads, c // state.heads
     y = norm(x)
     q = vk.quantize(y, state.qkv.act_quant)
-    w = vk.pack_weight(state.qkv.codes, 8, linear_module.choose_layout("qlinear", "cpu", 8))
+    w = vk.pack_weight(state.qkv.codes, 8, linear_module.choose_layout(backends.resolve("qlinear", "cpu").layouts, 8))
     f = vk.qlinear(q, w, state.qkv.weight_scale, state.qkv.bias, lora_up=state.qkv.lora_up)
     coded = vk.quantize(f, state.operand_quant)
     parts = [p.contiguous() for p in coded.q.reshape(b, n, 3, h, d).permute(2, 0, 3, 1, 4)]
@@ -446,6 +446,60 @@ def test_block_sums_its_branches():
     torch.testing.assert_close(QBlock(b.attn, branch)(x), y + 0.5 * branch.module(branch.norm(y)))
 
 
+def mixed_block(fc1: LinearState, norm: nn.LayerNorm | None, activation="gelu_erf") -> QBlock:
+    attn = QAttention.from_state(attention_state(), norm=norm_of(16))
+    return QBlock(attn, QMlp.from_states(fc1, linear_state(16, 24, DYNAMIC), activation, norm=norm))
+
+
+MIXED = {
+    "fused": (lambda: block(), 1),
+    "subspace": (lambda: mixed_block(linear_state(24, 16, DYNAMIC, rank=3, kind="subspace"), norm_of(16)), 1),
+    "norm without affine": (lambda: mixed_block(linear_state(24, 16), nn.LayerNorm(16, elementwise_affine=False)), 1),
+    "float activation": (lambda: mixed_block(linear_state(24, 16), norm_of(16), nn.ReLU()), 1),
+    "weight-only": (lambda: mixed_block(linear_state(24, 16, None), norm_of(16)), 0),
+    "no norm": (lambda: mixed_block(linear_state(24, 16), None), 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", MIXED)
+def test_block_is_bit_for_bit_its_two_branches(name, dtype, monkeypatch):
+    """Whether or not the norm of the MLP goes into the projection before it."""
+    make, fused = MIXED[name]
+    b, x = make().to(dtype), torch.randn(2, 9, 16, generator=gen(1)).to(dtype)
+    y = b.attn(x, residual=x)
+    want = b.mlp(y, residual=y)
+    seen = []
+    original = backends.resolve
+    monkeypatch.setattr(backends, "resolve", lambda op, *rest: seen.append(op) or original(op, *rest))
+    got = b(x)
+    assert seen.count("qlinear_norm_quantize") == fused
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
+
+
+def test_branches_pinned_to_different_back_ends_are_not_fused():
+    b, x = block(), torch.randn(2, 9, 16, generator=gen(1))
+    prepack(b.mlp, "ref")
+    y = b.attn(x, residual=x)
+    assert torch.equal(b(x), b.mlp(y, residual=y))
+
+
+def test_nothing_else_goes_between_a_layer_and_the_norm_behind_it():
+    b, x = block(), torch.randn(2, 9, 16, generator=gen(1))
+    for kw in ({"activation": "gelu_erf"}, {"out": vk.ActQuant()}):
+        with pytest.raises(ValueError, match="then is given with activation"):
+            b.attn.proj(x, then=b.mlp.fc1, **kw)
+
+
+def test_mlp_takes_what_its_first_layer_would_make():
+    mlp, x = block().mlp, torch.randn(2, 9, 16, generator=gen(1))
+    taken = mlp.fc1.encode(x)
+    assert torch.equal(mlp(taken, residual=x), mlp(x, residual=x))
+    assert torch.equal(mlp(taken), mlp(x))
+    assert mlp(taken, residual=x.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.slow
 def test_block_with_inductor():
     b, x = block(), torch.randn(2, 9, 16, generator=gen(1))
@@ -475,11 +529,10 @@ def test_modules_are_pinned_to_their_back_end(monkeypatch):
         "layer_norm_quantize",
         "qlinear_quantize",
         "qattention_quantize",
-        "qlinear",
-        "layer_norm_quantize",
+        "qlinear_norm_quantize",
         "qlinear_quantize",
         "qlinear",
-    ], "a block is seven launches"
+    ], "a block is six launches"
     prepack(b, "ref")
     seen.clear()
     b(x)

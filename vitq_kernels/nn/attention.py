@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..formats import AttentionState
+from ..formats import AttentionState, QTensor
 from ..ops.qattention import PreparedAttention, focus_levels
 from .base import QModule, Quantizer
 from .linear import QLinear
@@ -74,11 +74,19 @@ class QAttention(QModule):
         layer = PreparedAttention(self.focus, self.softmax_scale, self.bias, self.levels, self.levels.device)
         return layer, self.qkv, self.operands, self.window, self.proj
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        then: QLinear | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | QTensor]:
         """[B, N, C] float (windows: [B, H, W, C]) to the same shape.
 
-        Args:   residual: added last, in the epilogue of proj. mask ([G, 1 or N, N]): additive scores, image b uses
-                mask[b mod G]; None with windows, which bring their own.
+        Args:    residual: added last, in the epilogue of proj. mask ([G, 1 or N, N]): additive scores, image b uses
+                 mask[b mod G]; None with windows, which bring their own.
+                 then: the layer that follows, whose LayerNorm and quantization the epilogue of proj takes along.
+        Returns: y, or with ``then`` (y, what ``then`` takes of it): see :meth:`QLinear.forward`.
         """
         layer, qkv, operands, window, proj = self.prepared()
         codes = qkv.encode(x)
@@ -98,7 +106,7 @@ class QAttention(QModule):
             y = layer.qattention_quantize(*heads, *scales, mask=mask, out=out.prepared(), backend=self.backend)
         if window is not None:
             y = window.reverse(y)
-        return proj(y, residual=residual, out_dtype=x.dtype)
+        return proj(y, residual=residual, out_dtype=x.dtype, then=then)
 
     def _scales(self, scale: Tensor, b: int, n: int) -> tuple[Tensor, ...]:
         """Scales of q, k, v: [1] or [H] static, [B, H, N] dynamic."""

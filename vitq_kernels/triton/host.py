@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -92,6 +93,52 @@ def _properties(device: torch.device) -> Gpu:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``: how many programs fill it once. 1 where kernels are interpreted."""
     return gpu(device).processors if device.type == "cuda" else 1
+
+
+_RESERVE = 1 << 16
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+_reserve: dict[torch.device, Tensor] = {}
+_captured: list[Tensor] = []
+_lock = threading.Lock()
+
+
+def counters(n: int, device: torch.device) -> Tensor:
+    """[n] int32 zeros for a kernel that leaves them zero again.
+
+    Calls on one stream run one after the other and share a buffer. A graph may be replayed beside anything: what it
+    captures gets counters that nothing else ever uses, out of a reserve (256 KB) which calls outside of captures keep
+    ready; a graph captured before any such call zeroes them itself.
+    """
+    if _assumed or torch.compiler.is_compiling():  # nothing runs, and what has no memory is not to be kept
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    if device.type == "cuda" and _capturing(device):
+        return _taken(n, device)
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    found = _counters.get((device, stream))
+    if found is None or found.numel() < n:
+        found = _counters[device, stream] = torch.zeros(max(n, 1024), dtype=torch.int32, device=device)
+    reserve = _reserve.get(device)
+    if reserve is None or reserve.numel() < _RESERVE // 2:
+        _reserve[device] = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
+    return found[:n]
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _taken(n: int, device: torch.device) -> Tensor:
+    """Counters that a graph keeps for itself: kept alive for as long as the process, as its replays are not known."""
+    with _lock:
+        reserve = _reserve.get(device)
+        if reserve is None or reserve.numel() < n:
+            return torch.zeros(n, dtype=torch.int32, device=device)
+        _reserve[device] = reserve[n:]
+        _captured.append(reserve[:n])
+        return _captured[-1]
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ... import backends
@@ -54,12 +55,17 @@ def run_layer_norm_quantize(
         if x.dim() == 0 or x.shape[-1] == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., K] with K >= 1")
         k, device = x.shape[-1], x.device
-        for name, p in (("weight", weight), ("bias", bias)):
-            if p is not None:
-                _schema.expect(name, p, dtype=_schema.FLOATS, shape=(k,), device=device)
-        if not eps >= 0:
-            raise ValueError(f"eps is {eps}, expected a number >= 0")
+        expect_norm(weight, bias, eps, k, device)
         epilogue.fit(_schema.rows(x), k, device)
         passed = epilogue.passed = case, device.type, weight, bias
     impl = backends.resolve("layer_norm_quantize", passed[1], None, backend)
     return epilogue.wrap(impl.fn(x, weight, bias, eps, *epilogue.args))
+
+
+def expect_norm(weight: Tensor | None, bias: Tensor | None, eps: float, k: int, device: torch.device) -> None:
+    """TypeError/ValueError unless γ, β and eps are those of a LayerNorm over k columns on ``device``."""
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None:
+            _schema.expect(name, p, dtype=_schema.FLOATS, shape=(k,), device=device)
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}, expected a number >= 0")
