@@ -66,6 +66,11 @@ def register(op: str, implementation: Implementation) -> None:
     if implementation.name in row:
         raise ValueError(f"back end {implementation.name!r} of {op} is registered already")
     row[implementation.name] = implementation
+    forget()
+
+
+def forget() -> None:
+    """Resolve anew: what may serve a device has changed."""
     _resolved.clear()
 
 
@@ -79,7 +84,7 @@ def replace(op: str, implementation: Implementation) -> None:
     if implementation.name not in _table.get(op, ()):
         raise ValueError(f"{op} has no back end {implementation.name!r} to replace")
     _table[op][implementation.name] = implementation
-    _resolved.clear()
+    forget()
 
 
 def _checked(name: str, where: str) -> str:

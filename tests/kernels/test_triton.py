@@ -48,10 +48,13 @@ def test_reasons():
 
 def test_old_gpu_is_refused_with_its_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    for capability, reason in (((7, 5), "needs compute capability 8.0, Some GPU has 7.5"), ((8, 0), None)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda answer=capability: answer)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for capability, reason in ((75, "needs compute capability 8.0, Some GPU has 7.5"), (80, None)):
+        gpu = host.Gpu(capability, "Some GPU", 1)
+        monkeypatch.setattr(host, "_properties", lambda device, found=gpu: found)
         assert host._gpu_reason() == reason
+        with host.assuming(gpu):
+            assert host.unavailable("cuda") == reason
 
 
 @pytest.mark.skipif(host.INTERPRETED, reason="interpreted kernels are called past the dispatcher")

@@ -245,11 +245,13 @@ def test_spills_would_be_found():
 def test_specialization_follows_the_arguments():
     launch = launches("w8, M=197", 90)[0]
     source = aot.source(launch)
+    built = aot.build(launch, 90).src
+    assert (source.signature, source.constants, source.attrs) == (built.signature, built.constants, built.attrs)
     index = {name: (i,) for i, name in enumerate(launch.kernel.arg_names)}
     assert source.signature["x"] == "*i8"
     assert source.signature["residual"] == "constexpr"
     assert source.constants[index["residual"]] is None
     assert source.constants[index["groups"]] == 1
     assert source.signature["zero_point"] == "i32"
-    assert source.attrs[index["K"]] == [["tt.divisibility", 16]]
-    assert index["M"] not in source.attrs
+    assert source.attrs[index["x"]] == source.attrs[index["K"]] == [["tt.divisibility", 16]]
+    assert not source.attrs.get(index["M"])

@@ -70,7 +70,9 @@ _ANY = (None,) * 4
 def check_scale(name: str, scale: Tensor, b: int, h: int, n: int, device: torch.device) -> None:
     """TypeError/ValueError unless ``scale`` is float32 of 1, [H] or [B, H, N] values on ``device``."""
     _schema.expect(name, scale, dtype=torch.float32, device=device)
-    if scale.shape not in ((1,), (h,), (b, h, n), ()):
+    # The number of dimensions first: a tracer that compares b with H guards on it, and the batch is no longer dynamic.
+    fits = scale.shape == (b, h, n) if scale.dim() == 3 else scale.dim() < 2 and scale.numel() in (1, h)
+    if not fits:
         raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected (1), ({h}) or ({b}, {h}, {n})")
 
 
