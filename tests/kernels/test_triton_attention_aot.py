@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(host.INTERPRETED, reason="interpreted kernels ar
 ROW8 = FocusSpec(power=2.0, anchor="row")
 PAPER = FocusSpec(b2=0.4, renormalize=True)
 STATIC = vk.ActQuant(scale=torch.ones(1))
+DOWN = torch.empty(32, 768, dtype=torch.float16)
 CPU = torch.device("cpu")
 
 
@@ -52,6 +53,8 @@ KERNELS = {
     "1024 keys": run(8, 12, 1024, 64, ROW8),
     "1024 keys, mask, floats": run(8, 12, 1024, 64, ROW8, "per_tensor", additive=True, out=None),
     "Swin": run(256, 4, 49, 32, ROW8, additive=True, windows=(4, 180)),
+    "ViT, per token, t": run(32, 12, 197, 64, ROW8, out=vk.ActQuant(lora_down=DOWN)),
+    "ViT, per token, subspace": run(32, 12, 197, 64, ROW8, out=vk.ActQuant(lora_down=DOWN, subspace=True)),
     "positions": run(32, 12, 197, 64, ROW8, positions=True),
 }
 # (kernel, products that multiply a tile of keys, {compute capability: (registers a thread, KB of shared memory)}). Each
@@ -61,6 +64,8 @@ EXPECTED = [
     ("ViT, the paper's softmax", 3, {80: (184, 18), 90: (200, 27)}),
     ("1024 keys", 4, {80: (192, 18), 90: (176, 27)}),
     ("1024 keys, mask, floats", 4, {80: (192, 27), 90: (168, 50)}),
+    ("ViT, per token, t", 3, {80: (255, 18), 90: (248, 34)}),
+    ("ViT, per token, subspace", 3, {80: (255, 18), 90: (255, 34)}),
     ("Swin", 3, {80: (216, 18), 90: (216, 18), 100: (208, 18)}),
 ]
 CASES = [

@@ -678,7 +678,7 @@ def _launch(
         quant.subspace,
         power_of_2(rank, 16),
         chunk_columns(rank) if quant.finish else 0,
-        power_of_2(h * d, 16, WIDE_ROW * warps >> quant.subspace) if quant.finish else 0,
+        power_of_2(h * d, 16, WIDE_ROW * warps >> 1) if quant.finish else 0,
         whole,
         block_m,
         block_n,
