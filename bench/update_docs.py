@@ -1,6 +1,6 @@
 """Write the measured tables into the documentation: every figure there comes from a file that a command made.
 
-python bench/update_docs.py [--demo build/demo/summary.json]
+python bench/update_docs.py [--demo build/demo/summary.json] [--check]
 """
 
 from __future__ import annotations
@@ -9,22 +9,15 @@ import argparse
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+sys.path.insert(0, str(ROOT))
 
-
-def table(rows: list[dict], columns: dict[str, str]) -> str:
-    """A Markdown table; ``columns`` maps keys to headings."""
-    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row.get(k)) for k in columns) + " |" for row in rows])
-
-
-def cell(value) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+from bench.gpu import report  # noqa: E402
+from bench.tables import table  # noqa: E402
 
 
 def replace(text: str, name: str, body: str) -> str:
@@ -68,17 +61,42 @@ def bench_tables(result: dict) -> str:
     return table(rows, columns)
 
 
+def gpu_record() -> dict | None:
+    """The newest results of ``make gpu-check``, or None."""
+    files = [path for path in RESULTS.glob("*.json") if not path.stem.endswith((".wrong", ".partial"))]
+    records = [record for path in files if "peaks" in (record := json.loads(path.read_text()))]
+    return max(records, key=lambda record: record["date"], default=None)
+
+
+def pages() -> dict[Path, str]:
+    """Page → its text with every table made anew."""
+    readme = (ROOT / "README.md").read_text()
+    readme = replace(readme, "demo", demo_table(json.loads((RESULTS / "demo.json").read_text())))
+    readme = replace(readme, "bench", bench_tables(json.loads((RESULTS / "cpu.json").read_text())))
+    gpu, record = (ROOT / "docs" / "gpu.md").read_text(), gpu_record()
+    for name, body in (
+        ("roofline", report.roofline_table()),
+        ("goals", report.goal_table(record)),
+        ("results", report.results(record)),
+    ):
+        gpu = replace(gpu, name, body)
+    return {ROOT / "README.md": readme, ROOT / "docs" / "gpu.md": gpu}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="summary.json of make demo; kept as bench/results/demo.json")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is out of date")
     args = parser.parse_args()
     if args.demo:
         shutil.copy(args.demo, RESULTS / "demo.json")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    text = replace(text, "demo", demo_table(json.loads((RESULTS / "demo.json").read_text())))
-    text = replace(text, "bench", bench_tables(json.loads((RESULTS / "cpu.json").read_text())))
-    readme.write_text(text)
+    stale = {path: text for path, text in pages().items() if path.read_text() != text}
+    for path, text in stale.items():
+        if args.check:
+            print(f"{path.relative_to(ROOT)} is out of date: run bench/update_docs.py")
+        else:
+            path.write_text(text)
+    raise SystemExit(int(args.check and bool(stale)))
 
 
 if __name__ == "__main__":

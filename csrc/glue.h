@@ -13,6 +13,7 @@
 
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/row_map.h"
 #include "quantize/quantize_cpu.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name up to torch 2.11
@@ -77,6 +78,18 @@ class Held {
  private:
   OptTensor tensor_;
 };
+
+// The tensor's entries as a RowMap of as many slots, in range: they address memory. `map` must outlive the
+// result.
+inline RowMap row_map(const Held& map, int64_t slots, int64_t tokens, const char* name) {
+  if (!map) return {};
+  const int32_t* index = map.data<int32_t>(ScalarType::Int, slots, name);
+  int32_t least = 0, most = 0;
+  for (int64_t i = 0; i < slots; ++i) least = std::min(least, index[i]), most = std::max(most, index[i]);
+  STD_TORCH_CHECK(least >= -1 && most < std::max<int64_t>(tokens, 1), name, " has entries in [", least, ", ",
+                  most, "], expected [-1, ", tokens, ")");
+  return {index, slots, tokens};
+}
 
 inline int64_t last_dim(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() > 0, name, " has no dimensions, expected [..., K]");

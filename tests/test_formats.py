@@ -135,6 +135,11 @@ BAD = {
         ValueError,
         "lora_up is (2, 6), expected shape (6, 2)",
     ),
+    "lora_dtype": (
+        lambda: linear(lora=LowRankSpec(2), lora_down=torch.zeros(2, 4), lora_up=torch.zeros(6, 2).half()),
+        TypeError,
+        "lora_down has dtype torch.float32, expected torch.float16",
+    ),
     "lora_merged": (
         lambda: linear(lora=LowRankSpec(2, "merged"), lora_down=torch.zeros(2, 4)),
         ValueError,
@@ -262,7 +267,9 @@ def test_act_quant_from_spec_and_moves():
 
 
 def test_linear_state_hands_out_its_quantizing_epilogue():
-    state = linear(lora=LowRankSpec(2, "subspace"), lora_down=torch.zeros(2, 4), lora_up=torch.zeros(6, 2))
+    state = linear(
+        lora=LowRankSpec(2, "subspace"), lora_down=torch.zeros(2, 4).half(), lora_up=torch.zeros(6, 2).half()
+    )
     assert state.act_quant.subspace
     assert state.act_quant.lora_down is state.lora_down
     assert not linear().act_quant.subspace

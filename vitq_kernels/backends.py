@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.compiler import is_compiling
 
 NAMES = ("cuda", "triton", "cpu", "ref")
@@ -35,6 +36,11 @@ class Implementation:
     fn: Callable
     unavailable: Callable[[str], str | None]
     layouts: tuple[str, ...] = ()
+
+    @property
+    def branch(self) -> torch.dtype:
+        """dtype in which modules hold low-rank branches for this back end: what its units multiply fastest."""
+        return torch.float16 if self.name in ("triton", "cuda") else torch.float32
 
 
 # Read once: a look-up of the environment in every call costs as much as a small kernel.
@@ -60,7 +66,25 @@ def register(op: str, implementation: Implementation) -> None:
     if implementation.name in row:
         raise ValueError(f"back end {implementation.name!r} of {op} is registered already")
     row[implementation.name] = implementation
+    forget()
+
+
+def forget() -> None:
+    """Resolve anew: what may serve a device has changed."""
     _resolved.clear()
+
+
+def table() -> dict[str, dict[str, Implementation]]:
+    """A copy of the table: op → back end → implementation."""
+    return {op: dict(row) for op, row in _table.items()}
+
+
+def replace(op: str, implementation: Implementation) -> None:
+    """Put ``implementation`` in the place of the one of its name, e.g. of an instrumented one."""
+    if implementation.name not in _table.get(op, ()):
+        raise ValueError(f"{op} has no back end {implementation.name!r} to replace")
+    _table[op][implementation.name] = implementation
+    forget()
 
 
 def _checked(name: str, where: str) -> str:
@@ -114,7 +138,9 @@ def _resolve(op: str, device: str, layout: str | None, want: str | None) -> Impl
             continue
         reason = impl.unavailable(device)
         if reason is None and layout is not None and layout not in impl.layouts:
-            reason = f"reads weight layouts {', '.join(impl.layouts)}, not {layout}"
+            # A back end that could serve the layer in another layout is not passed over for a slow one.
+            reasons.append(f"{name}: reads weight layouts {', '.join(impl.layouts)}, not {layout} (repack the weight)")
+            break
         if reason is None:
             return impl
         reasons.append(f"{name}: {reason}")

@@ -343,7 +343,8 @@ class LinearState:
         act_scale: [1] float32 for a static ``act``, else None.
         act_zero_point: int in code units (0 unless ``act`` is asymmetric).
         lora: the low-rank branch; ``merged`` branches are inside ``codes`` already.
-        lora_down: [R, K] float32, lora_up: [N, R] float32; None without a side branch.
+        lora_down: [R, K] float16, lora_up: [N, R] float16; None without a side branch. Tensor cores multiply them as
+            they are; kernels on the CPU get the same values in float32.
     """
 
     codes: Tensor
@@ -383,6 +384,9 @@ class LinearState:
                 raise ValueError(f"{name} is {None if p is None else tuple(p.shape)}, expected shape {shape}")
             if not side and p is not None:
                 raise ValueError(f"{name} is given without a side branch, expected None")
+        for name, p in (("lora_down", self.lora_down), ("lora_up", self.lora_up)):
+            if p is not None and p.dtype != torch.float16:
+                raise TypeError(f"{name} has dtype {p.dtype}, expected torch.float16")
 
     @property
     def act_quant(self) -> ActQuant:

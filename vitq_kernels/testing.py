@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, backends
 
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """u of each dtype: one operation, rounded to nearest, has relative error at most u."""
@@ -37,7 +38,7 @@ def assert_within(actual: Tensor, exact: Tensor, bound: Tensor | float, name: st
     actual, exact = actual.double(), exact.double()
     if actual.shape != exact.shape:
         raise AssertionError(f"{name} has shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
-    bound = torch.as_tensor(bound, dtype=torch.float64).expand(exact.shape)
+    bound = torch.as_tensor(bound, dtype=torch.float64, device=exact.device).expand(exact.shape)
     error = (actual - exact).abs()
     same = (actual == exact) | (actual.isnan() & exact.isnan())
     bad = ~(same | (error <= bound))
@@ -69,11 +70,12 @@ def assert_codes_match(
     exact = torch.nan_to_num(exact.double(), nan=0.0, posinf=1e30, neginf=-1e30)
     if codes.shape != exact.shape:
         raise AssertionError(f"codes have shape {tuple(codes.shape)}, expected {tuple(exact.shape)}")
-    low = torch.as_tensor(low, dtype=torch.float64)
-    high = torch.as_tensor(high, dtype=torch.float64)
+    low, high, tolerance = (
+        torch.as_tensor(x, dtype=torch.float64, device=exact.device) for x in (low, high, tolerance)
+    )
     inside = torch.minimum(torch.maximum(exact, low - 1), high + 1)  # far outside, no tolerance is in play
     expected = torch.minimum(torch.maximum(torch.round(inside), low), high) + zero_point
-    tolerance = torch.as_tensor(tolerance, dtype=torch.float64).expand(exact.shape)
+    tolerance = tolerance.expand(exact.shape)
     least, most = (
         torch.minimum(torch.maximum(torch.round(bound), low), high) + zero_point
         for bound in (exact - tolerance, exact + tolerance)
@@ -125,3 +127,65 @@ def poison(byte: int) -> Iterator[None]:
         yield
     finally:
         mallopt(perturb, 0)
+
+
+@contextlib.contextmanager
+def offloaded(device: str) -> Iterator[None]:
+    """Inside, the back end ``triton`` runs on ``device`` for tensors of any: tests on CPU tensors try a GPU.
+
+    Arguments are copied as they lie, with their strides, gaps and misalignment, and results to where arguments were.
+    Each call runs twice: with outputs whose memory held NaN (the largest value, for integers), and on a stream of its
+    own.
+
+    Raises: AssertionError where the two runs differ in a bit, with the op, the result and the first coordinate.
+    """
+    rows = {op: row["triton"] for op, row in backends.table().items() if "triton" in row}
+    for op, found in rows.items():
+        backends.replace(op, replace(found, fn=_remote(op, found.fn, device), unavailable=lambda _: None))
+    try:
+        yield
+    finally:
+        for op, found in rows.items():
+            backends.replace(op, found)
+
+
+def _remote(op: str, fn: Callable, device: str) -> Callable:
+    def call(*arguments):
+        home = next(x.device for x in arguments if isinstance(x, Tensor))
+        moved = [_move(x, device) if isinstance(x, Tensor) else x for x in arguments]
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is allocated
+        try:
+            result = fn(*moved)
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+        if device == "cpu":
+            again = fn(*moved)
+        else:
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                again = fn(*moved)
+            torch.cuda.synchronize()
+        alone = isinstance(result, Tensor)
+        for i, (a, b) in enumerate(zip((result,) if alone else result, (again,) if alone else again, strict=True)):
+            _assert_same_bits(a, b, f"result {i} of {op}")
+        return result.to(home) if alone else tuple(x.to(home) for x in result)
+
+    return call
+
+
+def _move(x: Tensor, device: str) -> Tensor:
+    """A copy with the strides and the offset of ``x``."""
+    storage = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+    return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def _assert_same_bits(a: Tensor, b: Tensor, name: str) -> None:
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    differ = a.contiguous().view(bits) != b.contiguous().view(bits)
+    if differ.any():
+        at = _first_bad(differ)
+        raise AssertionError(
+            f"{name}: {int(differ.sum())} of {differ.numel()} elements differ between two runs; first at {at}: "
+            f"{a[at].item()}, then {b[at].item()}"
+        )

@@ -111,8 +111,10 @@ class Attention {
     pack_values(b, h);
   }
 
-  // o of queries [first, first + n) of one head, written at element (b·Nq + i)·H·d + h·d of out.
-  void block(int64_t b, int64_t h, int64_t first, int64_t n, void* out, DType dtype, int64_t out_row) {
+  // o of queries [first, first + n) of one head, written at columns h·d .. of out's rows to.token_row(slot +
+  // i).
+  void block(int64_t b, int64_t h, int64_t first, int64_t n, void* out, DType dtype, const RowMap& to,
+             int64_t slot) {
     const int64_t query_width = s.qk_steps * kStep;
     for (int64_t i = 0; i < n; ++i)
       query_row(a.q.row(b, h, first + i), a.d, w.queries + i * query_width, query_width);
@@ -128,8 +130,10 @@ class Attention {
       weighted_sum(w.valid, rows, w.valid_out);
     }
     for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = to.token_row(slot + i);
+      if (row < 0) continue;
       finish(w.out + i * s.width, masked_offset ? w.valid_out + i * s.width : w.value_sum, w.factor[i]);
-      write_row(out, dtype, (out_row + i) * a.heads * a.d + h * a.d, w.row, a.d);
+      write_row(out, dtype, row * a.heads * a.d + h * a.d, w.row, a.d);
     }
   }
 
@@ -236,13 +240,13 @@ class Attention {
   const float* own_scales = nullptr;  // the head's, or null where its keys share one
 };
 
-// Images [first, first + images) into `out`, whose row 0 is query 0 of the first one. Work is split over
-// images, heads and blocks of queries in this order; a thread packs a head's keys and values once for all its
-// blocks. finish(row, n) is called once for every n rows of `out` that all heads have written, by the thread
-// that wrote the last of them.
+// Images [first, first + images) into `out`, whose slot 0 is query 0 of the first one and whose rows are
+// those of the slots under `to`. Work is split over images, heads and blocks of queries in this order; a
+// thread packs a head's keys and values once for all its blocks. finish(slot, n) is called once for every n
+// slots that all heads have written, by the thread that wrote the last of them.
 template <class Finish>
 void run(const QAttentionArgs& args, const FocusPlan& plan, int64_t first, int64_t images, void* out,
-         DType dtype, const Finish& finish) {
+         DType dtype, const RowMap& to, const Finish& finish) {
   const Shape shape(args);
   Scratch counters(static_cast<size_t>(images * shape.blocks) * sizeof(int64_t));
   int64_t* heads_done = counters.at<int64_t>();
@@ -257,7 +261,7 @@ void run(const QAttentionArgs& args, const FocusPlan& plan, int64_t first, int64
       packed = head;
       const int64_t query = block * shape.rows, n = smaller(shape.rows, args.nq - query);
       if (n <= 0) continue;
-      attention.block(first + image, h, query, n, out, dtype, image * args.nq + query);
+      attention.block(first + image, h, query, n, out, dtype, to, image * args.nq + query);
       int64_t* done = heads_done + image * shape.blocks + block;
       if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) == args.heads) finish(image * args.nq + query, n);
     }
@@ -268,7 +272,8 @@ void run(const QAttentionArgs& args, const FocusPlan& plan, int64_t first, int64
 }  // namespace attention
 
 void qattention(const QAttentionArgs& args, void* out, DType dtype) {
-  attention::run(args, attention::FocusPlan(args.focus), 0, args.batch, out, dtype, [](int64_t, int64_t) {});
+  attention::run(args, attention::FocusPlan(args.focus), 0, args.batch, out, dtype, args.scatter,
+                 [](int64_t, int64_t) {});
 }
 
 void qattention_quantize(const QAttentionArgs& args, const QuantTail& tail) {
@@ -282,12 +287,22 @@ void qattention_quantize(const QAttentionArgs& args, const QuantTail& tail) {
   Scratch rows(static_cast<size_t>(images * image_bytes));
   float* x = rows.at<float>();
   const attention::FocusPlan plan(args.focus);
-  for (int64_t b = 0; b < args.batch; b += images)
-    attention::run(args, plan, b, smaller(images, args.batch - b), x, DType::f32,
-                   [&](int64_t row, int64_t n) {
-                     float* in = x + row * tail.k;
-                     quantize_rows(tail, in, in, tail.k, b * args.nq + row, n);
-                   });
+  for (int64_t b = 0; b < args.batch; b += images) {
+    // In runs of slots whose rows follow one another.
+    const auto quantize_slots = [&](int64_t slot, int64_t n) {
+      const int64_t end = slot + n;
+      while (slot < end) {
+        const int64_t row = args.scatter.token_row(b * args.nq + slot);
+        int64_t run = 1;
+        while (row >= 0 && slot + run < end && args.scatter.token_row(b * args.nq + slot + run) == row + run)
+          ++run;
+        float* in = x + slot * tail.k;
+        if (row >= 0) quantize_rows(tail, in, in, tail.k, row, run);
+        slot += run;
+      }
+    };
+    attention::run(args, plan, b, smaller(images, args.batch - b), x, DType::f32, RowMap{}, quantize_slots);
+  }
 }
 
 }  // namespace vitq::VITQ_ISA

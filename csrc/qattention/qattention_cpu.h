@@ -4,6 +4,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/row_map.h"
 #include "quantize/quantize_cpu.h"
 
 namespace vitq {
@@ -46,12 +47,13 @@ struct QAttentionArgs {
   Additive bias;  // outer: head
   Additive mask;  // outer: image mod mask_groups
   int64_t mask_groups;
+  RowMap scatter;  // query i of image b goes to row scatter.token_row(b·Nq + i) of the result; −1: nowhere
   Pool pool;
 };
 
-// out [B, Nq, H·d], every element written.
+// out [.., H·d]: B·Nq rows, or those that the map names; every element written.
 VITQ_DECLARE_PER_ISA(void qattention(const QAttentionArgs& args, void* out, DType dtype));
-// tail.k = H·d, rows b·Nq + i.
+// tail.k = H·d, rows as those of out.
 VITQ_DECLARE_PER_ISA(void qattention_quantize(const QAttentionArgs& args, const QuantTail& tail));
 
 }  // namespace vitq

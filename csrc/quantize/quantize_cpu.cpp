@@ -144,7 +144,12 @@ void layer_norm_quantize(const LayerNormQuantizeArgs& args) {
     bias = b;
   }
   quantize_filled(args.tail, args.m, args.pool, [&](float* out, int64_t row) {
-    const AnyFloat in = args.x.at(row * k);
+    const int64_t source = args.gather.token_row(row);
+    if (source < 0) {
+      std::memset(out, 0, static_cast<size_t>(k) * 4);
+      return;
+    }
+    const AnyFloat in = args.x.at(source * k);
     const float* x = static_cast<const float*>(in.data);
     if (in.dtype != DType::f32) {
       read_row(out, in, k);

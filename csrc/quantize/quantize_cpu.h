@@ -4,6 +4,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/row_map.h"
 
 namespace vitq {
 
@@ -34,11 +35,12 @@ struct QuantizeArgs {
 };
 
 struct LayerNormQuantizeArgs {
-  AnyFloat x;       // [M, K], K >= 1
+  AnyFloat x;       // rows of K >= 1 columns
   AnyFloat weight;  // [K], or absent
   AnyFloat bias;    // [K], or absent
   double eps;
-  int64_t m;
+  int64_t m;      // rows of the result
+  RowMap gather;  // row i of the result is that of x's row gather.token_row(i), or the codes of 0
   QuantTail tail;
   Pool pool;
 };

@@ -2,7 +2,8 @@
 
 ``config.json`` names the tensor file, whose own name contains its digest: a new file is written beside the old one and
 ``config.json`` is replaced in one step, so at any instant the folder holds one complete checkpoint. Weights are stored
-at their true width (``vitq_kernels.packing.pack_bits``), everything else as float32. Nothing is ever unpickled.
+at their true width (``vitq_kernels.packing.pack_bits``), low-rank branches as float16, everything else as float32.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -410,10 +411,10 @@ class _Reader:
         optional = {
             "bias": (config.bias, (n,)),
             "act_scale": (static, (1,)),
-            "lora_down": (side, (config.lora.rank, k)),
-            "lora_up": (side, (n, config.lora.rank)),
         }
+        branch = {"lora_down": (config.lora.rank, k), "lora_up": (n, config.lora.rank)} if side else {}
         parts = {name: self.take(f"site.{path}.{name}", shape) for name, (there, shape) in optional.items() if there}
+        parts |= {name: self.take(f"site.{path}.{name}", shape, (torch.float16,)) for name, shape in branch.items()}
         scale = self.take(f"site.{path}.weight_scale", (n,))
         fixed = {"act": config.act, "act_zero_point": config.act_zero_point, "lora": config.lora}
         return LinearState(codes, scale, config.weight, **fixed, **parts)

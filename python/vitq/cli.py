@@ -1,4 +1,4 @@
-"""The ``vitq`` command: quantize, eval, bench, info, demo."""
+"""The ``vitq`` command: quantize, eval, bench, warmup, export, info, demo."""
 
 from __future__ import annotations
 
@@ -98,6 +98,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_positives, default=[1, 8], metavar="B,B", help="batch sizes (default: 1,8)")
     p.add_argument("--bench-threads", type=_positives, metavar="T,T", help="thread counts (default: torch's choice)")
     p.add_argument("--seconds", type=float, default=3.0, help="per model and setting (default: 3)")
+
+    p = command("warmup", run.warmup, "Compile the Triton kernels of a checkpoint before its first request.")
+    p.add_argument("checkpoint")
+    p.add_argument("--batch", type=_positives, default=[1, 8, 64], metavar="B,B", help="batch sizes (default: 1,8,64)")
+    p.add_argument("--dtype", default="float16", metavar="D,D", help=f"of {', '.join(run.DTYPES)} (default: float16)")
+    p.add_argument(
+        "--gpu", action="append", default=[], help='such as sm_90 or "NVIDIA H200"; repeatable (default: the one here)'
+    )
+
+    p = command("export", run.export, "Write the integer model as a program that torch loads without vitq's modules.")
+    p.add_argument("checkpoint")
+    p.add_argument("--output", required=True, metavar="FILE", help="file to write, *.pt2")
+    p.add_argument("--format", default="exported", help=f"{' or '.join(run.FORMATS)} (default: exported)")
+    p.add_argument("--batch", type=_positive, help="fix the batch size (default: any)")
+    p.add_argument("--dtype", default="float32", help=f"of the images: {', '.join(run.DTYPES)} (default: float32)")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    p.add_argument("--force", action="store_true", help="replace an existing file")
 
     p = command("info", run.info, "What is built, what is live, and why not; or what a checkpoint holds.")
     p.add_argument("checkpoint", nargs="?")

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from torch import nn
 
 from vitq_kernels import _native, backends
+from vitq_kernels.triton import host
+from vitq_kernels.triton import warmup as warm
 
 from . import checkpoint, console, jobs, recipes
+from . import export as exporting
 from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
@@ -30,6 +37,8 @@ from .restore import to_simulated
 from .sources import ModelSource, load_float
 
 MODES = ("float", "simulated", "integer")
+DTYPES = ("float32", "float16", "bfloat16")
+FORMATS = exporting.FORMATS
 RUN_COLUMNS = {
     "split": "split",
     "top1_float": "float top-1 %",
@@ -49,6 +58,14 @@ BENCH_COLUMNS = {
     "speedup": "speed-up",
     "peak_mb": "peak MB",
     "model_mb": "model MB",
+}
+WARMUP_COLUMNS = {
+    "gpu": "GPU",
+    "dtype": "dtype",
+    "batch": "batch",
+    "launches": "launches",
+    "kernels": "kernels",
+    "seconds": "s",
 }
 
 
@@ -202,6 +219,70 @@ def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
             recipe = recipes.load_recipe(name, fast=True)
             models[recipe.name] = jobs.quantize(model, source, recipe, images, progress=progress).integer
     return models
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"--dtype has {name!r}, expected one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}, expected cpu, cuda or cuda:<index>") from error
+    count = torch.cuda.device_count()
+    if device.type != "cpu" and (device.type != "cuda" or (device.index or 0) >= count):
+        raise ValueError(f"--device is {name!r}, expected cpu or one of {count} CUDA devices")
+    return device
+
+
+def warmup(args: argparse.Namespace) -> None:
+    out = console.make(args.json)
+    dtypes = {name: _dtype(name) for name in args.dtype.split(",")}
+    gpus = [warm.find_gpu(name) for name in args.gpu] or [warm.present()]
+    if None in gpus:
+        raise ValueError("there is no CUDA device here; say for which to compile with --gpu (sm_90, h200, ...)")
+    if not host.INSTALLED:
+        raise ValueError("triton is not installed, so there is nothing to compile")
+    model = checkpoint.load(args.checkpoint)
+    size = model.vitq_config.data.input_size
+    rows = []
+    every: set[str] = set()
+    for gpu, dtype, batch in itertools.product(gpus, dtypes, args.batch):
+        row = {"gpu": gpu.name or f"sm_{gpu.capability}", "dtype": dtype, "batch": batch}
+        start = time.perf_counter()
+        with console.progress() as bar:
+            task = bar.add_task(f"{row['gpu']}, {dtype}, batch {batch}", total=None)
+            launches = warm.record(model, [(batch, *size)], gpu, dtypes[dtype])
+            kernels = warm.compile_launches(launches, gpu, partial(_advance, bar, task))
+        row |= {"launches": len(launches), "kernels": len(kernels), "seconds": time.perf_counter() - start}
+        rows.append(row)
+        every |= kernels
+    console.print_rows(out, f"{args.checkpoint}: compiled kernels", rows, WARMUP_COLUMNS)
+    out.print(f"{len(every)} kernels in {warm.cache_folder()}")
+    _emit(args, {"checkpoint": args.checkpoint, "cache": warm.cache_folder(), "kernels": len(every), "rows": rows})
+
+
+def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total)
+
+
+def export(args: argparse.Namespace) -> None:
+    out = console.make(args.json)
+    target = Path(args.output)
+    if target.exists() and not args.force:
+        raise ValueError(f"'{target}' exists already; give --force to replace it")
+    dtype, device = _dtype(args.dtype), _device(args.device)
+    exporting.check_target(target, args.format, overwrite=True)
+    model = checkpoint.load(args.checkpoint, device).to(dtype)
+    size = model.vitq_config.data.input_size
+    start = time.perf_counter()
+    exporting.write(model, target, size, args.format, args.batch, overwrite=args.force)
+    seconds, size = time.perf_counter() - start, target.stat().st_size
+    out.print(f"{target}: {args.format}, {size / 1e6:.2f} MB, in {seconds:.1f} s")
+    _emit(args, {"output": str(target), "format": args.format, "bytes": size, "seconds": seconds})
 
 
 def info(args: argparse.Namespace) -> None:

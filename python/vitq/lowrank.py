@@ -46,7 +46,14 @@ def whitened(e: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     root, inverse = roots(c)
     up, down = truncated(e @ root, rank)
-    return up, down @ inverse
+    return balanced(up, down @ inverse)
+
+
+def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """U·2^−s, 2^s·D: for every rank the power of two that brings both as near as can be, and so into float16."""
+    ratio = up.abs().amax(0) / down.abs().amax(1).clamp_min(1e-300)
+    half = (ratio.clamp(1e-60, 1e60).log2() / 2).round()
+    return torch.ldexp(up, -half), torch.ldexp(down, half.unsqueeze(1))
 
 
 def principal_directions(c: Tensor, rank: int) -> Tensor:

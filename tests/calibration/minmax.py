@@ -67,7 +67,7 @@ def linear_state(weight, bias, x, weight_spec, act, rank=0, kind="error") -> Lin
     """Symmetric absmax weights, min-max activations, whatever low-rank directions the weight has."""
     lora, down, up, residual = LowRankSpec(rank, kind), None, None, x
     if rank and kind == "subspace":
-        down = torch.linalg.svd(x, full_matrices=False).Vh[:rank]
+        down = torch.linalg.svd(x, full_matrices=False).Vh[:rank].half().float()
         lora = LowRankSpec(down.shape[0], kind)
         up, residual = weight @ down.T, x - x @ down.T @ down
     scale = weight.abs().amax(1) / weight_spec.scale_divisor
@@ -86,7 +86,8 @@ def linear_state(weight, bias, x, weight_spec, act, rank=0, kind="error") -> Lin
             low, high = residual.min().clamp(max=0), residual.max().clamp(min=0)
             act_scale = ((high - low) / (act.qmax - act.qmin)).reshape(1)
             zero = int((act.qmin - low / act_scale).round().clamp(act.qmin, act.qmax))
-    return LinearState(codes, scale, weight_spec, bias, act, act_scale, zero, lora, down, up)
+    branch = (None, None) if down is None else (down.half(), up.half())
+    return LinearState(codes, scale, weight_spec, bias, act, act_scale, zero, lora, *branch)
 
 
 def minmax_state(

@@ -139,12 +139,12 @@ def test_planted_bugs_are_caught(plant, name):
     # Swin's last block is shifted, the one before is padded without a mask to hide it.
     attn = attentions[{"shift": -1, "mask": -1, "padding": -2}.get(plant, 0)]
     if plant == "shift":
-        attn.window.reverse_index = attn.window.reverse_index.roll(1)
+        attn.window.token_of_slot = attn.window.token_of_slot.roll(1)
     elif plant == "mask":
         attn.window.mask = None
     elif plant == "padding":
-        attn.qkv.input.zero_code = 0
-        assert attn.qkv.input.zero_point != 0
+        assert attn.window.window.padded
+        attn.window.token_of_slot = attn.window.token_of_slot.clamp(min=0)
     elif plant == "bias":
         attn.bias = attn.bias.flip(1)
     elif plant == "layer_scale":

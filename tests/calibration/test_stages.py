@@ -161,7 +161,7 @@ def test_subspace_directions_stay_orthonormal():
     assert len(branches) == 8
     for l in branches:
         assert l.lora.kind == "subspace"
-        assert torch.allclose(l.lora_down @ l.lora_down.T, torch.eye(16), atol=1e-5)
+        assert torch.allclose(l.lora_down @ l.lora_down.T, torch.eye(16), atol=1e-3)  # float16
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The command line: the whole path on little data, and one clear line for every kind of bad input."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from PIL import Image
 from vitq import checkpoint, demo
 from vitq.cli import main
 from vitq.models.digits_vit import NAME
+
+from vitq_kernels.triton import warmup
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,16 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["bench", "/nowhere"], "model is '/nowhere'"),
         (["bench", NAME, "--batch", "1,x"], "'x' is not a positive whole number"),
         (["info", "/nowhere"], "no such folder"),
+        (["warmup", "/nowhere", "--gpu", "h200"], "/nowhere: no such folder"),
+        (["warmup", "/nowhere", "--gpu", "tpu"], "gpu is 'tpu', expected one of sm_80, "),
+        (["warmup", "/nowhere", "--gpu", "h100"], "fits several GPUs, expected one of NVIDIA H100"),
+        (["warmup", "/nowhere", "--gpu", "h200", "--dtype", "int8"], "--dtype has 'int8', expected one of float32, "),
+        (["export", "/nowhere", "--output", "OUT"], "expected .pt2"),
+        (["export", "/nowhere", "--output", "OUT", "--device", "tpu"], "--device is 'tpu', expected cpu"),
+        (
+            ["export", "/nowhere", "--output", "OUT", "--format", "onnx"],
+            "format is 'onnx', expected one of exported",
+        ),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required"),
     ],
@@ -143,6 +157,41 @@ def test_bad_input_to_eval(quantized, capsys):
     assert "no back end serves" in failure(capsys, "eval", str(quantized), "--modes", "integer", "--backend", "cuda")
     assert "split" in failure(capsys, "eval", str(quantized), "--split", "evening")
     assert "exists already" in failure(capsys, "quantize", NAME, str(quantized))
+
+
+def test_warmup_of_a_checkpoint(quantized, capsys, monkeypatch):
+    """All but the compiler, which test_warmup.py tries: what is compiled, for which GPU, and the summary."""
+    aot = pytest.importorskip("vitq_kernels.triton.aot")
+    built = []
+
+    def build(launch, capability):
+        built.append((launch, capability))
+        return SimpleNamespace(hash=launch.kernel.__name__)
+
+    monkeypatch.setattr(aot, "build", build)
+    monkeypatch.setattr(warmup, "present", lambda: None)
+    gpus = ["--gpu", "h200", "--gpu", "sm_80"]
+    record = figures(capsys, "warmup", str(quantized), "--batch", "1,2", "--dtype", "float16,float32", *gpus)
+    cases = [(row["gpu"], row["dtype"], row["batch"]) for row in record["rows"]]
+    assert cases == list(itertools.product(("NVIDIA H200", "sm_80"), ("float16", "float32"), (1, 2)))
+    assert [capability for _, capability in built] == sorted((capability for _, capability in built), reverse=True)
+    assert sum(row["launches"] for row in record["rows"]) == len(built)
+    assert record["kernels"] == len({launch.kernel.__name__ for launch, _ in built})
+    assert "no CUDA device here; say for which" in failure(capsys, "warmup", str(quantized))
+
+
+def test_export_of_a_checkpoint(quantized, capsys, tmp_path):
+    file = tmp_path / "new" / "model.pt2"
+    record = figures(capsys, "export", str(quantized), "--output", str(file), "--dtype", "bfloat16")
+    assert record["bytes"] == file.stat().st_size
+    model = checkpoint.load(quantized).to(torch.bfloat16)
+    x = torch.randn(3, *model.vitq_config.data.input_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(torch.export.load(file).module()(x), model(x))
+    assert "exists already; give --force" in failure(capsys, "export", str(quantized), "--output", str(file))
+    assert main(["export", str(quantized), "--output", str(file), "--force", "--batch", "1"]) == 0
+    program = torch.export.load(file)
+    assert not program.range_constraints
+    assert torch.equal(program.module()(x[:1].float()), checkpoint.load(quantized)(x[:1].float()))
 
 
 def test_damaged_checkpoint(quantized, capsys, tmp_path):

@@ -78,7 +78,7 @@ def exact(q, k, v, q_scale, k_scale, v_scale, focus, softmax_scale, bias=None, m
         zero = torch.zeros(b, nq, h * d, dtype=torch.float64)
         return zero, zero
     levels, step, offset = focus.decode()
-    levels = levels.double()
+    levels = levels.double().to(q.device)
     qs, ks, vs = (_spread(s, b, h, n) for s, n in ((q_scale, nq), (k_scale, nk), (v_scale, nk)))
     s = (q.double() @ k.double().mT) * (qs * softmax_scale).unsqueeze(-1) * ks.unsqueeze(-2)
     magnitude = s.abs()

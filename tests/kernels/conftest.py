@@ -1,15 +1,24 @@
 """Every kernel test runs on every implementation that this machine has: the oracle, and the C++ kernels per ISA.
 
-Under TRITON_INTERPRET=1 it is the Triton kernels instead, on CPU tensors (see test_triton.py, which starts that run).
+Under TRITON_INTERPRET=1 it is the Triton kernels instead, on CPU tensors (see test_triton.py, which starts that run);
+under VITQ_TEST_DEVICE=cuda these kernels on the GPU, behind the same CPU tensors (bench/gpu/suite.py starts that one).
 """
 
+import contextlib
+
 import pytest
+from selected import DEVICE, TRITON
 
 import vitq_kernels as vk
 from vitq_kernels import testing
-from vitq_kernels.triton import host
 
-IMPLEMENTATIONS = ("triton",) if host.INTERPRETED else ("ref", *(f"cpu/{isa}" for isa in testing.isas()))
+IMPLEMENTATIONS = ("triton",) if TRITON else ("ref", *(f"cpu/{isa}" for isa in testing.isas()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _device():
+    with testing.offloaded(DEVICE) if DEVICE else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -114,31 +114,41 @@ def test_square_law_levels_need_no_table(b2):
 
 TABLE = LevelTable((-128, -50, -20, -7, 3, 11, 60, 127)).lut()
 ROWS = torch.arange(2 * 21, dtype=torch.int32)
-# (epilogue, launches) of [2, 21, 2·16] outputs
+BASIS = torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(4))).Q.T.contiguous()
+# of [2, 21, 2·16] outputs
 FUSED = {
-    "static": ({"scale": torch.tensor([0.01])}, 1),
-    "zero point, table": ({"scale": torch.tensor([0.01]), "zero_point": 5, "qmin": -128, "lut": TABLE}, 1),
-    "static groups": ({"scale": torch.tensor([0.01, 0.02, 0.03, 0.01]), "groups": 4}, 1),
-    "row scales": ({"scale": (ROWS.float().unsqueeze(1) + 9) / 3000}, 1),
-    "row_qmax": ({"scale": torch.tensor([0.02]), "row_qmax": ROWS % 127 + 1}, 1),
-    "heads": ({"groups": 2}, 1),
-    "heads, row_qmax": ({"groups": 2, "row_qmax": ROWS % 127 + 1}, 1),
-    "dynamic": ({}, 2),
-    "dynamic groups": ({"groups": 4}, 2),
-    "row and group scales": ({"scale": (torch.arange(84).reshape(42, 2) + 9) / 3000, "groups": 2}, 2),
-    "t": ({"scale": torch.tensor([0.01]), "lora_down": torch.randn(3, 32, generator=torch.Generator())}, 2),
+    "static": {"scale": torch.tensor([0.01])},
+    "zero point, table": {"scale": torch.tensor([0.01]), "zero_point": 5, "qmin": -128, "lut": TABLE},
+    "static groups": {"scale": torch.tensor([0.01, 0.02, 0.03, 0.01]), "groups": 4},
+    "row scales": {"scale": (ROWS.float().unsqueeze(1) + 9) / 3000},
+    "row_qmax": {"scale": torch.tensor([0.02]), "row_qmax": ROWS % 127 + 1},
+    "heads": {"groups": 2},
+    "heads, row_qmax": {"groups": 2, "row_qmax": ROWS % 127 + 1},
+    "dynamic": {},
+    "dynamic, row_qmax, table": {"row_qmax": ROWS % 127 + 1, "lut": TABLE},
+    "dynamic groups": {"groups": 4},
+    "row and group scales": {"scale": (torch.arange(84).reshape(42, 2) + 9) / 3000, "groups": 2},
+    "t": {"scale": torch.tensor([0.01]), "lora_down": BASIS},
+    "dynamic, t": {"lora_down": BASIS.half()},
+    "subspace": {"lora_down": BASIS, "subspace": True},
 }
 
 
+@pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("name", FUSED)
-def test_fused_quantization_and_its_launches(name):
-    spec, want = FUSED[name]
+def test_fused_quantization_is_one_launch(name, windows):
     *operands, softmax_scale, bias, mask = make(b=2, h=2, nq=21, nk=30, d=16, bias=True)
     kw = {"focus": FOCUSES["row8"], "softmax_scale": softmax_scale, "bias": bias, "mask": mask}
-    out = ActQuant(**spec)
+    if windows:  # two of them, of one image
+        slots = torch.randperm(42, generator=torch.Generator().manual_seed(1)).to(torch.int32)
+        kw |= {"scatter": slots, "tokens": 42}
+    out = ActQuant(**FUSED[name])
     with host.recorded() as launches:
         got = qattention_quantize(*operands, out=out, **kw)
-    assert len(launches) == want
+    assert len(launches) == 1
+    named = dict(zip(launches[0].kernel.arg_names, launches[0].arguments, strict=True))
+    assert (named["counters"] is None) == (not named["FINISH"])
+    assert named["counters"] is None or not named["counters"].any()
     composed = vk.quantize(qattention(*operands, **kw), out)
     assert torch.equal(got.q, composed.q)
     assert torch.equal(got.scale, composed.scale)

@@ -1,4 +1,5 @@
-"""Float stages: each fused op is the composition of its stages, bit for bit; each stage is accurate."""
+"""Float stages: each fused op is the composition of its stages, bit for bit (on Triton but for the order of the
+branch's sum); each stage is accurate."""
 
 import pytest
 import torch
@@ -6,14 +7,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vitq_kernels as vk
+from vitq_kernels import backends
+from vitq_kernels.nn.base import choose_layout
 from vitq_kernels.ops import float_stages as stages
 from vitq_kernels.packing import pack_weight
 from vitq_kernels.testing import assert_within, gamma
+from vitq_kernels.triton import host
 
 SHAPES = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6 if host.INTERPRETED else 25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 ROWS, COLUMNS, RANKS = st.sampled_from([1, 3, 16, 17, 65]), st.integers(1, 150), st.integers(1, 33)
+
+
+def branch() -> torch.dtype:
+    """In which the back end of this test multiplies low-rank branches."""
+    return backends.resolve("qlinear", "cpu").branch
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
@@ -24,14 +36,15 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 @given(m=ROWS, k=COLUMNS, rank=RANKS, subspace=st.booleans(), seed=st.integers(0, 99))
 def test_layer_norm_quantize_is_its_stages(implementation, m, k, rank, subspace, seed):
     x, weight, bias = 3 * normal(m, k, seed=seed) + 1, normal(k, seed=1), normal(k, seed=2)
-    down = normal(rank, k, seed=3) / k**0.5
+    down = (normal(rank, k, seed=3) / k**0.5).to(branch())
     fused = vk.layer_norm_quantize(x, weight, bias, 1e-6, vk.ActQuant(lora_down=down, subspace=subspace))
     y = stages.layer_norm(x, weight, bias, 1e-6)
     t = stages.project(y, down)
     composed = vk.quantize(y - stages.expand(t, down) if subspace else y, vk.ActQuant())
     assert torch.equal(fused.q, composed.q)
     assert torch.equal(fused.scale, composed.scale)
-    assert torch.equal(fused.t, t)
+    # What is subtracted is what lora_up multiplies: in 16 bits where the branch is.
+    assert torch.equal(fused.t, t.to(branch()).float() if subspace else t)
 
 
 @SHAPES
@@ -47,9 +60,9 @@ def test_layer_norm_quantize_is_its_stages(implementation, m, k, rank, subspace,
 def test_qlinear_is_its_stages(implementation, m, n, k, rank, activation, bits, seed):
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (n, k), generator=g, dtype=torch.int8)
-    layout = "int4_n16k4" if bits == 4 else "int8_n16k4"
+    layout = choose_layout(backends.resolve("qlinear", "cpu").layouts, bits)
     weight = pack_weight(codes, bits, layout)
-    down, up = normal(rank, k, seed=3) / k**0.5, normal(n, rank, seed=4)
+    down, up = ((normal(rank, k, seed=3) / k**0.5).to(branch()), normal(n, rank, seed=4).to(branch()))
     w_scale, bias = torch.rand(n, generator=g) / 50 + 0.001, normal(n, seed=5)
     gamma_, residual = normal(n, seed=6), normal(m, n, seed=7)
     x = vk.quantize(normal(m, k, seed=seed), vk.ActQuant(lora_down=down))
@@ -59,7 +72,12 @@ def test_qlinear_is_its_stages(implementation, m, n, k, rank, activation, bits, 
     y = (x.q.double() @ codes.double().T).float() * (x.scale * w_scale) + stages.expand(x.t, up.T) + bias
     if activation != "none":
         y = stages.gelu(y, "tanh" if activation == "gelu_tanh" else "none")
-    assert torch.equal(fused, y * gamma_ + residual)
+    composed = y * gamma_ + residual
+    if host.INTERPRETED:  # its branch starts from y, which comes first in a sum of R + 1 terms instead of last
+        size = (x.t.abs() @ up.float().abs().T + y.abs() + bias.abs()) * gamma_.abs() + residual.abs()
+        assert_within(fused, composed, gamma(rank + 4) * 1.2 * size)
+    else:
+        assert torch.equal(fused, composed)
 
 
 @SHAPES
@@ -67,11 +85,11 @@ def test_qlinear_is_its_stages(implementation, m, n, k, rank, activation, bits, 
 def test_accuracy(implementation, m, k, seed):
     """Against float64: a K-term sum's error for the products, twice torch's own float32 error for GELU."""
     x, basis = normal(m, k, seed=seed), normal(5, k, seed=1)
-    exact = x.double() @ basis.double().T
-    t = stages.project(x, basis)
-    assert_within(t, exact, gamma(k + 1) * (x.double().abs() @ basis.double().abs().T), "t")
-    exact = t.double() @ basis.double()
-    assert_within(stages.expand(t, basis), exact, gamma(7) * (t.double().abs() @ basis.double().abs()), "t·B")
+    t, grid = stages.project(x, basis), basis.to(branch()).double()
+    a = x.to(branch()).double()
+    assert_within(t, a @ grid.T, gamma(k + 1) * (a.abs() @ grid.abs().T), "t")
+    a = t.to(branch()).double()
+    assert_within(stages.expand(t, basis), a @ grid, gamma(7) * (a.abs() @ grid.abs()), "t·B")
     for approximate in ("none", "tanh"):
         want = torch.nn.functional.gelu(x.double(), approximate=approximate)
         error = (torch.nn.functional.gelu(x, approximate=approximate).double() - want).abs().max()

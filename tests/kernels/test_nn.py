@@ -21,8 +21,6 @@ from vitq_kernels.nn import (
     QMlp,
     QPatchEmbed,
     Quantizer,
-    Window,
-    WindowMap,
     prepack,
 )
 from vitq_kernels.nn import linear as linear_module
@@ -65,8 +63,8 @@ def linear_state(n, k, act=STATIC, bits=8, rank=0, kind="error", table=None, bia
         act_scale=torch.tensor([3.5 / act.qmax]) if static else None,
         act_zero_point=3 if static and not act.symmetric else 0,
         lora=LowRankSpec(rank, kind),
-        lora_down=down,
-        lora_up=up,
+        lora_down=None if down is None else down.half(),
+        lora_up=None if up is None else up.half(),
     )
 
 
@@ -257,63 +255,6 @@ def test_patch_embed_is_a_convolution():
         QPatchEmbed.from_state(state, (5, 2))
 
 
-# Windows
-
-
-sizes = st.tuples(st.integers(1, 5), st.integers(1, 5))
-
-
-@settings(max_examples=80, deadline=None)
-@given(size=sizes, shift=sizes, grid=st.tuples(st.integers(1, 11), st.integers(1, 11)))
-def test_windows_are_roll_pad_and_cut(size, shift, grid):
-    shift = tuple(a % b for a, b in zip(shift, size))
-    window = Window(size, shift, grid)
-    x = torch.randn(2, *grid, 3, generator=gen())
-    maps = WindowMap(window)
-    got = maps.partition(x)
-    rolled = x.roll((-shift[0], -shift[1]), (1, 2))
-    pad = [-g % s for g, s in zip(grid, size)]
-    padded = nn.functional.pad(rolled, (0, 0, 0, pad[1], 0, pad[0]))
-    cut = padded.unfold(1, size[0], size[0]).unfold(2, size[1], size[1])  # [B, gh, gw, 3, h, w]
-    assert torch.equal(got, cut.permute(0, 1, 2, 4, 5, 3).reshape(-1, window.tokens, 3))
-    assert got.shape[0] == 2 * window.count
-    assert torch.equal(maps.reverse(got), x)
-    assert window.padded == any(pad)
-    mask = window.mask()
-    if not any(shift):
-        assert mask is None
-    else:
-        assert mask.shape == (window.count, window.tokens, window.tokens)
-        assert torch.equal(mask, mask.transpose(1, 2))
-        assert set(mask.unique().tolist()) <= {0.0, -100.0}
-
-
-@pytest.mark.parametrize("spec", [STATIC, DYNAMIC, QuantSpec(4, granularity="per_token", dynamic=True, table=TABLE)])
-@pytest.mark.parametrize("grid", [(8, 12), (7, 10)])
-def test_codes_travel_like_the_floats_they_stand_for(spec, grid):
-    window = Window((4, 4), (2, 1), grid)
-    maps = WindowMap(window)
-    layer = QLinear.from_state(linear_state(6, 16, spec, rank=3))
-    x = torch.randn(2, *grid, 16, generator=gen())
-    moved = maps.partition(layer.encode(x), layer.input.zero_code)
-    fresh = layer.encode(maps.partition(x))
-    assert torch.equal(moved.q, fresh.q)
-    assert torch.equal(moved.scale, fresh.scale)
-    torch.testing.assert_close(moved.t, fresh.t)
-    back = maps.reverse(moved)
-    assert torch.equal(back.q, layer.encode(x).q)
-    assert torch.equal(back.scale, layer.encode(x).scale)
-
-
-def test_windows_refuse_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"shift is \(4, 0\)"):
-        Window((4, 4), (4, 0), (8, 8))
-    with pytest.raises(ValueError, match=r"size is \(0, 4\)"):
-        Window((0, 4), (0, 0), (8, 8))
-    with pytest.raises(ValueError, match=r"x has shape \(1, 8, 9, 3\)"):
-        WindowMap(Window((4, 4), (0, 0), (8, 8))).partition(torch.zeros(1, 8, 9, 3))
-
-
 # QAttention
 
 
@@ -340,7 +281,7 @@ def attention_by_ops(state: AttentionState, x: torch.Tensor, norm, gamma, residu
     h, d = state.heads, c // state.heads
     y = norm(x)
     q = vk.quantize(y, state.qkv.act_quant)
-    w = vk.pack_weight(state.qkv.codes, 8, linear_module.choose_layout("qlinear", "cpu", 8))
+    w = vk.pack_weight(state.qkv.codes, 8, linear_module.choose_layout(backends.resolve("qlinear", "cpu").layouts, 8))
     f = vk.qlinear(q, w, state.qkv.weight_scale, state.qkv.bias, lora_up=state.qkv.lora_up)
     coded = vk.quantize(f, state.operand_quant)
     parts = [p.contiguous() for p in coded.q.reshape(b, n, 3, h, d).permute(2, 0, 3, 1, 4)]
@@ -390,22 +331,6 @@ def test_attention_takes_views_not_copies(monkeypatch):
     assert seen["k"].storage_offset() == 16
 
 
-def test_attention_within_windows():
-    grid, window = (6, 10), Window((4, 4), (2, 2), (6, 10))
-    state = attention_state(bias=torch.randn(2, 16, 16, generator=gen(7)))
-    norm = norm_of(16)
-    x = torch.randn(2, *grid, 16, generator=gen(1))
-    attn = QAttention.from_state(state, norm=norm, window=window)
-    got = attn(x, residual=x)
-    # By hand: float windows of the normalized tokens, and no norm inside.
-    maps = WindowMap(window)
-    inner = QAttention.from_state(state)
-    want = maps.reverse(inner(maps.partition(norm(x)), mask=window.mask())) + x
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="mask is given to attention within windows"):
-        attn(x, mask=torch.zeros(1, 16, 16))
-
-
 # QMlp, QBlock
 
 
@@ -446,6 +371,60 @@ def test_block_sums_its_branches():
     torch.testing.assert_close(QBlock(b.attn, branch)(x), y + 0.5 * branch.module(branch.norm(y)))
 
 
+def mixed_block(fc1: LinearState, norm: nn.LayerNorm | None, activation="gelu_erf") -> QBlock:
+    attn = QAttention.from_state(attention_state(), norm=norm_of(16))
+    return QBlock(attn, QMlp.from_states(fc1, linear_state(16, 24, DYNAMIC), activation, norm=norm))
+
+
+MIXED = {
+    "fused": (lambda: block(), 1),
+    "subspace": (lambda: mixed_block(linear_state(24, 16, DYNAMIC, rank=3, kind="subspace"), norm_of(16)), 1),
+    "norm without affine": (lambda: mixed_block(linear_state(24, 16), nn.LayerNorm(16, elementwise_affine=False)), 1),
+    "float activation": (lambda: mixed_block(linear_state(24, 16), norm_of(16), nn.ReLU()), 1),
+    "weight-only": (lambda: mixed_block(linear_state(24, 16, None), norm_of(16)), 0),
+    "no norm": (lambda: mixed_block(linear_state(24, 16), None), 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", MIXED)
+def test_block_is_bit_for_bit_its_two_branches(name, dtype, monkeypatch):
+    """Whether or not the norm of the MLP goes into the projection before it."""
+    make, fused = MIXED[name]
+    b, x = make().to(dtype), torch.randn(2, 9, 16, generator=gen(1)).to(dtype)
+    y = b.attn(x, residual=x)
+    want = b.mlp(y, residual=y)
+    seen = []
+    original = backends.resolve
+    monkeypatch.setattr(backends, "resolve", lambda op, *rest: seen.append(op) or original(op, *rest))
+    got = b(x)
+    assert seen.count("qlinear_norm_quantize") == fused
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
+
+
+def test_branches_pinned_to_different_back_ends_are_not_fused():
+    b, x = block(), torch.randn(2, 9, 16, generator=gen(1))
+    prepack(b.mlp, "ref")
+    y = b.attn(x, residual=x)
+    assert torch.equal(b(x), b.mlp(y, residual=y))
+
+
+def test_nothing_else_goes_between_a_layer_and_the_norm_behind_it():
+    b, x = block(), torch.randn(2, 9, 16, generator=gen(1))
+    for kw in ({"activation": "gelu_erf"}, {"out": vk.ActQuant()}):
+        with pytest.raises(ValueError, match="then is given with activation"):
+            b.attn.proj(x, then=b.mlp.fc1, **kw)
+
+
+def test_mlp_takes_what_its_first_layer_would_make():
+    mlp, x = block().mlp, torch.randn(2, 9, 16, generator=gen(1))
+    taken = mlp.fc1.encode(x)
+    assert torch.equal(mlp(taken, residual=x), mlp(x, residual=x))
+    assert torch.equal(mlp(taken), mlp(x))
+    assert mlp(taken, residual=x.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.slow
 def test_block_with_inductor():
     b, x = block(), torch.randn(2, 9, 16, generator=gen(1))
@@ -475,11 +454,10 @@ def test_modules_are_pinned_to_their_back_end(monkeypatch):
         "layer_norm_quantize",
         "qlinear_quantize",
         "qattention_quantize",
-        "qlinear",
-        "layer_norm_quantize",
+        "qlinear_norm_quantize",
         "qlinear_quantize",
         "qlinear",
-    ], "a block is seven launches"
+    ], "a block is six launches"
     prepack(b, "ref")
     seen.clear()
     b(x)

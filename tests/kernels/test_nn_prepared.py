@@ -31,8 +31,8 @@ def state(n, k, act=STATIC, rank=0, seed=0) -> LinearState:
         act_scale=torch.tensor([0.03]) if static else None,
         act_zero_point=3 if static else 0,
         lora=LowRankSpec(rank),
-        lora_down=torch.randn(rank, k, generator=g) * 0.1 if rank else None,
-        lora_up=torch.randn(n, rank, generator=g) * 0.1 if rank else None,
+        lora_down=(torch.randn(rank, k, generator=g) * 0.1).half() if rank else None,
+        lora_up=(torch.randn(n, rank, generator=g) * 0.1).half() if rank else None,
     )
 
 

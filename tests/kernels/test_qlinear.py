@@ -3,19 +3,21 @@
 from dataclasses import replace
 
 import pytest
+import test_layer_norm_quantize as layer_norm_tests
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from selected import TRITON
 
 import vitq_kernels as vk
 from vitq_kernels.formats import LevelTable
-from vitq_kernels.ops.qlinear import ref
+from vitq_kernels.ops._schema import Epilogue
+from vitq_kernels.ops.qlinear import PreparedLinear, ref
 from vitq_kernels.packing import LAYOUT_IDS, unpack_weight, weight_lut
 from vitq_kernels.testing import ROUNDOFF, assert_codes_match, assert_within, gamma, isas, poison
-from vitq_kernels.triton import host
 
 TABLE = LevelTable((-128, -90, -60, -40, -25, -12, -5, -1, 1, 6, 13, 27, 45, 66, 95, 127))  # no zero: pads with 1 or −1
-INT8, INT4 = ("int8", "int4_k64x2") if host.INTERPRETED else ("int8_n16k4", "int4_n16k4")
+INT8, INT4 = ("int8", "int4_k64x2") if TRITON else ("int8_n16k4", "int4_n16k4")
 FORMATS = {
     "w8": (INT8, 8, None),
     "w4": (INT4, 4, None),
@@ -61,7 +63,7 @@ def exact_linear(product, terms, operations, t, kw):
     up, bias = kw.get("lora_up"), kw.get("bias")
     y, magnitude = product, terms
     if up is not None:
-        t = t.to(up.dtype) if host.INTERPRETED else t  # Triton's branch multiplies in the dtype of lora_up
+        t = t.to(up.dtype) if TRITON else t  # Triton's branch multiplies in the dtype of lora_up
         y = y + t.double() @ up.double().T
         magnitude = magnitude + t.double().abs() @ up.double().abs().T
         operations += up.shape[1] + 1
@@ -103,6 +105,13 @@ def check(x, weight, w_scale, kw, out_dtype=torch.float32):
     y, bound = exact_qlinear(x, weight, w_scale, kw)
     assert_within(out, y, round_to(y, bound, out_dtype))
     return out
+
+
+def check_weight_only(out, x, t, weight, w_scale, kw):
+    codes = unpack_weight(weight).double()
+    terms = (x.double().abs() @ codes.abs().T) * w_scale.double()
+    y, bound = exact_linear((x.double() @ codes.T) * w_scale.double(), terms, x.shape[-1] + 2, t, kw)
+    assert_within(out, y, round_to(y, bound, x.dtype))
 
 
 @pytest.mark.parametrize("name", ["w8", "w4"])
@@ -294,10 +303,7 @@ def test_weight_only(implementation, m, k, n, r, seed):
     case, weight, w_scale, kw = make_case(g, m, k, n, r, list(FORMATS)[seed % 4], seed % 5 > 0, dtype=dtype)
     x = torch.randn(m, k, generator=g).to(dtype)
     out = vk.qlinear_weight_only(x, weight, w_scale, lora_t=case.t, **kw)
-    codes = unpack_weight(weight).double()
-    terms = (x.double().abs() @ codes.abs().T) * w_scale.double()
-    y, bound = exact_linear((x.double() @ codes.T) * w_scale.double(), terms, k + 2, case.t, kw)
-    assert_within(out, y, round_to(y, bound, dtype))
+    check_weight_only(out, x, case.t, weight, w_scale, kw)
 
 
 def test_leading_dimensions_and_strides(implementation):
@@ -404,6 +410,66 @@ def test_wrong_layout_is_refused_with_every_reason():
         vk.qlinear(**_tiny(weight=weight))
 
 
+def norm_quantize(x, weight, w_scale, kw, norm, a, out_dtype=torch.float32):
+    """qlinear and, of its result as it is rounded, layer_norm_quantize with (γ, β, eps): what a block fuses."""
+    layer = PreparedLinear(weight, w_scale, kw.get("bias"), kw.get("lora_up"), kw.get("layer_scale"))
+    return layer.qlinear_norm_quantize(x, *norm, Epilogue(a), kw.get("residual"), out_dtype)
+
+
+def check_norm_quantize(x, weight, w_scale, kw, norm, a, out_dtype, implementation):
+    y, out = norm_quantize(x, weight, w_scale, kw, norm, a, out_dtype)
+    exact, bound = exact_qlinear(x, weight, w_scale, kw)
+    assert_within(y, exact, round_to(exact, bound, out_dtype))
+    layer_norm_tests.check_output(out, y, *norm[:2], a, implementation, norm[2])
+    return y, out
+
+
+@settings(SHAPES, max_examples=25)
+@given(
+    m=st.integers(0, 40),
+    k=st.integers(1, 70),
+    n=st.integers(1, 150),
+    name=st.sampled_from(list(FORMATS)),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_norm_behind_a_product(implementation, m, k, n, name, dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, weight, w_scale, kw = make_case(g, m, k, n, seed % 4, name, seed % 3 > 0, dtype)
+    norm = (torch.randn(n, generator=g), torch.randn(n, generator=g) if seed % 2 else None, 1e-6)
+    static = torch.tensor([0.03])
+    down = torch.linalg.qr(torch.randn(n, min(n, 9), generator=g))[0].T.contiguous()
+    a = (
+        vk.ActQuant(),
+        vk.ActQuant(scale=static, zero_point=-20, qmin=-128),
+        vk.ActQuant(scale=static, lora_down=down),
+        vk.ActQuant(scale=static, lora_down=down, subspace=True),
+    )[seed % 4]
+    y, out = check_norm_quantize(x, weight, w_scale, kw, norm, a, dtype, implementation)
+    if implementation != "triton":  # there, sums of float32 run in another order
+        want = vk.qlinear(x, weight, w_scale, out_dtype=dtype, **kw)
+        coded = vk.layer_norm_quantize(want, *norm, a)
+        assert torch.equal(y, want)
+        for got, expected in zip((out.q, out.scale, out.t), (coded.q, coded.scale, coded.t)):
+            assert got is expected or torch.equal(got, expected)
+
+
+def test_norm_behind_a_product_is_refused(implementation):
+    x, weight, w_scale, kw = make_case(torch.Generator().manual_seed(0), 3, 8, 12, 0, "w8", False)
+    good = (torch.ones(12), None, 1e-6)
+    for norm, a, error, message in (
+        ((torch.ones(8), None, 1e-6), vk.ActQuant(), ValueError, r"weight has shape \(8,\), expected \(12\)"),
+        ((None, torch.ones(12).int(), 1e-6), vk.ActQuant(), TypeError, "bias has dtype torch.int32"),
+        ((None, None, -1.0), vk.ActQuant(), ValueError, r"eps is -1.0, expected a number >= 0"),
+        (good, vk.ActQuant(groups=5), ValueError, "groups is 5, expected a divisor of the 12 columns"),
+    ):
+        with pytest.raises(error, match=message):
+            norm_quantize(x, weight, w_scale, kw, norm, a)
+    empty = vk.pack_weight(torch.zeros(0, 8, dtype=torch.int8), 8, weight.layout)
+    with pytest.raises(ValueError, match="weight has 0 out features, expected at least 1"):
+        norm_quantize(x, empty, torch.ones(0), {}, (None, None, 1e-6), vk.ActQuant())
+
+
 def _flat_args(m=3, k=12, n=20):
     g = torch.Generator().manual_seed(0)
     x, weight, w_scale, kw = make_case(g, m, k, n, 4, "w4 table", True)
@@ -419,6 +485,8 @@ def test_opcheck():
     quant = (None, 0, -127, 127, 1, None, None, torch.ones(2, 20), False)
     torch.library.opcheck(torch.ops.vitq.qlinear.default, (*flat, torch.float16))
     torch.library.opcheck(torch.ops.vitq.qlinear_quantize.default, (*flat, *quant))
+    normed = (*flat, torch.float16, torch.ones(20), None, 1e-6, *quant)
+    torch.library.opcheck(torch.ops.vitq.qlinear_norm_quantize.default, normed)
     xf = torch.randn(3, 12)
     torch.library.opcheck(
         torch.ops.vitq.qlinear_weight_only.default, (xf, x.t, *packed, lut, w_scale, *tail, torch.float32)
@@ -447,7 +515,8 @@ def test_compile_and_export():
         def forward(self, q, scale, t):
             x = vk.QTensor(q, scale, 0, t)
             y = vk.qlinear_quantize(x, weight, w_scale, out=vk.ActQuant(), **kw)
-            return vk.qlinear(x, weight, w_scale, **kw), y.q
+            normed, coded = norm_quantize(x, weight, w_scale, kw, (None, None, 1e-6), vk.ActQuant())
+            return vk.qlinear(x, weight, w_scale, **kw), y.q, normed, coded.q, coded.scale
 
     args = (x.q, x.scale, x.t)
     want = Layer()(*args)
@@ -466,3 +535,15 @@ def test_oracle_in_float64_agrees_with_this_file(implementation):
     packed = (weight.data, LAYOUT_IDS[weight.layout], 24, 30, weight.col_sum, None, w_scale.double())
     y = ref.qlinear(x.q, x.scale.double(), 0, None, *packed, None, None, 0, None, None, torch.float64)
     assert_within(y, exact_qlinear(x, weight, w_scale, kw)[0], 1e-12)
+
+
+def test_a_weight_in_another_layout_does_not_fall_back_to_the_oracle():
+    """The oracle would serve it, a hundred times slower; asked for by name it does."""
+    codes = torch.ones(4, 8, dtype=torch.int8)
+    wrong = vk.pack_weight(codes, 8, "int8")
+    x = vk.QTensor(torch.ones(2, 8, dtype=torch.int8), torch.ones(1))
+    with vk.backend("ref"):
+        assert vk.qlinear(x, wrong, torch.ones(4)).eq(8).all()
+    if vk.backends.status()["cpu"] is None:
+        with pytest.raises(ValueError, match=r"cpu: reads weight layouts .*, not int8 \(repack the weight\)"):
+            vk.qlinear(x, wrong, torch.ones(4))

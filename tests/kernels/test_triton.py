@@ -17,8 +17,8 @@ from vitq_kernels.formats import LevelTable
 from vitq_kernels.triton import host
 
 HERE = Path(__file__).parent
-OPS = ("quantize", "layer_norm_quantize", "qlinear", "qlinear_quantize", "qlinear_weight_only")
-OPS += ("qattention", "qattention_quantize")
+OPS = ("quantize", "layer_norm_quantize", "qattention", "qattention_quantize")
+OPS += ("qlinear", "qlinear_quantize", "qlinear_norm_quantize", "qlinear_weight_only")
 pytestmark = pytest.mark.skipif(not host.INSTALLED, reason="triton is not installed")
 
 
@@ -26,7 +26,8 @@ def test_kernels_under_the_interpreter():
     """Every kernel test of the other back ends, and Triton's own, on CPU tensors, in a process of its own: Triton
     looks at TRITON_INTERPRET once, when it decorates a kernel."""
     files = ("test_quantize.py", "test_layer_norm_quantize.py", "test_qlinear.py", "test_qattention.py")
-    files += ("interpreted_triton.py", "interpreted_triton_attention.py")
+    files += ("test_scatter.py", "test_float_stages.py")
+    files += ("interpreted_triton.py", "interpreted_triton_fixup.py", "interpreted_triton_attention.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("VITQ_BACKEND", None)
     command = [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -47,10 +48,13 @@ def test_reasons():
 
 def test_old_gpu_is_refused_with_its_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    for capability, reason in (((7, 5), "needs compute capability 8.0, Some GPU has 7.5"), ((8, 0), None)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda answer=capability: answer)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for capability, reason in ((75, "needs compute capability 8.0, Some GPU has 7.5"), (80, None)):
+        gpu = host.Gpu(capability, "Some GPU", 1)
+        monkeypatch.setattr(host, "_properties", lambda device, found=gpu: found)
         assert host._gpu_reason() == reason
+        with host.assuming(gpu):
+            assert host.unavailable("cuda") == reason
 
 
 @pytest.mark.skipif(host.INTERPRETED, reason="interpreted kernels are called past the dispatcher")
@@ -109,6 +113,50 @@ def test_rows_are_not_copied_where_two_strides_describe_them():
     x = torch.zeros(3, 7, 16)
     for view in (x, x[:, 1:], x[::2], x[:, ::3, :5], x.transpose(0, 1)):
         assert host.rows_of(view).tensor.data_ptr() == view.data_ptr()
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_counters(monkeypatch):
+    for name in ("_counters", "_reserve"):
+        monkeypatch.setattr(host, name, {})
+    monkeypatch.setattr(host, "_captured", [])
+
+
+def test_counters_of_a_stream_are_shared(no_counters):
+    first = host.counters(7, CPU)
+    assert first.tolist() == [0] * 7
+    assert host.counters(5, CPU).data_ptr() == first.data_ptr()
+    many = host.counters(5000, CPU)
+    assert many.tolist() == [0] * 5000
+    assert host.counters(7, CPU).data_ptr() == many.data_ptr()
+
+
+def test_every_capture_has_counters_of_its_own(no_counters, monkeypatch):
+    assert host._taken(4, CPU).tolist() == [0] * 4  # nothing ready yet: zeroed in the graph
+    eager = host.counters(4, CPU)
+    monkeypatch.setattr(host, "_RESERVE", 100)
+    host._reserve.clear()
+    host.counters(4, CPU)
+    taken = [host._taken(30, CPU) for _ in range(4)]
+    begins = [t.data_ptr() for t in taken]
+    assert begins[1] - begins[0] == begins[2] - begins[1] == 30 * 4
+    assert [t.data_ptr() for t in host._captured] == begins[:3]  # the fourth did not fit
+    assert eager.data_ptr() not in begins
+    assert all(not t.any() for t in taken)
+    host.counters(4, CPU)
+    assert host._reserve[CPU].numel() == 100  # a new one, and the old one stays alive for the graphs
+
+
+def test_traced_counters_are_part_of_the_trace(no_counters):
+    @torch.compile(fullgraph=True, backend="eager")
+    def count(x):
+        return x + host.counters(3, x.device)
+
+    assert count(torch.ones(3)).tolist() == [1.0] * 3
+    assert not host._counters
 
 
 @pytest.mark.parametrize("path", tuning.files(), ids=lambda p: p.stem)

@@ -170,6 +170,28 @@ void every_form(const Size& s, const Focus& f, bool extras, const std::string& n
   tail.q = q2.get(), tail.out_scale = scale2.get();
   VITQ_DISPATCH(quantize)(QuantizeArgs{{c.out.get(), DType::f32}, rows, tail, c.args.pool});
   expect(std::memcmp(q.get(), q2.get(), static_cast<size_t>(rows * width)) == 0, "quantized " + name);
+
+  // Each window an image of its own, whose second query goes nowhere and whose last becomes the first.
+  if (s.nq < 2) return;
+  const int64_t tokens = s.nq - 1;
+  auto slots = block<int32_t>(s.nq);
+  for (int64_t i = 0; i < s.nq; ++i)
+    slots[i] = static_cast<int32_t>(i == 1 ? -1 : i == 0 ? tokens - 1 : tokens - 1 - (i - 1));
+  c.args.scatter = {slots.get(), s.nq, tokens};
+  auto moved = block<float>(s.b * tokens * width);
+  auto q3 = block<int8_t>(s.b * tokens * width);
+  auto scale3 = block<float>(s.b * tokens);
+  VITQ_DISPATCH(qattention)(c.args, moved.get(), DType::f32);
+  tail.q = q3.get(), tail.out_scale = scale3.get();
+  VITQ_DISPATCH(qattention_quantize)(c.args, tail);
+  for (int64_t i = 0; i < rows; ++i) {
+    if (slots[i % s.nq] < 0) continue;
+    const int64_t row = i / s.nq * tokens + slots[i % s.nq];
+    const auto bytes = static_cast<size_t>(width);
+    expect(std::memcmp(&moved[row * width], &c.out[i * width], 4 * bytes) == 0, "scattered " + name);
+    expect(std::memcmp(&q3[row * width], &q[i * width], bytes) == 0, "scattered codes " + name);
+    expect(scale3[row] == scale[i], "scattered scale " + name);
+  }
 }
 
 // At most twice the float32 error of torch's exp (1.03 units roundoff); sampled over the whole range.

@@ -236,8 +236,25 @@ void quantize_case(int64_t m, int64_t k, Isa isa) {
   tail.rank = 0;
   tail.subspace = false;
   VITQ_DISPATCH(layer_norm_quantize)
-  (LayerNormQuantizeArgs{{x.get(), DType::f32}, {}, {x.get(), DType::f32}, 1e-5, m, tail, kPool});
+  (LayerNormQuantizeArgs{{x.get(), DType::f32}, {}, {x.get(), DType::f32}, 1e-5, m, {}, tail, kPool});
   for (int64_t i = 0; i < m; ++i) expect(std::isfinite(scale[i]), "layer_norm_quantize " + name);
+  // One image of m tokens, last token first, behind an empty slot.
+  auto moved = block<int8_t>((m + 1) * k);
+  auto moved_scale = block<float>(m + 1);
+  auto slots = block<int32_t>(m + 1);
+  for (int64_t i = 0; i <= m; ++i) slots[i] = static_cast<int32_t>(i == 0 ? -1 : m - i);
+  QuantTail to = tail;
+  to.q = moved.get();
+  to.out_scale = moved_scale.get();
+  const RowMap gather{slots.get(), m + 1, m};
+  VITQ_DISPATCH(layer_norm_quantize)
+  (LayerNormQuantizeArgs{{x.get(), DType::f32}, {}, {x.get(), DType::f32}, 1e-5, m + 1, gather, to, kPool});
+  expect(moved_scale[0] == 1.0f, "scale of an empty slot " + name);
+  for (int64_t c = 0; c < k; ++c) expect(moved[c] == 0, "codes of an empty slot " + name);
+  for (int64_t i = 1; i <= m; ++i) {
+    expect(moved_scale[i] == scale[m - i], "gathered scale " + name);
+    for (int64_t c = 0; c < k; ++c) expect(moved[i * k + c] == q[(m - i) * k + c], "gathered codes " + name);
+  }
 }
 
 }  // namespace

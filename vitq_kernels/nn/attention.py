@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
-from ..formats import AttentionState
+from ..formats import AttentionState, QTensor
 from ..ops.qattention import PreparedAttention, focus_levels
 from .base import QModule, Quantizer
 from .linear import QLinear
@@ -16,7 +18,8 @@ class QAttention(QModule):
 
     Notation: B images (or windows), H heads, N tokens, d head_dim.
     Build with :meth:`from_state`. The codes of q, k and v are views of one fused result; the float attention output is
-    never written where proj takes integers. Tokens are gathered into shifted windows, and back, as int8 codes.
+    never written where proj takes integers. Shifted windows are index maps: rows enter them as LayerNorm is quantized
+    (int8 codes are gathered where qkv has no LayerNorm in integers) and leave them as attention writes its result.
 
     Attributes:
         qkv, proj: QLinear; qkv holds the absorbed LayerNorm, proj γ.
@@ -74,37 +77,47 @@ class QAttention(QModule):
         layer = PreparedAttention(self.focus, self.softmax_scale, self.bias, self.levels, self.levels.device)
         return layer, self.qkv, self.operands, self.window, self.proj
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        then: QLinear | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | QTensor]:
         """[B, N, C] float (windows: [B, H, W, C]) to the same shape.
 
-        Args:   residual: added last, in the epilogue of proj. mask ([G, 1 or N, N]): additive scores, image b uses
-                mask[b mod G]; None with windows, which bring their own.
+        Args:    residual: added last, in the epilogue of proj. mask ([G, 1 or N, N]): additive scores, image b uses
+                 mask[b mod G]; None with windows, which bring their own.
+                 then: the layer that follows, whose LayerNorm and quantization the epilogue of proj takes along.
+        Returns: y, or with ``then`` (y, what ``then`` takes of it): see :meth:`QLinear.forward`.
         """
         layer, qkv, operands, window, proj = self.prepared()
-        codes = qkv.encode(x)
-        if window is not None:
+        options = {"mask": mask, "backend": self.backend}
+        if window is None:
+            codes = qkv.encode(x)
+        else:
             if mask is not None:
                 raise ValueError("mask is given to attention within windows, expected None")
-            zero_code = 0 if qkv.input is None else qkv.input.zero_code
-            codes, mask = window.partition(codes, zero_code), window.mask
+            codes = _in_windows(x, qkv, window)
+            options |= {"mask": window.mask, "scatter": window.token_of_slot, "tokens": x.shape[1] * x.shape[2]}
         coded = qkv.multiply(codes, out=operands)
         b, n, width = coded.q.shape
         heads = coded.q.reshape(b, n, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
         scales = self._scales(coded.scale, b, n)
         out = proj.takes
         if out is None:
-            y = layer.qattention(*heads, *scales, mask=mask, out_dtype=x.dtype, backend=self.backend)
+            y = layer.qattention(*heads, *scales, out_dtype=x.dtype, **options)
         else:
-            y = layer.qattention_quantize(*heads, *scales, mask=mask, out=out.prepared(), backend=self.backend)
+            y = layer.qattention_quantize(*heads, *scales, out=out.prepared(), **options)
         if window is not None:
-            y = window.reverse(y)
-        return proj(y, residual=residual, out_dtype=x.dtype)
+            y = _shaped(y, *x.shape[:-1], width // 3)
+        return proj(y, residual=residual, out_dtype=x.dtype, then=then)
 
     def _scales(self, scale: Tensor, b: int, n: int) -> tuple[Tensor, ...]:
         """Scales of q, k, v: [1] or [H] static, [B, H, N] dynamic."""
         if scale.dim() == 1:
             return scale.chunk(3)
-        per_token = scale.reshape(b, n, 3, -1).permute(2, 0, 3, 1).expand(3, b, self.heads, n)
+        per_token = scale.reshape(b, n, 3, scale.shape[1] // 3).permute(2, 0, 3, 1).expand(3, b, self.heads, n)
         return per_token.contiguous().unbind(0)
 
     def extra_repr(self) -> str:
@@ -114,3 +127,17 @@ class QAttention(QModule):
             f"heads={self.heads}, operands={spec.bits} bits {when} {spec.granularity}, "
             f"softmax={focus.bits} bits {focus.anchor} power {focus.power:g}"
         )
+
+
+def _in_windows(x: Tensor, qkv: QLinear, window: WindowMap) -> Tensor | QTensor:
+    """What ``qkv`` multiplies: [B, H, W, C] floats as [B·nW, N, C]."""
+    if not qkv.gathers:
+        zero_code = 0 if qkv.input is None else qkv.input.zero_code
+        return window.partition(qkv.encode(x), zero_code)
+    window.check(x)
+    codes = qkv.encode(x, window.token_of_slot)
+    return _shaped(codes, x.shape[0] * window.window.count, window.window.tokens, x.shape[-1])
+
+
+def _shaped(x: Tensor | QTensor, *shape: int) -> Tensor | QTensor:
+    return replace(x, q=x.q.view(shape)) if isinstance(x, QTensor) else x.view(shape)

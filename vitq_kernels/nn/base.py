@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .. import backends
 from ..formats import ActQuant, QTensor
 from ..ops._schema import Epilogue
 from ..ops.quantize import run_quantize
@@ -167,8 +166,7 @@ def prepack(model: nn.Module, backend: str | None = None) -> nn.Module:
     return model
 
 
-def choose_layout(op: str, device: str, bits: int, backend: str | None = None) -> str:
-    """The weight layout that the back end serving ``op`` on ``device`` reads best for ``bits``-bit codes."""
-    layouts = backends.resolve(op, device, pin=backend).layouts
+def choose_layout(layouts: tuple[str, ...], bits: int) -> str:
+    """The first of a back end's weight layouts that fits ``bits``-bit codes."""
     fitting = [x for x in layouts if x.startswith("int4")] if bits <= 4 else []
     return (fitting or [x for x in layouts if x.startswith("int8")])[0]

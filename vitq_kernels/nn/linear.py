@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..formats import ActQuant, LinearState, PackedWeight, QTensor
 from ..ops._schema import Epilogue
 from ..ops.layer_norm_quantize import run_layer_norm_quantize
@@ -14,6 +15,12 @@ from ..ops.qlinear import PreparedLinear
 from ..ops.quantize import run_quantize
 from ..packing import pack_weight, unpack_weight
 from .base import QModule, Quantizer, choose_layout
+
+
+def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
+    """γ and β, which a norm may replace at any time: where they are plain parameters, past nn.Module's slow look-up."""
+    own = norm._parameters
+    return (own["weight"], own["bias"]) if len(own) == 2 else (norm.weight, norm.bias)
 
 
 class QLinear(QModule):
@@ -26,7 +33,7 @@ class QLinear(QModule):
     Attributes:
         input: Quantizer of the input, or None for a weight-only layer.
         norm: absorbed LayerNorm in front, or None. It only ever sees floats.
-        layout: run-time layout of ``weight``, chosen for the device and back end.
+        layout: run-time layout of ``weight``, chosen for the device and back end, as is the dtype of the branch.
     """
 
     def __init__(self, state: LinearState, norm: nn.LayerNorm | None, layer_scale: Tensor | None, backend: str | None):
@@ -73,8 +80,8 @@ class QLinear(QModule):
             act_scale=None if quant is None else quant.scale,
             act_zero_point=0 if quant is None else quant.zero_point,
             lora=self.lora,
-            lora_down=self.lora_down if quant is None else quant.lora_down,
-            lora_up=self.lora_up,
+            lora_down=_half(self.lora_down if quant is None else quant.lora_down),
+            lora_up=_half(self.lora_up),
         )
 
     @property
@@ -96,6 +103,12 @@ class QLinear(QModule):
         return self.norm, self.input, layer
 
     @property
+    def gathers(self) -> bool:
+        """True if :meth:`encode` reads its rows through a map: LayerNorm and quantization are one pass here."""
+        norm, quantizer, _ = self.prepared()
+        return norm is not None and quantizer is not None
+
+    @property
     def takes(self) -> Quantizer | None:
         """What the layer before may quantize its result with; None where this one takes floats."""
         norm, quantizer, _ = self.prepared()
@@ -103,10 +116,15 @@ class QLinear(QModule):
 
     def _pack(self, codes: Tensor) -> None:
         op = "qlinear" if self.input is not None else "qlinear_weight_only"
-        self.layout = choose_layout(op, codes.device.type, self.weight_spec.bits, self.backend)
+        serving = backends.resolve(op, codes.device.type, pin=self.backend)
+        self.layout = choose_layout(serving.layouts, self.weight_spec.bits)
         packed = pack_weight(codes, self.weight_spec.bits, self.layout, self.weight_spec.table)
         self.weight, self.col_sum, self.weight_lut = packed.data, packed.col_sum, packed.lut
         self.packed_for = codes.device.type
+        if self.lora_up is not None:
+            self.lora_up = self.lora_up.to(serving.branch)
+            holder = self if self.input is None else self.input
+            holder.lora_down = holder.lora_down.to(serving.branch)
 
     def repack(self) -> None:
         self._pack(unpack_weight(self.packed))
@@ -117,11 +135,14 @@ class QLinear(QModule):
             self.repack()
         return self
 
-    def encode(self, x: Tensor | QTensor) -> Tensor | QTensor:
-        """What the product consumes: norm(x) quantized, or float for a weight-only layer; a QTensor as it is."""
-        return self._encode(x, self.prepared())
+    def encode(self, x: Tensor | QTensor, gather: Tensor | None = None) -> Tensor | QTensor:
+        """What the product consumes: norm(x) quantized, or float for a weight-only layer; a QTensor as it is.
 
-    def _encode(self, x: Tensor | QTensor, prepared: tuple) -> Tensor | QTensor:
+        Args: gather: as :func:`vitq_kernels.layer_norm_quantize`, for floats where the layer :attr:`gathers`.
+        """
+        return self._encode(x, self.prepared(), gather)
+
+    def _encode(self, x: Tensor | QTensor, prepared: tuple, gather: Tensor | None = None) -> Tensor | QTensor:
         norm, quantizer, _ = prepared
         if isinstance(x, QTensor):
             return x
@@ -129,10 +150,7 @@ class QLinear(QModule):
             return x if norm is None else norm(x)
         if norm is None:
             return run_quantize(x, quantizer.prepared(), self.backend)
-        # The norm may replace γ and β at any time: where they are plain parameters, past nn.Module's slow look-up.
-        own = norm._parameters
-        weight, bias = (own["weight"], own["bias"]) if len(own) == 2 else (norm.weight, norm.bias)
-        return run_layer_norm_quantize(x, weight, bias, norm.eps, quantizer.prepared(), self.backend)
+        return run_layer_norm_quantize(x, *_affine(norm), norm.eps, quantizer.prepared(), gather, self.backend)
 
     def forward(
         self,
@@ -142,18 +160,36 @@ class QLinear(QModule):
         residual: Tensor | None = None,
         out: ActQuant | Quantizer | None = None,
         out_dtype: torch.dtype | None = None,
-    ) -> Tensor | QTensor:
+        then: QLinear | None = None,
+    ) -> Tensor | QTensor | tuple[Tensor, Tensor | QTensor]:
         """Floats or a QTensor of [..., K] to [..., N] floats, or to a QTensor under the next layer's epilogue ``out``.
 
         Args:     activation: "none", "gelu_erf" or "gelu_tanh"; residual ([..., N]), added last.
                   out: an ActQuant, or the next layer's ``input``.
                   out_dtype: default that of residual, else of x, else float32 (for a QTensor).
+                  then: the layer that takes the float result behind its LayerNorm; without activation and ``out``.
+        Returns:  y, or with ``then`` (y, what ``then`` takes): ``then.encode(y)`` out of the same op where both layers
+                  take integers and ``then`` has absorbed a LayerNorm, else y itself.
         Raises:   as :func:`vitq_kernels.qlinear`.
         """
         if out_dtype is None:
             out_dtype = residual.dtype if residual is not None else torch.float32 if isinstance(x, QTensor) else x.dtype
         prepared = self.prepared()
-        return self._multiply(self._encode(x, prepared), prepared[2], activation, residual, out, out_dtype)
+        coded, layer = self._encode(x, prepared), prepared[2]
+        if then is not None:
+            if activation != "none" or out is not None:
+                raise ValueError(f"then is given with activation {activation!r} and out {out}, expected none of both")
+            norm, quantizer, _ = then.prepared()
+            if (
+                norm is not None
+                and quantizer is not None
+                and isinstance(coded, QTensor)
+                and self.backend == then.backend
+            ):
+                own, quant = (*_affine(norm), norm.eps), quantizer.prepared()
+                return layer.qlinear_norm_quantize(coded, *own, quant, residual, out_dtype, self.backend)
+        y = self._multiply(coded, layer, activation, residual, out, out_dtype)
+        return y if then is None else (y, y)
 
     def multiply(self, x: Tensor | QTensor, out: ActQuant | Quantizer | None = None) -> Tensor | QTensor:
         """:meth:`forward` behind :meth:`encode`, without options; float32 where there is no ``out``."""
@@ -190,6 +226,10 @@ class QLinear(QModule):
             parts.append(f"rank={self.lora.rank} {self.lora.kind}")
         parts += [f"bias={self.bias is not None}"] + (["layer_scale"] if self.layer_scale is not None else [])
         return ", ".join(parts)
+
+
+def _half(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.half()
 
 
 class QPatchEmbed(QModule):

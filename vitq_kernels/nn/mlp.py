@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..formats import LinearState
+from ..formats import LinearState, QTensor
 from .attention import QAttention
 from .base import QModule
 from .linear import QLinear
@@ -47,14 +47,21 @@ class QMlp(QModule):
     def prepare(self) -> tuple[QLinear, QLinear, str | nn.Module]:
         return self.fc1, self.fc2, self.activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[..., C] float to [..., C']; ``residual`` is added last, in the epilogue of fc2."""
+    def forward(self, x: Tensor | QTensor, residual: Tensor | None = None) -> Tensor:
+        """[..., C] float, or what fc1 makes of it, to [..., C']; ``residual`` is added last, in the epilogue of fc2.
+
+        The result has the dtype of x, or, where that is a QTensor, of ``residual`` (float32 without one).
+        """
         fc1, fc2, activation = self.prepared()
-        if not isinstance(activation, str):
-            hidden = activation(fc1(x))
+        if isinstance(x, QTensor):
+            dtype = torch.float32 if residual is None else residual.dtype
         else:
-            hidden = fc1(x, activation=activation, out=fc2.takes)
-        return fc2(hidden, residual=residual, out_dtype=x.dtype)
+            dtype = x.dtype
+        if not isinstance(activation, str):
+            hidden = activation(fc1(x, out_dtype=dtype))
+        else:
+            hidden = fc1(x, activation=activation, out=fc2.takes, out_dtype=dtype)
+        return fc2(hidden, residual=residual, out_dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}" if isinstance(self.activation, str) else ""
@@ -93,8 +100,12 @@ class QBlock(nn.Module):
         """
         if is_causal:
             raise ValueError("is_causal is True, expected False: pass the mask as attn_mask")
-        x = self.attn(x, residual=x, mask=None if attn_mask is None else _additive(attn_mask))
-        return self.mlp(x, residual=x)
+        mask, mlp = None if attn_mask is None else _additive(attn_mask), self.mlp
+        if not isinstance(mlp, QMlp):
+            x = self.attn(x, residual=x, mask=mask)
+            return mlp(x, residual=x)
+        x, taken = self.attn(x, residual=x, mask=mask, then=mlp.prepared()[0])
+        return mlp(taken, residual=x)
 
 
 def _additive(mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Shifted windows as index maps: one gather of int8 codes there, one back."""
+"""Shifted windows as index maps, which kernels read and write their rows through."""
 
 from __future__ import annotations
 
@@ -98,17 +98,28 @@ class Window:
 
 
 class WindowMap(QModule):
-    """Gathers tokens (or their codes, scales and low-rank parts) into windows and back.
+    """Tokens (or their codes, scales and low-rank parts) into windows and back.
 
-    Attributes: mask: [nW, N, N] float32 additive scores, or None.
+    Attributes:
+        token_of_slot: [nW·N] int32: the token in each window slot, −1 where the slot is padding. ``gather`` of
+            ``layer_norm_quantize`` and ``scatter`` of ``qattention``, which then need neither method.
+        mask: [nW, N, N] float32 additive scores, or None.
     """
 
     def __init__(self, window: Window) -> None:
         super().__init__()
         self.window = window
-        self.register_buffer("partition_index", window.partition_index())
+        partition = window.partition_index()
+        self.register_buffer("partition_index", partition)
         self.register_buffer("reverse_index", window.reverse_index())
+        slots = partition.masked_fill(partition == window.resolution[0] * window.resolution[1], -1)
+        self.register_buffer("token_of_slot", slots.to(torch.int32))
         self.register_buffer("mask", window.mask())
+
+    def check(self, x: Tensor) -> None:
+        """ValueError if x is not [B, H, W, C] on the window's grid."""
+        if tuple(x.shape[1:-1]) != self.window.resolution:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, *{self.window.resolution}, C)")
 
     def partition(self, x: Tensor | QTensor, zero_code: int = 0) -> Tensor | QTensor:
         """[B, H, W, C] to [B·nW, N, C]; ``zero_code``: the code of 0.0, which padded slots hold.
@@ -116,8 +127,7 @@ class WindowMap(QModule):
         Raises: ValueError if x is not on the window's grid.
         """
         codes = x.q if isinstance(x, QTensor) else x
-        if tuple(codes.shape[1:-1]) != self.window.resolution:
-            raise ValueError(f"x has shape {tuple(codes.shape)}, expected (B, *{self.window.resolution}, C)")
+        self.check(codes)
         b = codes.shape[0]
         if not isinstance(x, QTensor):
             return self._gather(x, b, 0).unflatten(1, (-1, self.window.tokens)).flatten(0, 1)
@@ -128,7 +138,7 @@ class WindowMap(QModule):
         return replace(x, q=q, **rows)
 
     def _gather(self, x: Tensor, b: int, pad: float) -> Tensor:
-        x = x.reshape(b, -1, x.shape[-1])
+        x = x.reshape(b, self.reverse_index.numel(), x.shape[-1])
         if self.window.padded:
             x = torch.nn.functional.pad(x, (0, 0, 0, 1), value=pad)
         return x.index_select(1, self.partition_index)

@@ -8,6 +8,7 @@ before. The public functions take both steps, modules keep the first.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,19 +26,27 @@ QUANT_ARGS = (
 )
 
 
-def define(name: str, args: str, returns: str, ref, fake, layouts: tuple[str, ...] = ()) -> None:
+def define(
+    name: str,
+    args: str,
+    returns: str,
+    ref: Callable,
+    fake: Callable,
+    layouts: tuple[str, ...] = (),
+    composition: Callable | None = None,
+) -> None:
     """Define ``vitq::name``, its fake, its plain-torch default, and the two CPU-side rows of the back-end table.
 
     The default kernel serves any device, so that the op exists (for export, opcheck, ``ref`` installs) without native
-    code; a compiled kernel takes precedence for its own dispatch key.
+    code; a compiled kernel takes precedence for its own dispatch key. An op without one is a ``composition`` of ops
+    that have one: its default, and called past the dispatcher for the CPU.
     """
     library.define(f"{name}({args}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, ref, "CompositeExplicitAutograd")
+    library.impl(name, composition or ref, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vitq::{name}", fake, lib=library)
-    op = getattr(torch.ops.vitq, name).default
-    backends.register(
-        name, backends.Implementation("cpu", op, _native.unavailable, tuple(f"{x}_n16k4" for x in layouts))
-    )
+    cpu = composition or getattr(torch.ops.vitq, name).default
+    cpu_layouts = tuple(f"{x}_n16k4" for x in layouts)
+    backends.register(name, backends.Implementation("cpu", cpu, _native.unavailable, cpu_layouts))
     backends.register(name, backends.Implementation("ref", ref, lambda device: None, _ref_layouts(layouts)))
 
 

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of recorded launches, for any GPU and without one.
 
-``with host.recorded(run=False) as launches: ...`` collects what the calls inside would launch; ``compile_launch``
-builds it exactly as the launch itself would; ``Binary`` says what it needs and which instructions it consists of.
+``with host.recorded(run=False) as launches: ...`` collects what the calls inside would launch; ``build`` puts it into
+Triton's cache; ``compile_launch`` also says, as a ``Binary``, what it needs and which instructions it consists of.
 """
 
 from __future__ import annotations
@@ -16,18 +16,10 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.driver import driver
 
 from .host import Launch
-
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-}
 
 
 @dataclass(frozen=True)
@@ -54,39 +46,64 @@ class Binary:
         return self.count(r"\b(?:ld|st)\.local\b")
 
 
-def source(launch: Launch) -> ASTSource:
-    """``launch`` as the compiler takes it, specialized as a call with these arguments is: on None, on 1, on multiples
-    of 16, and on the dtype and 16-byte alignment of every tensor (as allocations are aligned)."""
-    kernel = launch.kernel
-    signature, constants, attributes = {}, {}, {}
-    for index, (parameter, value) in enumerate(zip(kernel.params, launch.arguments, strict=True)):
-        if parameter.is_constexpr or value is None or (_one(value) and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
-            if (value.storage_offset() * value.element_size()) % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+class _Target:
+    """Stands in for Triton's driver: a GPU that compiles and never runs. Its device name keeps what is built for it
+    apart from what this process launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> str:
+        return f"sm_{self.capability}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
 
 
-def _one(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value == 1
+class _Pointer:
+    """A tensor as specialization sees it: its dtype, and its address under the alignment of allocations."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype, self._offset = tensor.dtype, tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+
+def build(launch: Launch, capability: int) -> CompiledKernel:
+    """``launch`` compiled into Triton's cache as the launch itself would on such a GPU, under the same key.
+
+    Not while another thread launches kernels.
+    """
+    arguments = (_Pointer(a) if isinstance(a, torch.Tensor) else a for a in launch.arguments)
+    before, driver._active = driver._active, _Target(capability)
+    try:
+        return launch.kernel.warmup(*arguments, grid=launch.grid, **launch.options, enable_fp_fusion=False)
+    finally:
+        driver._active = before
+
+
+def source(launch: Launch, capability: int = 90) -> ASTSource:
+    """``launch`` as the compiler would take it, specialized as a call with these arguments is: on None, on 1, on
+    multiples of 16, and on the dtype and 16-byte alignment of every tensor (as allocations are aligned)."""
+    seen = []
+
+    def instead(*, compile, **_) -> bool:
+        seen.append(ASTSource(launch.kernel, compile["signature"], compile["constants"], compile["configs"][0]))
+        return True
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = instead
+        built = build(launch, capability)
+    return seen[0] if seen else built.src  # the hook is not asked where the kernel is there already
 
 
 def compile_launch(launch: Launch, capability: int) -> Binary:
     """``launch`` compiled for compute capability ``capability`` (80, 89, 90, 100, 120)."""
-    built = triton.compile(
-        source(launch),
-        target=GPUTarget("cuda", capability, 32),
-        options={**launch.options, "enable_fp_fusion": False},
-    )
+    built = build(launch, capability)
     usage = _usage(built.asm["cubin"])
     return Binary(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),

@@ -29,9 +29,18 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def branch_value(x, DTYPE: tl.constexpr):
+    """x in the side branch's dtype. float16 saturates: a rare huge value is then off by what it exceeds 65504 by, where
+    an Inf would take its whole row along."""
+    if DTYPE == tl.float16 and x.dtype == tl.float32:  # noqa: SIM300
+        x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return narrow(x, DTYPE)
+
+
+@triton.jit
 def dot_operand(x, DTYPE: tl.constexpr):
     """x in the side branch's dtype, as ``float_dot`` takes it."""
-    x = narrow(x, DTYPE)
+    x = branch_value(x, DTYPE)
     if INTERPRET:
         x = x.to(tl.float32)  # the interpreter's bfloat16 product is meaningless; float32 products are exact
     return x

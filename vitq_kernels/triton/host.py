@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,8 +18,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 """Triton reads the variable when a kernel is decorated, hence once per process."""
 
-MIN_CAPABILITY = (8, 0)
-
+MIN_CAPABILITY = 80
 
 _gpu: list[str | None] = []
 
@@ -31,6 +31,8 @@ def unavailable(device: str) -> str | None:
         return None
     if device != "cuda":
         return f"runs on cuda tensors, not {device} (TRITON_INTERPRET=1 interprets its kernels on the CPU)"
+    if _assumed:
+        return _too_old(_assumed[-1])
     if _gpu:
         return _gpu[0]
     reason = _gpu_reason()
@@ -44,17 +46,99 @@ def _gpu_reason() -> str | None:
         return "no CUDA device"
     if torch.compiler.is_compiling():  # tracers see no device properties; a module was resolved before it is traced
         return None
-    found = torch.cuda.get_device_capability()
-    if found < MIN_CAPABILITY:
-        need, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, found))
-        return f"needs compute capability {need}, {torch.cuda.get_device_name()} has {has}"
-    return None
+    return _too_old(_properties(torch.device("cuda", torch.cuda.current_device())))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What decides which kernels run: compute capability (90 for 9.0), name as the driver gives it, and streaming
+    multiprocessors."""
+
+    capability: int
+    name: str
+    processors: int
+
+
+def _too_old(gpu: Gpu) -> str | None:
+    if gpu.capability >= MIN_CAPABILITY:
+        return None
+    need, has = (f"{version // 10}.{version % 10}" for version in (MIN_CAPABILITY, gpu.capability))
+    return f"needs compute capability {need}, {gpu.name} has {has}"
+
+
+_assumed: list[Gpu] = []
+
+
+@contextlib.contextmanager
+def assuming(gpu: Gpu) -> Iterator[None]:
+    """Every choice of a kernel inside is the one for ``gpu``, which need not be there. For one thread at a time."""
+    _assumed.append(gpu)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def gpu(device: torch.device) -> Gpu:
+    """The properties of the CUDA ``device``, or those that are assumed for it."""
+    return _assumed[-1] if _assumed else _properties(device)
 
 
 @cache
+def _properties(device: torch.device) -> Gpu:
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(10 * found.major + found.minor, found.name, found.multi_processor_count)
+
+
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``: how many programs fill it once. 1 where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return gpu(device).processors if device.type == "cuda" else 1
+
+
+_RESERVE = 1 << 16
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+_reserve: dict[torch.device, Tensor] = {}
+_captured: list[Tensor] = []
+_lock = threading.Lock()
+
+
+def counters(n: int, device: torch.device) -> Tensor:
+    """[n] int32 zeros for a kernel that leaves them zero again.
+
+    Calls on one stream run one after the other and share a buffer. A graph may be replayed beside anything: what it
+    captures gets counters that nothing else ever uses, out of a reserve (256 KB) which calls outside of captures keep
+    ready; a graph captured before any such call zeroes them itself.
+    """
+    if _assumed or torch.compiler.is_compiling():  # nothing runs, and what has no memory is not to be kept
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    if device.type == "cuda" and _capturing(device):
+        return _taken(n, device)
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    found = _counters.get((device, stream))
+    if found is None or found.numel() < n:
+        found = _counters[device, stream] = torch.zeros(max(n, 1024), dtype=torch.int32, device=device)
+    reserve = _reserve.get(device)
+    if reserve is None or reserve.numel() < _RESERVE // 2:
+        _reserve[device] = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
+    return found[:n]
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _taken(n: int, device: torch.device) -> Tensor:
+    """Counters that a graph keeps for itself: kept alive for as long as the process, as its replays are not known."""
+    with _lock:
+        reserve = _reserve.get(device)
+        if reserve is None or reserve.numel() < n:
+            return torch.zeros(n, dtype=torch.int32, device=device)
+        _reserve[device] = reserve[n:]
+        _captured.append(reserve[:n])
+        return _captured[-1]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -149,8 +233,12 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple, device: torch.d
         kernel[grid](*arguments, **options, enable_fp_fusion=False)
 
 
+kernels: dict[str, Callable] = {}
+"""The Triton function of every op that has one, by the op's qualified name."""
+
+
 def implementation(op: str, module: str) -> Callable:
-    """``ops.<module>.triton.<op>``, imported (with Triton) at its first call."""
+    """``ops.<module>.triton.<op>``, imported (with Triton) at its first call; noted in ``kernels``."""
     path = f"{__package__.rpartition('.')[0]}.ops.{module}.triton"
     found: list[Callable] = []
 
@@ -159,4 +247,5 @@ def implementation(op: str, module: str) -> Callable:
             found.append(getattr(importlib.import_module(path), op))
         return found[0](*arguments)
 
+    kernels[f"vitq::{op}"] = call
     return call

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from ..triton import host
+
 KINDS = ("w8", "w4", "w8_float", "w4_float")
 """Weight width, and ``_float`` for the weight-only product."""
 
@@ -133,10 +135,9 @@ def nearest(capability: int, name: str, kind: str, m: int, n: int) -> Config | A
     return _nearest(capability, name, kind, 1 << max(m - 1, 0).bit_length(), n)
 
 
-@cache
 def _gpu(device: torch.device) -> tuple[int, str]:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor, torch.cuda.get_device_name(device)
+    gpu = host.gpu(device)
+    return gpu.capability, gpu.name
 
 
 def _lookup(form: type, device: torch.device, kind: str, m: int, n: int) -> Config | Attention:

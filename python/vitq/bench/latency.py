@@ -22,6 +22,12 @@ class Timing:
     p80: float
     calls: int
 
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        """Of at least two samples."""
+        p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(statistics.median(samples), p20, p80, len(samples))
+
     def record(self) -> dict[str, float]:
         return asdict(self)
 
@@ -57,12 +63,7 @@ def compare(calls: dict[str, Callable[[], object]], seconds: float = 2.0, most: 
         rounds = len(next(iter(samples.values())))
         if rounds >= most or (rounds >= 5 and time.perf_counter() > deadline):
             break
-    return {name: _timing(values) for name, values in samples.items()}
-
-
-def _timing(values: list[float]) -> Timing:
-    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
-    return Timing(statistics.median(values), p20, p80, len(values))
+    return {name: Timing.of(values) for name, values in samples.items()}
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:

@@ -70,6 +70,21 @@ def arithmetic() -> tuple[Callable, Callable]:
     return (torch.mul, torch.add) if torch.is_grad_enabled() else (Tensor.mul_, Tensor.add_)
 
 
+class _Half(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.half().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def half_ste(x: Tensor) -> Tensor:
+    """x on the grid of float16, in its own dtype, with the identity as gradient."""
+    return _Half.apply(x)
+
+
 def project(x: Tensor, lora_down: Tensor) -> Tensor:
     """t = x·Dᵀ of rows [M, K] and D [R, K]."""
     return x @ lora_down.T if torch.is_grad_enabled() else float_stages.project(x, lora_down)

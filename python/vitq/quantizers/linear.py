@@ -24,7 +24,8 @@ class SimLinear(nn.Module):
             model's weight.
         bias: [N] or None.
         act, quant: quantizers of the input and the weight.
-        lora: LowRankSpec; lora_down [R, K], lora_up [N, R] Parameters, or None.
+        lora: LowRankSpec; lora_down [R, K], lora_up [N, R] Parameters, or None. A side branch is computed with, and
+            exported as, their float16 values.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -63,15 +64,17 @@ class SimLinear(nn.Module):
         """Both operands of the product are codes."""
         return self.act.spec is not None and self.quant.spec is not None
 
-    @property
-    def _side(self) -> bool:
-        return self.lora.rank > 0 and self.lora.kind != "merged"
-
     def effective_weight(self) -> Tensor:
         """What is rounded: the latent weight, with a merged branch added."""
         if self.lora.rank and self.lora.kind == "merged":
             return self.weight + self.lora_up @ self.lora_down
         return self.weight
+
+    def side_branch(self) -> tuple[Tensor, Tensor] | None:
+        """lora_down and lora_up as they will be stored, or None without a side branch."""
+        if not self.lora.rank or self.lora.kind == "merged":
+            return None
+        return fq.half_ste(self.lora_down), fq.half_ste(self.lora_up)
 
     def codes(self) -> Tensor:
         return self.quant(self.effective_weight())
@@ -87,9 +90,10 @@ class SimLinear(nn.Module):
         """[M, K] to [M, N]."""
         mul, add = fq.arithmetic()
         weight = self.effective_weight() if self.quant.spec is None else self.codes()
-        t = fq.project(x, self.lora_down) if self._side else None
-        if self._side and self.lora.kind == "subspace":
-            x = x - fq.expand(t, self.lora_down)
+        side = self.side_branch()
+        t = None if side is None else fq.project(x, side[0])
+        if t is not None and self.lora.kind == "subspace":
+            x = x - fq.expand(t, side[0])
         if self.integer:
             q, scale = self.act(x)
             y = fq.integer_product(q, weight, self.act.limit, self.quant.limit)
@@ -101,18 +105,22 @@ class SimLinear(nn.Module):
             if self.quant.spec is not None:
                 y = mul(y, self.quant.scale)
         if t is not None:
-            y = add(y, fq.expand(t, self.lora_up.T))
+            y = add(y, fq.expand(t, side[1].T))
         return y if self.bias is None else add(y, self.bias)
 
     @torch.no_grad()
     def export(self) -> LinearState:
         """The finished layer.
 
-        Raises: ValueError if the weight has no QuantSpec.
+        Raises: ValueError if the weight has no QuantSpec, or the branch does not fit float16.
         """
         if self.quant.spec is None:
             raise ValueError(f"the weight of a {self.shape} layer is not quantized, expected a QuantSpec")
-        side = self._side
+        down, up = self.side_branch() or (None, None)
+        if up is not None and not (down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(
+                f"the low-rank branch of a {self.shape} layer exceeds float16, expected values below 65504"
+            )
         static = self.act.scale is not None
         return LinearState(
             codes=self.codes().to(torch.int8),
@@ -123,8 +131,8 @@ class SimLinear(nn.Module):
             act_scale=self.act.scale.detach().clone() if static else None,
             act_zero_point=self.act.integer_zero_point,
             lora=self.lora,
-            lora_down=self.lora_down.detach().clone() if side else None,
-            lora_up=self.lora_up.detach().clone() if side else None,
+            lora_down=None if down is None else down.half(),
+            lora_up=None if up is None else up.half(),
         )
 
 

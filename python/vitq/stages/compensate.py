@@ -17,6 +17,7 @@ from .. import lowrank
 from ..models.sites import BlockSite
 from ..observers import moment
 from ..quantizers import SimLinear
+from ..quantizers.functional import half_ste
 from ..scales import Search, set_activation, set_weight
 from ..simulate import entering, recording
 from .base import Calibration, Options, Unit, method
@@ -108,7 +109,7 @@ def _solve(
     ones = x.new_ones(x.shape[0], 1)
     side, residual = ones, x
     if kind == "subspace" and rank:
-        down = lowrank.principal_directions(moment(x, x), rank).float()
+        down = half_ste(lowrank.principal_directions(moment(x, x), rank).float())
         t = x @ down.T
         side, residual = torch.cat([t, ones], 1), x - t @ down
         linear.set_low_rank(kind, down, reference.weight @ down.T)
@@ -132,7 +133,8 @@ def _solve(
         up, down = _error_branch(options, linear, weight, error, x, rank)
         linear.set_low_rank(kind, down.float(), up.float())
         with torch.no_grad():
-            error = error - x @ linear.lora_down.T @ linear.lora_up.T
+            down, up = linear.side_branch()
+            error = error - x @ down.T @ up.T
     if options.refit and linear.bias is not None:
         s = lowrank.damped(moment(side, side), 1e-6)
         solution = torch.linalg.solve(s, moment(side, error)).T.float()

@@ -49,6 +49,9 @@ _schema.define(
     ),
 )
 
+for _op in ("layer_norm", "project", "expand", "gelu", "focus_position"):
+    _schema.define_triton(_op, "float_stages")
+
 _F32 = torch.float32
 
 
@@ -58,7 +61,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Args:     x ([..., K] float32, K ≥ 1); weight γ, bias β ([K] float32 or None).
     Returns:  [..., K] float32, contiguous.
     Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     _schema.expect("x", x, dtype=_F32)
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -70,29 +73,31 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def project(x: Tensor, lora_down: Tensor) -> Tensor:
-    """t = x·Dᵀ as the quantizing ops compute it.
+    """t = x·Dᵀ as the quantizing ops compute it for modules.
 
-    Args:     x ([M, K] float32), lora_down D ([R, K] float32).
+    Args:     x ([M, K] float32), lora_down D ([R, K] float): taken in the back end's branch dtype (float16 on triton).
     Returns:  [M, R] float32.
     Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     _schema.expect("x", x, dtype=_F32, shape=(None, None))
-    _schema.expect("lora_down", lora_down, dtype=_F32, shape=(None, x.shape[1]), device=x.device)
-    return backends.resolve("project", x.device.type).fn(x, lora_down)
+    _schema.expect("lora_down", lora_down, dtype=_schema.FLOATS, shape=(None, x.shape[1]), device=x.device)
+    serving = backends.resolve("project", x.device.type)
+    return serving.fn(x, lora_down.to(serving.branch))
 
 
 def expand(t: Tensor, basis: Tensor) -> Tensor:
     """t·B: the low-rank term of the linear layers (B = lora_upᵀ) and what a subspace branch subtracts (B = D).
 
-    Args:     t ([M, R] float32), basis B ([R, N] float32).
+    Args:     t ([M, R] float32), basis B ([R, N] float): both are taken in the back end's branch dtype.
     Returns:  [M, N] float32.
     Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     _schema.expect("t", t, dtype=_F32, shape=(None, None))
-    _schema.expect("basis", basis, dtype=_F32, shape=(t.shape[1], None), device=t.device)
-    return backends.resolve("expand", t.device.type).fn(t, basis)
+    _schema.expect("basis", basis, dtype=_schema.FLOATS, shape=(t.shape[1], None), device=t.device)
+    serving = backends.resolve("expand", t.device.type)
+    return serving.fn(t, basis.to(serving.branch))
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -101,7 +106,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     Args:     x (float32, any shape); approximate: "none" (erf) or "tanh".
     Returns:  float32 of x's shape, contiguous.
     Raises:   TypeError for a dtype, ValueError for another ``approximate``.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     _schema.expect("x", x, dtype=_F32)
     if approximate not in ("none", "tanh"):
@@ -126,7 +131,7 @@ def focus_position(
     Returns:  position [B, H, Nq, Nk] float32 in [0, n] (undefined for excluded keys); total [B, H, Nq] float32: Σ_j e,
               meaningful where ``qattention`` divides by it (no renormalization, or the absolute anchor).
     Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.
-    Backends: ref any | cpu
+    Backends: ref any | cpu | triton >= sm_80
     """
     _schema.expect("product", product, dtype=torch.int32, shape=(None,) * 4)
     b, h, nq, nk = product.shape

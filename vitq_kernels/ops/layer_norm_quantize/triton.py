@@ -10,4 +10,5 @@ from ..quantize.triton import quantize_rows
 def layer_norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *quant
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return quantize_rows(x, (weight, bias, eps), *quant)
+    *quant, gather, tokens = quant
+    return quantize_rows(x, (weight, bias, eps), *quant, gather, tokens)

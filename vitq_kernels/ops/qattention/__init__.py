@@ -15,21 +15,23 @@ from . import ref
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, float softmax_scale, "
     "Tensor levels, float step, float offset, float b1, float b2, float power, bool row_anchor, bool renormalize, "
-    "Tensor? bias, Tensor? mask"
+    "Tensor? bias, Tensor? mask, Tensor? scatter, int tokens"
 )
 
 
-def _out_shape(q):
-    return q.shape[0], q.shape[2], q.shape[1] * q.shape[3]
+def _out_shape(q, scatter, tokens):
+    (b, h, n, d) = q.shape
+    return (b, n, h * d) if scatter is None else (b * n // scatter.shape[0], tokens, h * d)
 
 
 def _fake(q, *rest):
-    return q.new_empty(_out_shape(q), dtype=rest[-1])
+    *_, scatter, tokens, dtype = rest
+    return q.new_empty(_out_shape(q, scatter, tokens), dtype=dtype)
 
 
 def _fake_quantize(q, *rest):
-    q_scale, _, _, _, groups, _, _, lora_down, _ = rest[-9:]
-    return _schema.fake_quant_outputs(q, _out_shape(q), q_scale, groups, lora_down)
+    scatter, tokens, q_scale, _, _, _, groups, _, _, lora_down, _ = rest[-11:]
+    return _schema.fake_quant_outputs(q, _out_shape(q, scatter, tokens), q_scale, groups, lora_down)
 
 
 _schema.define("qattention", f"{_ARGS}, ScalarType out_dtype", "Tensor", ref.qattention, _fake)
@@ -68,7 +70,9 @@ _ANY = (None,) * 4
 def check_scale(name: str, scale: Tensor, b: int, h: int, n: int, device: torch.device) -> None:
     """TypeError/ValueError unless ``scale`` is float32 of 1, [H] or [B, H, N] values on ``device``."""
     _schema.expect(name, scale, dtype=torch.float32, device=device)
-    if scale.shape not in ((1,), (h,), (b, h, n), ()):
+    # The number of dimensions first: a tracer that compares b with H guards on it, and the batch is no longer dynamic.
+    fits = scale.shape == (b, h, n) if scale.dim() == 3 else scale.dim() < 2 and scale.numel() in (1, h)
+    if not fits:
         raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected (1), ({h}) or ({b}, {h}, {n})")
 
 
@@ -77,6 +81,16 @@ def check_mask(mask: Tensor, b: int, nq: int, nk: int, device: torch.device) -> 
     _schema.expect("mask", mask, dtype=_schema.FLOATS, shape=(None, None, nk), device=device)
     if mask.shape[0] == 0 or b % mask.shape[0] or mask.shape[1] not in (1, nq):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (a divisor of {b}, 1 or {nq}, {nk})")
+
+
+def check_scatter(scatter: Tensor, tokens: int, b: int, n: int, device: torch.device) -> None:
+    """TypeError/ValueError unless ``scatter`` is int32 [nW·N] on ``device``, nW divides B, and T ≤ nW·N tokens."""
+    _schema.expect("scatter", scatter, dtype=torch.int32, shape=(None,), device=device)
+    slots = scatter.shape[0]
+    if slots == 0 or n == 0 or slots % n or b % (slots // n):
+        raise ValueError(f"scatter has shape ({slots}), expected {n} for each of nW windows, nW a divisor of {b}")
+    if not 1 <= tokens <= slots:
+        raise ValueError(f"tokens is {tokens}, expected 1 to scatter's {slots}")
 
 
 class PreparedAttention:
@@ -120,16 +134,23 @@ class PreparedAttention:
         q_scale: Tensor,
         k_scale: Tensor,
         v_scale: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | None = None,
+        scatter: Tensor | None = None,
+        tokens: int = 0,
     ) -> tuple:
-        """The flat arguments of both ops up to ``mask``. Raises: as :func:`qattention`."""
+        """The flat arguments of both ops up to ``tokens``. Raises: as :func:`qattention`."""
         operands = (q, k, v, q_scale, k_scale, v_scale)
-        case, passed = (*map(_schema.metadata, operands), _schema.metadata(mask)), self._passed
+        case = (*map(_schema.metadata, (*operands, mask, scatter)), tokens)
+        passed = self._passed
         if passed is None or passed[0] != case:
             self._check(*operands, mask)
+            if scatter is not None:
+                check_scatter(scatter, tokens, q.shape[0], q.shape[2], self._device)
+            elif tokens != 0:
+                raise ValueError(f"tokens is {tokens}, expected 0 without scatter")
             scale = q.shape[3] ** -0.5 if self._softmax_scale is None else self._softmax_scale
             passed = self._passed = case, scale
-        return (*operands, passed[1], *self._focus, self._bias, mask)
+        return (*operands, passed[1], *self._focus, self._bias, mask, scatter, tokens)
 
     def _check(
         self,
@@ -156,19 +177,31 @@ class PreparedAttention:
             check_mask(mask, b, nq, nk, device)
 
     def qattention(
-        self, *operands: Tensor, mask: Tensor | None, out_dtype: torch.dtype, backend: str | None = None
+        self,
+        *operands: Tensor,
+        mask: Tensor | None,
+        out_dtype: torch.dtype,
+        scatter: Tensor | None = None,
+        tokens: int = 0,
+        backend: str | None = None,
     ) -> Tensor:
-        args = self.flat(*operands, mask)
+        args = self.flat(*operands, mask, scatter, tokens)
         if out_dtype not in _schema.FLOATS:
             raise TypeError(f"out_dtype is {out_dtype}, expected {' or '.join(map(str, _schema.FLOATS))}")
         return backends.resolve("qattention", self._device_type, None, backend).fn(*args, out_dtype)
 
     def qattention_quantize(
-        self, *operands: Tensor, mask: Tensor | None, out: _schema.Epilogue, backend: str | None = None
+        self,
+        *operands: Tensor,
+        mask: Tensor | None,
+        out: _schema.Epilogue,
+        scatter: Tensor | None = None,
+        tokens: int = 0,
+        backend: str | None = None,
     ) -> QTensor:
-        args = self.flat(*operands, mask)
-        b, h, n, d = args[0].shape
-        quant = out.fit(b * n, h * d, self._device)
+        args = self.flat(*operands, mask, scatter, tokens)
+        b, n, width = _out_shape(args[0], scatter, tokens)
+        quant = out.fit(b * n, width, self._device)
         impl = backends.resolve("qattention_quantize", self._device_type, None, backend)
         return out.wrap(impl.fn(*args, *quant))
 
@@ -185,6 +218,8 @@ def qattention(
     softmax_scale: float | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    scatter: Tensor | None = None,
+    tokens: int = 0,
     levels: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -202,8 +237,11 @@ def qattention(
               bias ([H, Nq, Nk] float): added to the scores (relative position).
               mask ([G, Nq or 1, Nk] float): added; image b uses mask[b mod G] (G divides B). A key of score −inf is
               excluded from every term (also from ``offset``); a query without keys yields 0.
+              scatter ([nW·Nq] int32 or None), tokens T: rows out of windows. The nW windows of an image follow one
+              another in B; query i of window w goes to row scatter[w·Nq + i] of its image, −1: nowhere. Entries in
+              [−1, T) that name every row once: a promise that a GPU does not check.
               levels ([2^bits] uint8): ``focus_levels(focus, device)`` where the caller keeps it, else None (cached).
-    Returns:  [B, Nq, H·d] out_dtype, contiguous, newly allocated.
+    Returns:  [B, Nq, H·d] ([B/nW, T, H·d] with ``scatter``) out_dtype, contiguous, newly allocated.
     Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.
     Numerics: both products exact in int32 (Nk ≤ 65,793, d ≤ 131,071); softmax in float32; NaN scores make a NaN row.
     Backends: ref any | cpu | triton >= sm_80 (d <= 128, softmax_scale >= 0)
@@ -211,7 +249,9 @@ def qattention(
     """
     _schema.expect("q", q, dtype=torch.int8, shape=_ANY)
     layer = PreparedAttention(focus, softmax_scale, bias, levels, q.device)
-    return layer.qattention(q, k, v, q_scale, k_scale, v_scale, mask=mask, out_dtype=out_dtype)
+    return layer.qattention(
+        q, k, v, q_scale, k_scale, v_scale, mask=mask, scatter=scatter, tokens=tokens, out_dtype=out_dtype
+    )
 
 
 def qattention_quantize(
@@ -227,13 +267,19 @@ def qattention_quantize(
     softmax_scale: float | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    scatter: Tensor | None = None,
+    tokens: int = 0,
     levels: Tensor | None = None,
 ) -> QTensor:
     """q = quantize(qattention(…), out) over rows of all heads [B·Nq, H·d]; arguments as :func:`qattention`.
 
-    Returns:  QTensor of [B, Nq, H·d] codes, with the projection's t if ``out.lora_down`` is given.
+    Returns:  QTensor of :func:`qattention`'s shape, with the projection's t if ``out.lora_down`` is given. Scales, t
+              and per-row parts of ``out`` are in the order of the result's rows.
     Backends: ref any | cpu | triton >= sm_80 (d <= 128, softmax_scale >= 0)
     """
     _schema.expect("q", q, dtype=torch.int8, shape=_ANY)
     layer = PreparedAttention(focus, softmax_scale, bias, levels, q.device)
-    return layer.qattention_quantize(q, k, v, q_scale, k_scale, v_scale, mask=mask, out=_schema.Epilogue(out))
+    out = _schema.Epilogue(out)
+    return layer.qattention_quantize(
+        q, k, v, q_scale, k_scale, v_scale, mask=mask, scatter=scatter, tokens=tokens, out=out
+    )

@@ -52,6 +52,17 @@ def align_values(v: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(v.to(v_scale.dtype) * (v_scale / top).unsqueeze(-1)), top
 
 
+def scattered(y: Tensor, scatter: Tensor | None, tokens: int) -> Tensor:
+    """Windows [B, Nq, C] as the images [B/nW, tokens, C] that ``scatter`` names; as they are without one."""
+    if scatter is None:
+        return y
+    b, n, c = y.shape
+    rows = y.reshape(b * n // scatter.shape[0], scatter.shape[0], c)
+    out = rows.new_empty(rows.shape[0], tokens + 1, c)
+    out[:, scatter.long()] = rows  # -1 is the row behind the last
+    return out[:, :tokens].contiguous()
+
+
 def qattention_heads(
     q,
     k,
@@ -70,11 +81,13 @@ def qattention_heads(
     renormalize,
     bias,
     mask,
+    scatter=None,
+    tokens=0,
 ) -> Tensor:
-    """[B, Nq, H·d] in the float dtype of the scales."""
+    """[B, Nq, H·d] in the float dtype of the scales; with ``scatter``, [B/nW, tokens, H·d]."""
     (b, h, nq, d), nk = q.shape, k.shape[2]
     if nk == 0:
-        return q_scale.new_zeros(b, nq, h * d)
+        return scattered(q_scale.new_zeros(b, nq, h * d), scatter, tokens)
     dtype = q_scale.dtype
     s = scores(q.double() @ k.double().transpose(-1, -2), q_scale, k_scale, softmax_scale, bias, mask)
     valid = s != -torch.inf
@@ -94,7 +107,7 @@ def qattention_heads(
     empty = ~valid.any(-1, keepdim=True)
     out = torch.where(total.isnan() & ~empty, torch.full_like(out, torch.nan), out)
     out = torch.where(empty, torch.zeros_like(out), out)
-    return out.transpose(1, 2).reshape(b, nq, h * d)
+    return scattered(out.transpose(1, 2).reshape(b, nq, h * d), scatter, tokens)
 
 
 def qattention(*args) -> Tensor:

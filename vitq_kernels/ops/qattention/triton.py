@@ -17,13 +17,16 @@ memory: ``tl.dot(p, v)`` of V as loaded stores single bytes on sm_90 (255 regist
 231) and loads them on sm_80 (520 loads of a byte a thread; now 34 ldmatrix). P is operand A straight from its registers
 on sm_90, which the transposed product would have to pass through shared memory.
 
-``qattention_quantize`` is one launch for static scales (not per row and group) and for dynamic ones of each head,
-without ``lora_down``; otherwise the float32 result goes through ``quantize``. Levels need no table where they are the
-codes or, with b1 = 0, follow the square law; other tables are read through the first-level cache, a byte a score.
+``qattention_quantize`` is one launch, too. A head's tile has what it takes for static scales (not per row and group)
+and for dynamic ones of each head; scales over all heads, t and ``subspace`` need whole rows, which go to a float32
+workspace and are finished by the last head of a block of queries to arrive (see ``fixup``). Levels need no table
+where they are the codes or, with b1 = 0, follow the square law; other tables are read through the first-level cache,
+a byte a score.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -34,9 +37,11 @@ from torch import Tensor
 from ... import tuning
 from ...triton import host
 from ...triton.device import narrow
+from ...triton.fixup import COUNTERS, arrive, leave, take
 from ...triton.host import ceil_div, power_of_2
-from ..qlinear.triton import _store_codes
+from ..qlinear.triton import UNIT, WIDE_ROW, _store_codes
 from ..quantize import triton as quantize_triton
+from ..quantize.triton import chunk_columns, chunked_rows, rank_of
 from .tiles import (
     exponents,
     finite,
@@ -63,7 +68,16 @@ CODES, SQUARES, TABLE = range(3)
 """What the level of code c is: c, rne(grid·(c/n)²), levels[c]."""
 
 
-@triton.jit(do_not_specialize=["G", "windows", "tokens", "M", "zero_point"])
+@triton.jit
+def _output_row(i, b, scatter, windows, tokens, Nq, M):
+    """The rows of the result that queries i of image (or window) b go to; M: nowhere."""
+    row = i
+    if scatter is not None:
+        row = tl.load(scatter + b % windows * Nq + i, mask=i < Nq, other=-1)
+    return tl.where((i < Nq) & (row >= 0), b // windows * tokens + row, M)
+
+
+@triton.jit(do_not_specialize=["G", "windows", "tokens", "M", "zero_point", "patient"])
 def _attention(
     q,  # [B, H, Nq, d] int8, or None
     q_image,
@@ -95,10 +109,14 @@ def _attention(
     tokens,
     out,  # [M, H·d] floats or int8 codes, or [B, H, Nq, Nk] float32 positions
     total_out,  # [B, H, Nq] float32, with positions
-    scale,  # the quantizing epilogue: see _store_codes
+    scale,  # the quantizing epilogue: see _store_codes, and chunked_rows for FINISH
     row_qmax,
     lut,
     out_scale,
+    lora_down,  # [R, H·d] or None
+    t_out,  # [M, R] float32
+    codes,  # [M, H·d] int8, of FINISH
+    counters,  # [B·tiles of queries, COUNTERS] int32; None without FINISH
     M,
     H,
     Nq,
@@ -117,6 +135,8 @@ def _attention(
     low,
     high,
     zero_point,
+    R,
+    patient,  # the first program that no other is queued behind
     PRODUCT: tl.constexpr,  # ``k`` is the product, results are positions
     QUANTIZE: tl.constexpr,
     Q_SCALES: tl.constexpr,
@@ -132,6 +152,11 @@ def _attention(
     DECODE: tl.constexpr,
     SHIFT: tl.constexpr,
     SCALES: tl.constexpr,
+    FINISH: tl.constexpr,
+    SUBSPACE: tl.constexpr,
+    RANK: tl.constexpr,
+    FINISH_K: tl.constexpr,
+    FINISH_WIDE_K: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -232,10 +257,7 @@ def _attention(
         scale_back = tl.where((top < float("inf")) & (row_factor < float("inf")), scale_back, float("nan"))
         y = tl.where((top == -float("inf"))[:, None], 0.0, y * scale_back[:, None])
 
-        row = i
-        if scatter is not None:
-            row = tl.load(scatter + b % windows * Nq + i, mask=i < Nq, other=-1)
-        m = tl.where((i < Nq) & (row >= 0), b // windows * tokens + row, M)
+        m = _output_row(i, b, scatter, windows, tokens, Nq, M)
         N = H * d
         c = tl.where(col < d, h * d + col, N)
         if QUANTIZE:
@@ -264,6 +286,50 @@ def _attention(
         else:
             inside = (m < M)[:, None] & (c < N)[None, :]
             tl.store(out + m.to(tl.int64)[:, None] * N + c[None, :], narrow(y, out.dtype.element_ty), mask=inside)
+        if FINISH:
+            first_query = (tl.program_id(0) % tiles) * BLOCK_M
+            counters += (b * tiles + tl.program_id(0) % tiles) * COUNTERS
+            if arrive(counters, H, tl.program_id(0) >= patient):
+                units = tl.cdiv(tl.minimum(Nq - first_query, BLOCK_M), UNIT)
+                unit = take(counters)
+                while unit < units:
+                    query = first_query + unit * UNIT + tl.arange(0, UNIT)
+                    rows = _output_row(query, b, scatter, windows, tokens, Nq, M)
+                    chunked_rows(
+                        out,
+                        rows,
+                        rows < M,
+                        rows.to(tl.int64) * N,
+                        rows < M,
+                        1,
+                        None,
+                        None,
+                        scale,
+                        groups if SCALES == 1 else 0,
+                        row_qmax,
+                        lut,
+                        lora_down,
+                        codes,
+                        out_scale,
+                        t_out,
+                        N,
+                        R,
+                        groups,
+                        width,
+                        0.0,
+                        0.0,
+                        low,
+                        high,
+                        zero_point,
+                        False,
+                        SUBSPACE,
+                        RANK,
+                        UNIT,
+                        FINISH_K,
+                        FINISH_WIDE_K,
+                    )
+                    unit = take(counters)
+            leave(counters, H)
 
 
 @lru_cache(maxsize=256)
@@ -310,6 +376,32 @@ def _scales(scale: Tensor) -> tuple[Tensor, int]:
 _PLAIN = (None, 0, 0, 0, None, 0, 0, 0, 1)
 
 
+@dataclass(frozen=True)
+class _Quant:
+    """The quantizing epilogue of a launch; ``finish`` where it needs whole rows, which then are ``out``'s floats."""
+
+    scale: Tensor | None = None
+    row_qmax: Tensor | None = None
+    lut: Tensor | None = None
+    out_scale: Tensor | None = None
+    lora_down: Tensor | None = None
+    t: Tensor | None = None
+    codes: Tensor | None = None
+    groups: int = 1
+    clamp: tuple[float, float, int] = (0.0, 0.0, 0)
+    finish: bool = False
+    subspace: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (
+            self.scale, self.row_qmax, self.lut, self.out_scale, self.lora_down, self.t, self.codes
+        )  # fmt: skip
+
+
+_NO_QUANT = _Quant()
+
+
 def _additive(bias: Tensor | None, mask: Tensor | None) -> tuple:
     if bias is None and mask is None:
         return _PLAIN
@@ -328,11 +420,10 @@ def _launch(
     windows: tuple,
     out: Tensor,
     total: Tensor | None = None,
-    epilogue: tuple = (None, None, None, None),
-    sizes: tuple = (0, 1, 0),
-    clamp: tuple = (0.0, 0.0, 0),
+    m: int = 0,
+    quant: _Quant = _NO_QUANT,
 ) -> None:
-    """One ``_attention``; ``shape`` is (B, H, Nq, Nk, d), ``sizes`` are (M, groups, their width)."""
+    """One ``_attention``; ``shape`` is (B, H, Nq, Nk, d), ``m`` the rows of ``out``."""
     if softmax_scale < 0.0:
         raise ValueError(f"softmax_scale is {softmax_scale}, the triton back end expects a number >= 0")
     b, h, nq, nk, d = shape
@@ -345,7 +436,11 @@ def _launch(
     block_n = power_of_2(nk, 32) if whole else config.block_n if plain else min(config.block_n, 32)
     tensors, kinds = zip(*map(_scales, scales))
     (exponent, *floats), constants = focus
-    scale = epilogue[0]
+    scale = quant.scale
+    rank = 0 if quant.lora_down is None else quant.lora_down.shape[0]
+    warps = max(1, config.num_warps * block_m // config.block_m)
+    tiles = ceil_div(nq, block_m) * b
+    counters = host.counters(tiles * COUNTERS.value, out.device) if quant.finish else None
     arguments = (
         *operands,
         *tensors,
@@ -354,34 +449,41 @@ def _launch(
         *windows,
         out,
         total,
-        *epilogue,
-        *sizes[:1],
+        *quant.tensors,
+        counters,
+        m,
         h,
         nq,
         nk,
-        *sizes[1:],
+        quant.groups,
+        h * d // quant.groups,
         softmax_scale * exponent,
         exponent,
         *floats,
-        *clamp,
+        *quant.clamp,
+        rank,
+        max(0, tiles * h - host.processors(out.device)),
         total is not None,
         out.dtype == torch.int8,
         *kinds,
         *constants,
         0 if scale is None or scale.numel() == 1 else 1 if scale.dim() == 2 else 2,
+        quant.finish,
+        quant.subspace,
+        power_of_2(rank, 16),
+        chunk_columns(rank) if quant.finish else 0,
+        power_of_2(h * d, 16, WIDE_ROW * warps >> quant.subspace) if quant.finish else 0,
         whole,
         block_m,
         block_n,
         d,
         power_of_2(d, 32),
     )
-    grid = (ceil_div(nq, block_m) * h * b,)
-    warps = max(1, config.num_warps * block_m // config.block_m)
-    host.launch(_attention, grid, arguments, out.device, num_warps=warps, num_stages=config.num_stages)
+    host.launch(_attention, (tiles * h,), arguments, out.device, num_warps=warps, num_stages=config.num_stages)
 
 
-def _attend(arguments: tuple, dtype: torch.dtype, epilogue: tuple = (), groups: int = 1, clamp: tuple = ()) -> Tensor:
-    """Output rows of the flat ``arguments`` up to ``tokens``: floats, or int8 codes made by the rest."""
+def _attend(arguments: tuple, dtype: torch.dtype, quant: _Quant = _NO_QUANT) -> Tensor:
+    """Output rows of the flat ``arguments`` up to ``tokens``: floats, or the int8 codes of ``quant``."""
     q, k, v, *scales, softmax_scale, levels, step, offset, b1, b2, power, row_anchor, renormalize = arguments[:15]
     bias, mask, scatter, tokens = arguments[15:]
     b, h, nq, d = q.shape
@@ -408,40 +510,40 @@ def _attend(arguments: tuple, dtype: torch.dtype, epilogue: tuple = (), groups: 
             (scatter, windows, tokens),
             out,
             None,
-            epilogue or (None,) * 4,
-            (images * tokens, groups, h * d // groups),
-            clamp or (0.0, 0.0, 0),
+            images * tokens,
+            quant,
         )
     return out
 
 
-def _with_windows(arguments: tuple) -> tuple:
-    """The flat arguments up to ``tokens`` for a caller that ends at ``mask``."""
-    return arguments if len(arguments) == 19 else (*arguments, None, 0)
-
-
 def qattention(*arguments) -> Tensor:
     *arguments, out_dtype = arguments
-    return _attend(_with_windows(tuple(arguments)), out_dtype)
+    return _attend(tuple(arguments), out_dtype)
 
 
 def qattention_quantize(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    arguments, quant = _with_windows(arguments[:-9]), arguments[-9:]
-    scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, _ = quant
-    q, k = arguments[:2]
-    # A head's program has what it takes for static scales, and for dynamic ones that are the head's own.
-    whole = groups == q.shape[1] if scale is None else scale.dim() == 1 or groups == 1
-    if lora_down is not None or not whole or q.numel() == 0 or k.shape[2] == 0:
+    arguments, quant = arguments[:-9], arguments[-9:]
+    scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, subspace = quant
+    q, k, scatter, tokens = *arguments[:2], *arguments[17:]
+    if q.numel() == 0 or k.shape[2] == 0:
         return quantize_triton.quantize(_attend(arguments, torch.float32), *quant)
-    scatter, tokens = arguments[17:]
     rows = q.shape[0] * q.shape[2]
     if scatter is not None:
         rows = rows // scatter.numel() * tokens
-    absent = torch.empty(0, dtype=torch.float32, device=q.device)
-    out_scale = torch.empty((rows, groups), dtype=torch.float32, device=q.device) if scale is None else absent
-    epilogue = (_dense(scale), _dense(row_qmax), _dense(lut), out_scale)
+    rank = rank_of(lora_down)
+    # A head's tile has what it takes for static scales, and for dynamic ones that are the head's own.
+    by_tile = groups == q.shape[1] if scale is None else scale.dim() == 1 or groups == 1
+    finish = not by_tile or rank > 0
+    device, f32 = q.device, torch.float32
+    out_scale = torch.empty((rows, groups) if scale is None else (0,), dtype=f32, device=device)
+    t = torch.empty((rows, rank) if lora_down is not None else (0,), dtype=f32, device=device)
+    images, width = (q.shape[0], q.shape[2]) if scatter is None else (rows // tokens, tokens), q.shape[1] * q.shape[3]
+    codes = torch.empty((*images, width), dtype=torch.int8, device=device) if finish else None
+    tensors = (_dense(scale), _dense(row_qmax), _dense(lut), out_scale, _dense(lora_down) if rank else None, t, codes)
     clamp = (float(qmin - zero_point), float(qmax - zero_point), zero_point)
-    return _attend(arguments, torch.int8, epilogue, groups, clamp), out_scale, absent
+    prepared = _Quant(*tensors, groups, clamp, finish, subspace and rank > 0)
+    out = _attend(arguments, f32 if finish else torch.int8, prepared)
+    return codes if finish else out, out_scale, t
 
 
 def focus_position(

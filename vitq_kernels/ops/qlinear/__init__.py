@@ -9,6 +9,7 @@ from ... import backends
 from ...formats import ActQuant, PackedWeight, QTensor
 from ...packing import LAYOUT_IDS
 from .. import _schema
+from ..layer_norm_quantize import expect_norm
 from . import ref
 
 ACTIVATIONS = ref.ACTIVATIONS
@@ -33,11 +34,22 @@ def _fake_quantize(x, x_scale, x_zero_point, lora_t, weight, layout, n, *rest):
     return _schema.fake_quant_outputs(x, (*x.shape[:-1], n), q_scale, groups, lora_down)
 
 
+def _fake_norm_quantize(x, x_scale, x_zero_point, lora_t, weight, layout, n, *rest):
+    y = x.new_empty((*x.shape[:-1], n), dtype=rest[-13])
+    return y, *_fake_quantize(x, x_scale, x_zero_point, lora_t, weight, layout, n, *rest)
+
+
+def _norm_quantize(*args):
+    y = _qlinear(*args[:-12])
+    return y, *_layer_norm_quantize(y, *args[-12:], None, 0)
+
+
 def _fake_weight_only(x, lora_t, weight, layout, n, *rest):
     return x.new_empty((*x.shape[:-1], n), dtype=rest[-1])
 
 
 _schema.define("qlinear", f"{_INPUT_ARGS}, ScalarType out_dtype", "Tensor", ref.qlinear, _fake_linear, _LAYOUTS)
+_qlinear, _layer_norm_quantize = torch.ops.vitq.qlinear.default, torch.ops.vitq.layer_norm_quantize.default
 _schema.define(
     "qlinear_quantize",
     f"{_INPUT_ARGS}, {_schema.QUANT_ARGS}",
@@ -54,7 +66,16 @@ _schema.define(
     _fake_weight_only,
     _LAYOUTS,
 )
-for _op in ("qlinear", "qlinear_quantize", "qlinear_weight_only"):
+_schema.define(
+    "qlinear_norm_quantize",
+    f"{_INPUT_ARGS}, ScalarType out_dtype, Tensor? norm_weight, Tensor? norm_bias, float eps, {_schema.QUANT_ARGS}",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    ref.qlinear_norm_quantize,
+    _fake_norm_quantize,
+    _LAYOUTS,
+    _norm_quantize,
+)
+for _op in ("qlinear", "qlinear_quantize", "qlinear_weight_only", "qlinear_norm_quantize"):
     _schema.define_triton(_op, "qlinear", _TRITON_LAYOUTS)
 
 
@@ -66,7 +87,7 @@ def _codes(x: QTensor) -> Tensor:
 
 
 class PreparedLinear:
-    """A layer's share of ``qlinear``, ``qlinear_quantize`` and ``qlinear_weight_only``, ready to run.
+    """A layer's share of ``qlinear``, ``qlinear_quantize``, ``qlinear_norm_quantize`` and ``qlinear_weight_only``.
 
     Args:   weight, weight_scale, bias, lora_up, layer_scale: as :func:`qlinear`.
             device: that of the inputs; None takes the weight's.
@@ -81,6 +102,7 @@ class PreparedLinear:
         "_device_type",
         "_layer_scale",
         "_layout",
+        "_normed",
         "_packed",
         "_passed",
         "_rank",
@@ -112,6 +134,7 @@ class PreparedLinear:
         self._col_sum, self._layer_scale = weight.col_sum, layer_scale
         self._scaled = (weight.lut, weight_scale, bias, lora_up)
         self._passed = None  # metadata of the last call that was checked, and its M
+        self._normed = None  # the LayerNorm behind that was checked last
 
     def _check(self, x: Tensor, t: Tensor | None, activation: str, residual: Tensor | None) -> int:
         """M. Everything but the dtype of ``x`` and its scale, which not all ops share."""
@@ -171,6 +194,31 @@ class PreparedLinear:
         quant = out.fit(m, self._packed[2], self._device)
         impl = backends.resolve("qlinear_quantize", self._device_type, self._layout, backend)
         return out.wrap(impl.fn(*args, *quant))
+
+    def qlinear_norm_quantize(
+        self,
+        x: QTensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        out: _schema.Epilogue,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
+    ) -> tuple[Tensor, QTensor]:
+        """y = :meth:`qlinear`, and :func:`layer_norm_quantize` of it: bit for bit the two ops on ``cpu`` and ``ref``,
+        one launch on ``triton``."""
+        args, m = self._flat(x, "none", residual)
+        n, device, passed = self._packed[2], self._device, self._normed
+        if passed is None or passed[0] is not norm_weight or passed[1] is not norm_bias or passed[2] != eps:
+            if n == 0:
+                raise ValueError("weight has 0 out features, expected at least 1 in front of a LayerNorm")
+            expect_norm(norm_weight, norm_bias, eps, n, device)
+            self._normed = norm_weight, norm_bias, eps
+        quant = out.fit(m, n, device)
+        impl = backends.resolve("qlinear_norm_quantize", self._device_type, self._layout, backend)
+        y, *coded = impl.fn(*args, out_dtype, norm_weight, norm_bias, eps, *quant)
+        return y, out.wrap(coded)
 
     def qlinear_weight_only(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...packing import LAYOUTS, unpack_codes
+from ..layer_norm_quantize import ref as layer_norm_ref
 from ..quantize import ref as quantize_ref
 
 ACTIVATIONS = ("none", "gelu_erf", "gelu_tanh")
@@ -60,6 +61,12 @@ def qlinear_quantize(x: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     args, quant = args[:-9], args[-9:]
     q, scale, t = quantize_ref.quantize(_linear(x, *args), *quant)
     return q.reshape(*x.shape[:-1], args[5]), scale, t
+
+
+def qlinear_norm_quantize(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args, norm_and_quant = args[:-12], args[-12:]
+    y = qlinear(*args)
+    return y, *layer_norm_ref.layer_norm_quantize(y, *norm_and_quant, None, 0)
 
 
 def qlinear_weight_only(x: Tensor, *args) -> Tensor:

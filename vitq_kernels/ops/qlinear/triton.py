@@ -1,4 +1,4 @@
-"""Triton kernels of ``qlinear``, ``qlinear_quantize`` and ``qlinear_weight_only``.
+"""Triton kernels of ``qlinear``, ``qlinear_quantize``, ``qlinear_norm_quantize`` and ``qlinear_weight_only``.
 
 Roofline of one product: 2·M·N·K integer operations and 2·M·N·R of the branch in 16 bits (which count twice); reads
 M·K + N·K·(1 or ½) bytes of codes, 4·M·R of t, b·M·N of a residual, writes b·M·N floats or M·N codes. Floor: the larger
@@ -16,20 +16,27 @@ GROUP_M row tiles under one another, so that a wave of programs shares both oper
 persistent programs nor a split of K: the former would hide only the epilogue's tail (8 or more waves of tiles at
 M=6304, N=3072), the latter needs another pass over int32 partial sums; at M=197, 64×64 tiles give 48 to 192 programs.
 
-Launches of ``qlinear_quantize``:
+Everything is one launch. A tile quantizes itself where nothing of its epilogue needs a whole row: static scales, and
+dynamic ones whose group of columns fits the tile (a head of 2^i ≤ ``WHOLE_N`` columns, or N ≤ ``WHOLE_N``). Otherwise
+the last program of a row tile to arrive finishes it (see ``fixup``), bitwise repeatable as all else:
 
-1   static scales, any groups, zero point, row_qmax, table; dynamic ones whose group of columns fits one tile (a head of
-    2^i ≤ ``WHOLE_N`` columns, or N ≤ ``WHOLE_N``), which is then held whole by one program;
-2   the same with the next layer's t where N takes several tiles: each tile writes its share of t, the second launch
-    adds the shares in order. Atomic additions would save it and cost the bitwise repeatability of results;
-2   dynamic scales over more columns than a tile, ``subspace``, which needs all of t before the first code, and scales
-    per row and group: the product in float32, then ``quantize``. 8·M·N bytes more, mostly within the second-level cache
-    up to M ≈ 1500 at N=3072; calibrated (static) scales for such layers avoid it.
+``SHARES``  the next layer's t where N takes several tiles: the tiles' shares are summed in the order of the tiles.
+            4·M·R·tiles bytes more each way: 19 MB at M=6304, N=3072, R=32, 128 columns a tile.
+``ROWS``    dynamic scales over more columns than a tile, ``subspace``, which needs all of t before the first code,
+            scales per row and group, and the LayerNorm of ``qlinear_norm_quantize``: ``quantize``'s pass over the rows
+            that the tiles have just stored, from the second-level cache: as floats in a workspace, 8·M·N bytes more,
+            or, behind a residual, the output itself, 2·M·N bytes more to read.
+
+Estimated, not measured: finishing 16 rows of N=768 takes a processor two microseconds, a tile of 128 rows eight times
+that, while the others multiply; the row tiles that end the launch are shared among the programs that have nothing else
+to do. A second launch would use all processors at once, but costs its start and, behind a large product, its reads from
+memory instead of cache.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -49,119 +56,25 @@ from ...triton.device import (
     magnitude,
     narrow,
     static_inverse,
-    unpack_int4,
 )
+from ...triton.fixup import COUNTERS, arrive, leave, take
 from ...triton.host import ceil_div, power_of_2
 from ..quantize import triton as quantize_triton
+from ..quantize.triton import chunk_columns, chunked_rows
+from .triton_tile import accumulate, add_low_rank, tile_of
 
 LAYOUTS = ("int4_k64x2", "int8")
 WHOLE_N = 256
 """Widest row that one program holds for a dynamic scale of its own."""
 MAX_RANK_DOWN = 128
-"""Largest rank of the next layer's lora_down that the epilogue takes along."""
+"""Largest rank of the next layer's lora_down that a tile's epilogue takes along."""
 
-
-@triton.jit
-def _dot(a, b, acc, SWAP: tl.constexpr):
-    """acc + a·bᵀ, or its transpose b·aᵀ: integers exactly, floats as ``float_dot``."""
-    if SWAP:
-        a, b = b, a
-    if acc.dtype == tl.int32:
-        return tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
-    else:
-        return float_dot(a, tl.trans(b), acc)
-
-
-@triton.jit
-def _like(codes, x):
-    """Weight codes as operands beside x: exact in every float type."""
-    if x.dtype == tl.int8:
-        return codes
-    else:
-        return codes.to(x.dtype)
-
-
-@triton.jit
-def _load_x(pointers, k, K, EVEN_K: tl.constexpr):
-    if EVEN_K:
-        x = tl.load(pointers)
-    else:
-        x = tl.load(pointers, mask=(k < K)[None, :], other=0)
-    if x.dtype == tl.bfloat16:
-        x = dot_operand(x, tl.bfloat16)
-    return x
-
-
-@triton.jit
-def _accumulate(
-    x,
-    x_row,
-    weight,
-    w_row,
-    w_lut,
-    K,
-    acc,
-    PACKED: tl.constexpr,
-    SWAP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """acc + Σ_k x[m, k]·w[n, k]; x_row, w_row are the int64 offsets of the tile's rows."""
-    if PACKED:
-        half: tl.constexpr = BLOCK_K // 2  # 64: a run of the layout
-        col = tl.arange(0, half)
-        x += x_row[:, None] + col[None, :]
-        weight += w_row[:, None] + col[None, :]
-        for k in range(0, K, BLOCK_K):
-            low, high = unpack_int4(tl.load(weight), w_lut)
-            first = _load_x(x, k + col, K, EVEN_K)
-            second = _load_x(x + half, k + half + col, K, EVEN_K)
-            acc = _dot(first, _like(low, first), acc, SWAP)
-            acc = _dot(second, _like(high, second), acc, SWAP)
-            x += BLOCK_K
-            weight += half
-    else:
-        col = tl.arange(0, BLOCK_K)
-        x += x_row[:, None] + col[None, :]
-        weight += w_row[:, None] + col[None, :]
-        for k in range(0, K, BLOCK_K):
-            a = _load_x(x, k + col, K, EVEN_K)
-            if EVEN_K:
-                b = tl.load(weight)
-            else:
-                b = tl.load(weight, mask=(k + col < K)[None, :], other=0)
-            acc = _dot(a, _like(b, a), acc, SWAP)
-            x += BLOCK_K
-            weight += BLOCK_K
-    return acc
-
-
-@triton.jit
-def add_low_rank(y, lora_t, lora_up, m, n, M, N, R, SWAP: tl.constexpr, RANK: tl.constexpr):
-    """y + t·Uᵀ (or its transpose), RANK ranks at a time, in the dtype of U with float32 sums."""
-    dtype: tl.constexpr = lora_up.dtype.element_ty
-    for r in range(0, R, RANK):
-        rank = r + tl.arange(0, RANK)
-        t = tl.load(
-            lora_t + m[:, None].to(tl.int64) * R + rank[None, :],
-            mask=(m < M)[:, None] & (rank < R)[None, :],
-            other=0.0,
-        )
-        u = tl.load(lora_up + n[:, None] * R + rank[None, :], mask=(n < N)[:, None] & (rank < R)[None, :], other=0.0)
-        y = _dot(dot_operand(t, dtype), dot_operand(u, dtype), y, SWAP)
-    return y
-
-
-@triton.jit
-def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """This program's row tile and column tile: GROUP_M row tiles share a column tile in time."""
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    group = program // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    within = program % (GROUP_M * tiles_n)
-    return first + within % height, within // height
+SHARES, ROWS = tl.constexpr(1), tl.constexpr(2)
+"""What the last program of a row tile finishes; 0 for nothing."""
+UNIT = tl.constexpr(quantize_triton.ROWS)
+"""Rows that are finished at a time."""
+WIDE_ROW = 64
+"""Columns of such rows that are finished at a time, per warp: 32 values a thread, half as many beside ``subspace``."""
 
 
 @triton.jit
@@ -212,6 +125,21 @@ def _store_codes(
     tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], codes, mask=mask)
 
 
+@triton.jit
+def _add_shares(shares, t_out, row, row_mask, parts, M, R, RANK: tl.constexpr):
+    """t[m, r] = Σ_p shares[p, m, r], in the order of p."""
+    rank = tl.arange(0, RANK)
+    offset = row[:, None].to(tl.int64) * R + rank[None, :]
+    total = tl.zeros((UNIT, RANK), tl.float32)
+    shares += offset
+    for part in range(0, parts, 8):
+        for i in tl.static_range(8):  # eight loads in flight
+            ranks = tl.where(part + i < parts, R, 0)
+            total += tl.load(shares, mask=row_mask[:, None] & (rank < ranks)[None, :], other=0.0)
+            shares += M * R
+    tl.store(t_out + offset, total, mask=row_mask[:, None] & (rank < R)[None, :])
+
+
 @triton.jit(do_not_specialize=["x_zero_point", "zero_point"])
 def _product(
     x,  # [M, K] int8 codes, or floats (weight-only); contiguous columns
@@ -232,12 +160,17 @@ def _product(
     layer_scale,  # [N] or None
     residual,  # [M, N] or None
     out,  # [M, N], floats or int8 codes
-    scale,  # the quantizing epilogue: see _store_codes
+    scale,  # the quantizing epilogue: see _store_codes, and chunked_rows for ROWS
     row_qmax,
     lut,
     out_scale,
     lora_down,  # [R_DOWN, N] or None
-    t_out,  # [column tiles, M, R_DOWN] float32: each tile's share of t
+    t_out,  # [M, R_DOWN] float32
+    shares,  # [column tiles, M, R_DOWN] float32: each tile's share of t (t itself where there is one tile)
+    codes,  # [M, N] int8, of ROWS
+    norm_weight,  # [N] or None
+    norm_bias,  # [N] or None
+    counters,  # [row tiles, COUNTERS] int32; None where nothing is left to finish
     M,
     N,
     K,
@@ -248,6 +181,8 @@ def _product(
     low,
     high,
     zero_point,
+    eps,
+    patient,  # the first program that no other is queued behind
     ACTIVATION: tl.constexpr,
     QUANTIZE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -257,12 +192,17 @@ def _product(
     RANK_DOWN: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
     SCALES: tl.constexpr,
+    FINISH: tl.constexpr,
+    NORM: tl.constexpr,
+    SUBSPACE: tl.constexpr,
+    FINISH_K: tl.constexpr,
+    FINISH_WIDE_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    tile_m, tile_n = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows past the end read the last one: no mask in the loop, and nothing of theirs is stored.
@@ -274,7 +214,7 @@ def _product(
     w_row = tl.minimum(n, N - 1).to(tl.int64) * w_stride
     shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
     acc = tl.zeros(shape, tl.float32 if x_scale is None else tl.int32)
-    acc = _accumulate(x, x_row, weight, w_row, w_lut, K, acc, PACKED, SWAP, BLOCK_K, EVEN_K)
+    acc = accumulate(x, x_row, weight, w_row, w_lut, K, acc, PACKED, SWAP, BLOCK_K, EVEN_K)
 
     # Everything below sees the tile as it lies: rows and columns are [BLOCK, 1] or [1, BLOCK] as SWAP says.
     if SWAP:
@@ -311,7 +251,7 @@ def _product(
             known = dot_operand(tl.where((n < N)[None, :], y, 0.0), dtype)
             t = float_dot(known, tl.trans(dot_operand(d, dtype)), tl.zeros((BLOCK_M, RANK_DOWN), tl.float32))
             t_offset = (tile_n.to(tl.int64) * M + m)[:, None] * R_DOWN + rank[None, :]
-            tl.store(t_out + t_offset, t, mask=(m < M)[:, None] & (rank < R_DOWN)[None, :])
+            tl.store(shares + t_offset, t, mask=(m < M)[:, None] & (rank < R_DOWN)[None, :])
         _store_codes(
             y,
             m,
@@ -335,17 +275,52 @@ def _product(
             SCALES,
         )
 
-
-@triton.jit
-def _add_shares(shares, t, parts, count, BLOCK: tl.constexpr):
-    """t[i] = Σ_p shares[p, i], in the order of p."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    shares += at
-    for _ in range(parts):
-        total += tl.load(shares, mask=at < count, other=0.0)
-        shares += count
-    tl.store(t + at, total, mask=at < count)
+    if FINISH != 0:
+        counters += tile_m * COUNTERS
+        parts = tl.cdiv(N, BLOCK_N)
+        if arrive(counters, parts, tl.program_id(0) >= patient):
+            units = tl.cdiv(tl.minimum(M - tile_m * BLOCK_M, BLOCK_M), UNIT)
+            unit = take(counters)
+            while unit < units:
+                rows = tile_m * BLOCK_M + unit * UNIT + tl.arange(0, UNIT)
+                if FINISH == SHARES:
+                    _add_shares(shares, t_out, rows, rows < M, parts, M, R_DOWN, RANK_DOWN)
+                else:
+                    chunked_rows(
+                        out,
+                        rows,
+                        rows < M,
+                        rows.to(tl.int64) * N,
+                        rows < M,
+                        1,
+                        norm_weight,
+                        norm_bias,
+                        scale,
+                        groups if SCALES == 1 else 0,
+                        row_qmax,
+                        lut,
+                        lora_down,
+                        codes,
+                        out_scale,
+                        t_out,
+                        N,
+                        R_DOWN,
+                        groups,
+                        width,
+                        N * 1.0,
+                        eps,
+                        low,
+                        high,
+                        zero_point,
+                        NORM,
+                        SUBSPACE,
+                        RANK_DOWN,
+                        UNIT,
+                        FINISH_K,
+                        FINISH_WIDE_K,
+                    )
+                unit = take(counters)
+        leave(counters, parts)
 
 
 def _dense(p: Tensor | None) -> Tensor | None:
@@ -362,6 +337,25 @@ def _configure(device: torch.device, kind: str, m: int, n: int, k: int) -> tunin
     return replace(config, block_m=block_m, block_n=block_n, block_k=block_k)
 
 
+@dataclass(frozen=True)
+class _Quant:
+    """The quantizing epilogue of a launch: tensors of ``_product`` by their names, and what the tiles do about them."""
+
+    tensors: dict[str, Tensor | None]
+    rank: int = 0
+    groups: int = 1
+    clamp: tuple[float, float, int] = (0.0, 0.0, 0)
+    tile_groups: int = 1
+    finish: int = 0
+    norm_eps: float | None = None
+    subspace: bool = False
+
+
+_NO_QUANT = _Quant({})
+_TILE_TENSORS = ("scale", "row_qmax", "lut", "out_scale", "lora_down", "t_out", "shares")
+_QUANT_TENSORS = (*_TILE_TENSORS, "codes", "norm_weight", "norm_bias")
+
+
 def _launch(
     x: Tensor,
     scales: tuple[Tensor, int, Tensor] | None,
@@ -370,22 +364,22 @@ def _launch(
     out: Tensor,
     config: tuning.Config,
     n: int,
-    epilogue: tuple = (None, None, None, None, None, None),
-    sizes: tuple = (0, 1, 0),
-    clamp: tuple = (0.0, 0.0, 0),
-    tile_groups: int = 1,
+    quant: _Quant = _NO_QUANT,
 ) -> None:
-    """One ``_product``: ``scales`` are (x_scale, x_zero_point, col_sum); ``epilogue`` the quantizing one's tensors."""
+    """One ``_product``: ``scales`` are (x_scale, x_zero_point, col_sum)."""
     rows = host.rows_of(x, contiguous_columns=True)
     m, k = rows.m, rows.k
     x_scale, x_zero_point, col_sum = scales or (None, 0, None)
     data, layout, w_lut, w_scale = weight
     lora_t, bias, lora_up, activation, layer_scale, residual = tail
     packed = layout == LAYOUT_IDS["int4_k64x2"]
-    scale = epilogue[0]
+    scale = quant.tensors.get("scale")
     rank = 0 if lora_up is None else lora_up.shape[1]
     if rank == 0:
         lora_t = lora_up = None
+    row_tiles = ceil_div(m, config.block_m)
+    programs = row_tiles * ceil_div(n, config.block_n)
+    counters = host.counters(row_tiles * COUNTERS.value, x.device) if quant.finish else None
     arguments = (
         *rows.arguments[:4],
         None if x_scale is None else x_scale.reshape(-1).contiguous(),
@@ -402,17 +396,22 @@ def _launch(
         _dense(layer_scale),
         _dense(residual),
         out,
-        *epilogue,
+        *map(quant.tensors.get, _QUANT_TENSORS),
+        counters,
         m,
         n,
         k,
         rank,
-        *sizes,
-        *clamp,
+        quant.rank,
+        quant.groups,
+        n // quant.groups,
+        *quant.clamp,
+        quant.norm_eps or 0.0,
+        max(0, programs - host.processors(x.device)),
     )
     # A float32 branch multiplies three times: a slice of 16 ranks is what fits beside the accumulators.
     most = 16 if lora_up is not None and lora_up.dtype == torch.float32 else 64
-    rank_down = power_of_2(sizes[0], 16)
+    by_rows = quant.finish == ROWS
     constants = (
         activation,
         out.dtype == torch.int8,
@@ -420,17 +419,21 @@ def _launch(
         bool(config.swap),
         k % config.block_k == 0,
         power_of_2(rank, 16, most),
-        rank_down,
-        tile_groups,
+        power_of_2(quant.rank, 16),
+        quant.tile_groups,
         0 if scale is None or scale.numel() == 1 else 1 if scale.dim() == 2 else 2,
+        quant.finish,
+        quant.norm_eps is not None,
+        quant.subspace,
+        chunk_columns(quant.rank) if by_rows else 0,
+        power_of_2(n, 16, WIDE_ROW * config.num_warps >> quant.subspace) if by_rows else 0,
         config.block_m,
         config.block_n,
         config.block_k,
         config.group_m,
     )
-    grid = (ceil_div(m, config.block_m) * ceil_div(n, config.block_n),)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    host.launch(_product, grid, (*arguments, *constants), x.device, **options)
+    host.launch(_product, (programs,), (*arguments, *constants), x.device, **options)
 
 
 def _kind(layout: int, weight_only: bool) -> str:
@@ -474,36 +477,61 @@ def _hold_groups(config: tuning.Config, n: int, groups: int) -> tuple[tuning.Con
     return config, config.block_n // width
 
 
-def qlinear_quantize(
-    x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, *tail_and_quant
+def _quantized(
+    product: tuple, norm: tuple[Tensor | None, Tensor | None, float] | None, out: Tensor | None, quant: tuple
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tail, quant = tail_and_quant[:-9], tail_and_quant[-9:]
+    """(codes, scales, t) of the flat arguments ``product``, or of the LayerNorm (γ, β, eps) of their ``out``."""
+    x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, *tail = product
     scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, subspace = quant
-    product = (x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, *tail)
     device, f32 = x.device, torch.float32
-    m = x.numel() // k if k else x.shape[:-1].numel()
-    q = torch.empty((*x.shape[:-1], n), dtype=torch.int8, device=device)
-    config, tile_groups = _configure(device, _kind(layout, False), m, n, k), 1
-    rank = 0 if lora_down is None else lora_down.shape[0]
-    held = None if scale is not None or not q.numel() else _hold_groups(config, n, groups)
-    whole = held is not None if scale is None else scale.dim() == 1 or groups == 1
-    if not q.numel() or subspace or rank > MAX_RANK_DOWN or not whole:
-        return quantize_triton.quantize(qlinear(*product, f32), *quant)
-    if held is not None:
-        config, tile_groups = held
+    m = math.prod(x.shape[:-1])
+    rank = quantize_triton.rank_of(lora_down)
+    codes = torch.empty((*x.shape[:-1], n), dtype=torch.int8, device=device)
     out_scale = torch.empty((m, groups) if scale is None else (0,), dtype=f32, device=device)
     t = torch.empty((m, rank) if lora_down is not None else (0,), dtype=f32, device=device)
-    parts = ceil_div(n, config.block_n)
-    shares = t if parts == 1 or not rank else torch.empty((parts, m, rank), dtype=f32, device=device)
-    down = _dense(lora_down) if rank else None
-    epilogue = (_dense(scale), _dense(row_qmax), _dense(lut), out_scale, down, shares)
+    if m == 0:
+        return codes, out_scale, t
+    config, tile_groups = _configure(device, _kind(layout, False), m, n, k), 1
+    held = None if scale is not None else _hold_groups(config, n, groups)
+    by_tile = held is not None if scale is None else scale.dim() == 1 or groups == 1
+    shares, finish = None, ROWS.value
+    if by_tile and norm is None and not subspace and rank <= MAX_RANK_DOWN:
+        config, tile_groups = held or (config, 1)
+        parts = ceil_div(n, config.block_n)
+        finish = SHARES.value if rank and parts > 1 else 0
+        shares = torch.empty((parts, m, rank), dtype=f32, device=device) if finish else t
+        out = codes
+    elif out is None:
+        out = torch.empty((m, n), dtype=f32, device=device)
+    gamma, beta, eps = norm or (None, None, None)
+    tensors = {
+        "scale": _dense(scale),
+        "row_qmax": _dense(row_qmax),
+        "lut": _dense(lut),
+        "out_scale": out_scale,
+        "lora_down": _dense(lora_down) if rank else None,
+        "t_out": t,
+        "shares": shares,
+        "codes": codes if finish == ROWS else None,
+        "norm_weight": _dense(gamma),
+        "norm_bias": _dense(beta),
+    }
     clamp = (float(qmin - zero_point), float(qmax - zero_point), zero_point)
-    sizes = (rank, groups, n // groups)
+    prepared = _Quant(tensors, rank, groups, clamp, tile_groups, finish, eps, subspace and rank > 0)
     scales = (x_scale, x_zero_point, col_sum)
-    weights = (weight, layout, w_lut, w_scale)
-    _launch(x, scales, weights, (lora_t, *tail), q, config, n, epilogue, sizes, clamp, tile_groups)
-    if shares is not t:
-        block = 1024
-        grid = (ceil_div(m * rank, block),)
-        host.launch(_add_shares, grid, (shares, t, parts, m * rank, block), device, num_warps=4)
-    return q, out_scale, t
+    _launch(x, scales, (weight, layout, w_lut, w_scale), (lora_t, *tail), out, config, n, prepared)
+    return codes, out_scale, t
+
+
+def qlinear_quantize(*args) -> tuple[Tensor, Tensor, Tensor]:
+    product, quant = args[:-9], args[-9:]
+    if product[6] == 0:
+        return quantize_triton.quantize(qlinear(*product, torch.float32), *quant)
+    return _quantized(product, None, None, quant)
+
+
+def qlinear_norm_quantize(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *product, out_dtype, norm_weight, norm_bias, eps = args[:-9]
+    x, n = product[0], product[6]
+    y = torch.empty((*x.shape[:-1], n), dtype=out_dtype, device=x.device)
+    return y, *_quantized(tuple(product), (norm_weight, norm_bias, eps), y, args[-9:])

@@ -1,0 +1,295 @@
+"""Verifies, then times, everything that needs a GPU: one command, at most eight minutes, no network.
+
+    python -m bench.gpu.check [--minutes 8] [--output bench/results] [--only tests ops ...] [--keep-going]
+    python -m bench.gpu.check --dry-run           # the same code on tiny shapes in Triton's interpreter: no GPU needed
+
+Stops at the first wrong result with its coordinates. Each step has a share of the time; what does not fit is left out
+and listed. Exit code: 0 all checks passed, 1 something is wrong, 2 nothing is wrong but a check did not finish.
+Writes <output>/<gpu>.json and .md (<gpu>.wrong.json if something is wrong; <gpu>.partial.json after each step, until
+then); bench/update_docs.py makes the tables of docs/gpu.md from the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import RESULTS, ROOT, environment, report
+
+TIMED_RESERVE = 0.5
+"""Share of the time that is kept for timing, whatever the checks would take."""
+
+
+class Check:
+    """One run: what was found, what was left out, how much time there is.
+
+    Attributes: machine; record: what is written; wrong, incomplete: what failed, and what did not finish.
+    """
+
+    def __init__(self, machine, seconds: float, keep_going: bool = False, folder: Path | None = None) -> None:
+        self.machine, self.keep_going, self.folder = machine, keep_going, folder
+        self.begin = time.monotonic()
+        self.seconds = seconds
+        self.wrong: list[str] = []
+        self.incomplete: list[str] = []
+        self.warming = None
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.record: dict[str, Any] = {"date": now, "dry_run": machine.dry, "environment": machine.environment()}
+        self.record |= {"checks": {}, "left_out": [], "step_seconds": {}}
+
+    def save(self, ending: str, text: str | None = None) -> None:
+        """Writes ``text``, or the record, to <folder>/<gpu>.<ending>: all of it or nothing."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self.machine.slug}.{ending}"
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps(self.record, indent=1) + "\n" if text is None else text)
+        part.replace(path)
+        if not ending.startswith("partial"):
+            self.folder.joinpath(f"{self.machine.slug}.partial.json").unlink(missing_ok=True)
+            print(f"wrote {path}")
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.begin
+
+    def left(self, share: float = 1.0, reserve: float = 0.0) -> float:
+        """Seconds for a step: at most this share of the whole, leaving ``reserve`` of it to those that follow."""
+        return max(0.0, min(share * self.seconds, (1 - reserve) * self.seconds - self.elapsed))
+
+    def say(self, line: str) -> None:
+        print(f"[{self.elapsed:5.0f} s] {line}", flush=True)
+
+    def checked(self, name: str, outcome: str) -> None:
+        self.record["checks"][name] = outcome
+        if outcome.startswith("out of time"):
+            self.incomplete.append(name)
+        self.say(f"{name}: {outcome}")
+
+    def leave_out(self, what: str) -> None:
+        self.record["left_out"].append(what)
+        self.say(f"LEFT OUT: {what}")
+
+    def rows(
+        self, key: str, rows: Iterator[dict], seconds: float, expected: int, describe: Callable[[dict], str]
+    ) -> None:
+        """Collects ``rows`` until the time is up."""
+        table = self.record.setdefault(key, [])
+        deadline = time.monotonic() + seconds
+        for row in rows:
+            table.append(row)
+            self.say(describe(row))
+            if len(table) < expected and time.monotonic() > deadline:
+                self.leave_out(f"{key}: {len(table)} of {expected} rows fit in {seconds:.0f} s")
+                return
+
+
+def build(check: Check) -> None:
+    """The C++ back end, if this machine can build it; the checks below need Triton and ``ref`` alone."""
+    if check.machine.dry or (ROOT / "vitq_kernels" / "libvitq_ops.so").exists():
+        return
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=check.left(0.15)
+        )
+        outcome = "built" if run.returncode == 0 else f"not built: {(run.stderr or run.stdout).strip()[-300:]}"
+    except subprocess.TimeoutExpired:
+        outcome = "not built in time"
+    check.checked("C++ back end", outcome)
+
+
+def ceilings(check: Check) -> None:
+    from . import warm
+
+    peaks = check.machine.measure_ceilings()
+    check.record["peaks"] = asdict(peaks)
+    check.say(report.ceilings(check.record))
+    if not check.machine.dry:
+        check.warming = warm.Warming()
+
+
+def tests(check: Check) -> None:
+    """The test files and the sanitizer in processes of their own, whole models meanwhile in this one."""
+    from . import integration, models, sanitize, suite
+
+    machine, stop = check.machine, threading.Event()
+    seconds = check.left(1.0, TIMED_RESERVE)
+    with ThreadPoolExecutor(2) as pool:
+        background = [
+            pool.submit(suite.run, machine.device.type, machine.dry, seconds, stop),
+            pool.submit(sanitize.run, seconds, stop),
+        ]
+        try:
+            for name, outcome in itertools.chain(_parity(models.parity(machine)), integration.run(machine)):
+                check.checked(name, outcome)
+                for job in background:
+                    if job.done():
+                        job.result()  # a wrong result there stops this loop, too
+                if not check.left(1.0, TIMED_RESERVE):
+                    check.checked("whole models", "out of time: what comes after was not tried")
+                    break
+            wait(background, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+        for prefix, job in zip(("", "compute-sanitizer "), background):
+            for name, outcome in job.result().items():
+                check.checked(prefix + name, outcome)
+
+
+def _parity(rows: Iterator[dict]) -> Iterator[tuple[str, str]]:
+    for row in rows:
+        bits = "same bits as" if row["same_bits_as_simulated"] else f"{row['db_simulated']:.0f} dB from"
+        top1 = f"top-1 agreement {100 * row['top1_as_ref']:.0f} %"
+        yield f"integer model, {row['model']}", f"{bits} the simulation, {row['db_ref']:.0f} dB from ref, {top1}"
+
+
+def ops(check: Check) -> None:
+    from vitq_kernels import backend
+
+    from . import ops, shapes
+
+    machine = check.machine
+    if check.warming is not None:
+        check.record["warmed"] = check.warming.stop()
+        check.warming = None
+    if machine.peaks is None:
+        check.record["peaks"] = asdict(machine.measure_ceilings())
+
+    def figures(row: dict) -> str:
+        shape = ", ".join(f"{k}={v}" for k, v in row.items() if len(k) == 1)
+        return f"{shape}: " + ", ".join(f"{name} {1e3 * ms:.1f} µs" for name, ms in row["ms"].items())
+
+    with backend("triton"):
+        if reason := ops.attention_missing():
+            check.leave_out(f"attention: missing, {reason}")
+        else:
+            check.rows(
+                "attention", ops.attentions(machine), check.left(0.05), len(shapes.attentions(machine.dry)), figures
+            )
+        check.rows("products", ops.products(machine), check.left(0.14), len(shapes.products(machine.dry)), figures)
+        check.rows("rows", ops.rows(machine), check.left(0.04), len(shapes.rows(machine.dry)), figures)
+
+
+def models(check: Check) -> None:
+    import torch
+
+    from . import models
+
+    def figures(row: dict) -> str:
+        return f"{row['model']} b{row['batch']}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in row["ms"].items())
+
+    plan = models.plan(check.machine.dry)
+    table = check.record.setdefault("models", [])
+    longest = 0.0
+    for i, (name, architecture, kwargs, batches) in enumerate(plan):
+        if check.left() <= longest:
+            rest = "; ".join(f"{n} at batch {', '.join(map(str, b))}" for n, _, _, b in plan[i:])
+            check.leave_out(f"models: {rest}")
+            return
+        start = time.monotonic()
+        for row in models.timed(check.machine, name, architecture, kwargs, batches):
+            table.append(row)
+            check.say(figures(row))
+            for what in row["missing"]:
+                check.say(f"MISSING: {what}")
+        torch.compiler.reset()
+        longest = max(longest, time.monotonic() - start)
+
+
+STEPS: dict[str, Callable[[Check], None]] = {
+    "build": build,
+    "ceilings": ceilings,
+    "tests": tests,
+    "ops": ops,
+    "models": models,
+}
+
+
+def run(check: Check, names: list[str]) -> int:
+    """The named steps in order; the exit code."""
+    try:
+        for name in names:
+            start = time.monotonic()
+            check.say(f"--- {name}")
+            try:
+                STEPS[name](check)
+            except Exception as error:
+                # What is expected here is a wrong result; anything else is as wrong, and needs its traceback.
+                if not isinstance(error, AssertionError):
+                    traceback.print_exc()
+                check.wrong.append(f"{name}: {error or type(error).__name__}")
+                check.say(f"WRONG in {check.wrong[-1]}")
+                if not check.keep_going:
+                    break
+            check.record["step_seconds"][name] = round(time.monotonic() - start, 1)
+            check.save("partial.json")
+    finally:
+        if check.warming is not None:
+            check.warming.stop()
+    check.record["wrong"], check.record["seconds"] = check.wrong, round(check.elapsed, 1)
+    return 1 if check.wrong else 2 if check.incomplete else 0
+
+
+def summary(check: Check, code: int) -> str:
+    """What is printed last."""
+    lines = [report.goal_table(check.record), ""]
+    if check.machine.dry:
+        lines.append("Dry run: times are those of an interpreter and mean nothing.")
+    lines += [f"left out: {line}" for line in check.record["left_out"]]
+    lines += [f"not finished: {line}" for line in check.incomplete]
+    lines += [f"WRONG: {line}" for line in check.wrong]
+    verdict = {0: "all checks passed", 1: "SOMETHING IS WRONG", 2: "nothing is wrong, but not every check finished"}
+    return "\n".join([*lines, f"{check.machine.name}: {verdict[code]} ({check.elapsed:.0f} s)"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--output", type=Path, help="default bench/results; a dry run writes nothing by default")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="steps to run")
+    parser.add_argument("--keep-going", action="store_true", help="go on after a wrong result (and still exit with 1)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before anything imports one
+    # A cache of its own: what was compiled for other purposes neither helps nor suffers.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "gpu-check" / "inductor"))
+    import torch
+
+    from .machine import Machine
+
+    try:
+        machine = Machine("cpu" if args.dry_run else "cuda")
+    except ValueError as error:
+        print(f"nothing to check: {error}", file=sys.stderr)
+        return 1
+    if args.dry_run and args.output is not None and args.output.resolve() == RESULTS:
+        parser.error(f"--output is {args.output}, expected another folder: times of a dry run mean nothing")
+    check = Check(machine, 60 * args.minutes, args.keep_going, args.output or (None if args.dry_run else RESULTS))
+    check.say(", ".join(f"{k} {v}" for k, v in check.record["environment"].items()))
+    with torch.no_grad():
+        code = run(check, [name for name in STEPS if name in args.only])
+    check.save("wrong.json" if check.wrong else "json")
+    if not check.wrong:
+        check.save("md", report.markdown(check.record))
+    print(summary(check, code), flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,92 @@
+"""Small launches of every op under compute-sanitizer: ``python -m bench.gpu.sanitize`` is what runs inside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from . import ROOT, environment
+
+TOOLS = ("memcheck", "racecheck")
+FOUND = 9  # the exit code by which the tool says that it found an error
+
+
+def run(seconds: float, stop: threading.Event) -> dict[str, str]:
+    """Tool → "no errors", or why it says nothing (as when the time is up or ``stop`` is set).
+
+    Raises: AssertionError with the end of the report if a tool found an error, or the launches themselves failed.
+    """
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return dict.fromkeys(TOOLS, "not available: compute-sanitizer is not on the PATH")
+    # Without a cache each tensor is an allocation of its own, beyond which any access is one out of bounds.
+    env = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = {}
+    for name in TOOLS:
+        command = [tool, "--tool", name, "--error-exitcode", str(FOUND), sys.executable, "-m", "bench.gpu.sanitize"]
+        found[name] = _outcome(name, command, env, time.monotonic() + seconds / len(TOOLS), stop)
+    return found
+
+
+def _outcome(name: str, command: list[str], env: dict[str, str], deadline: float, stop: threading.Event) -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                if stop.is_set() or time.monotonic() > deadline:
+                    return "out of time: stopped before its end"
+                time.sleep(0.2)
+        finally:
+            process.kill()
+            process.wait()
+        file.seek(0)
+        text = file.read()
+    if process.returncode == 0:
+        return "no errors"
+    # A sandbox may refuse the tool the device: that says nothing about the kernels.
+    refusal = next((x for x in text.splitlines() if "not supported" in x.lower()), None)
+    if process.returncode != FOUND and refusal is not None:
+        return f"not available: {refusal.strip()}"
+    raise AssertionError(f"compute-sanitizer {name} exited with {process.returncode}\n{text[-6000:]}")
+
+
+def main() -> None:
+    """One small, ragged launch of everything, checked. VITQ_CHECK_DEVICE=cpu: in the interpreter."""
+    import torch
+
+    import vitq_kernels as vk
+
+    from . import models, ops
+    from .machine import Machine
+
+    machine = Machine(os.environ.get("VITQ_CHECK_DEVICE", "cuda"))
+    with torch.no_grad(), vk.backend("triton"):
+        for variants in (ops.product_variants(machine, 19, 72, 56), ops.row_variants(machine, 7, 72)):
+            for name, variant in variants.items():
+                if variant.check is not None:
+                    variant.check(variant.run_once())
+                    machine.synchronize()
+                    print(name, flush=True)
+        if ops.attention_missing() is None:
+            for shape in ((2, 2, 17, 32, 2), (1, 1, 300, 64, 0)):
+                variant = ops.attention_variants(machine, *shape)["int8"]
+                variant.check(variant.run_once())
+                machine.synchronize()
+                print("attention", shape, flush=True)
+    model = models.minmax.vit(depth=1).to(machine.device)
+    images = models.images_of(machine, model, 1)
+    with torch.no_grad():
+        state = models.random_state(model, images, 4, True, 4, "subspace")
+        logits = models.integer(model, state)[0](images)
+    if not logits.isfinite().all():
+        raise AssertionError(f"logits of the small model are {logits.tolist()}")
+    print("small model", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""make gpu-check without a GPU: the same steps in the interpreter, wrong kernels found, failures and gaps reported."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import update_docs
+from bench.gpu import RESULTS, ROOT, environment, goals, report, roofline, sanitize, suite
+from vitq_kernels import ActQuant, backend, backends, quantize
+from vitq_kernels.ops.quantize import ref
+from vitq_kernels.testing import offloaded
+from vitq_kernels.triton import host
+
+pytestmark = pytest.mark.skipif(not host.INSTALLED, reason="triton is not installed")
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    env = environment() | {"OMP_NUM_THREADS": "1"} | variables
+    env.pop("VITQ_BACKEND", None)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
+    )
+
+
+def test_every_step_runs_without_a_gpu(tmp_path):
+    before = sorted(RESULTS.iterdir())
+    run = python("-m", "bench.gpu.check", "--dry-run", "--output", str(tmp_path))
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert run.stdout.strip().splitlines()[-1].startswith("interpreter: all checks passed")
+    assert sorted(RESULTS.iterdir()) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["interpreter.json", "interpreter.md"]
+    record = json.loads((tmp_path / "interpreter.json").read_text())
+    assert record["dry_run"] is True
+    assert not record["wrong"]
+    assert set(record["step_seconds"]) == {"build", "ceilings", "tests", "ops", "models"}
+    checks = record["checks"]
+    assert checks["kernel tests"].endswith("passed")
+    assert checks["ViT shapes"].endswith("passed")
+    assert checks["CUDA graph equals eager, float16"] == "missing: needs a GPU"
+    assert "compute-sanitizer memcheck" in checks
+    assert len(record["products"]) == len(record["rows"]) == len(record["models"]) == 1
+    assert record["products"][0]["ms"].keys() >= {"bf16", "_int_mm", "w8", goals.ALONE, goals.WHOLE, "w4 rank 32"}
+    # A goal may be computed from whatever shapes there are; none of a dry run's is one that it is about.
+    assert {row["met"] for row in report.goal_rows(record) if "rank 32 costs" not in row["goal"]} == {"unmeasured"}
+
+
+PLANT = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+from bench.gpu import check
+from vitq_kernels.ops.qlinear import triton as kernels
+right = kernels.qlinear
+def wrong(*arguments):
+    y = right(*arguments)
+    y[3, 5] += 1.0
+    return y
+kernels.qlinear = wrong
+sys.exit(check.main(["--dry-run", "--only", "ceilings", "ops", "--output", sys.argv[1]]))
+"""
+
+
+def test_a_wrong_kernel_stops_the_run_with_its_coordinates(tmp_path):
+    run = python("-c", PLANT, str(tmp_path))
+    assert run.returncode == 1, run.stdout[-4000:] + run.stderr[-4000:]
+    assert "WRONG in ops: product of M=17, K=64, N=48, w8: result: 1 of 816 elements off; first at (3, 5)" in run.stdout
+    assert "SOMETHING IS WRONG" in run.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["interpreter.wrong.json"]
+
+
+def test_nothing_is_checked_without_a_gpu_or_into_the_results_of_one():
+    if not torch.cuda.is_available():
+        run = python("-m", "bench.gpu.check")
+        assert run.returncode == 1
+        assert "nothing to check: device is 'cuda'" in run.stderr
+    run = python("-m", "bench.gpu.check", "--dry-run", "--output", str(RESULTS))
+    assert run.returncode == 2
+    assert "times of a dry run mean nothing" in run.stderr
+
+
+def _selected(monkeypatch, tmp_path, text: str, processes: int = 2):
+    (tmp_path / "test_planted.py").write_text(text)
+    chosen = suite.Selection("planted", (str(tmp_path / "test_planted.py"),), processes, device=False)
+    monkeypatch.setattr(suite, "selections", lambda dry: [chosen])
+
+
+def test_suite_stops_at_a_failing_test(monkeypatch, tmp_path):
+    _selected(monkeypatch, tmp_path, "def test_a():\n    pass\ndef test_b():\n    assert 17 == 18\n")
+    with pytest.raises(AssertionError, match=r"planted: (?s:.*)assert 17 == 18"):
+        suite.run("cpu", True, 60, threading.Event())
+
+
+def test_suite_counts_what_all_processes_passed(monkeypatch, tmp_path):
+    _selected(monkeypatch, tmp_path, "def test_a():\n    pass\ndef test_b():\n    pass\n", processes=3)
+    assert suite.run("cpu", True, 60, threading.Event()) == {"planted": "2 passed"}
+
+
+def test_suite_says_what_did_not_finish(monkeypatch, tmp_path):
+    _selected(monkeypatch, tmp_path, "import time\ndef test_a():\n    time.sleep(600)\n", processes=1)
+    assert suite.run("cpu", True, 1, threading.Event())["planted"].startswith("out of time: 1 of 1")
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ("exit 0", "no errors"),
+        ("echo 'Invalid __global__ write'; exit 9", None),
+        ("echo Traceback; exit 1", None),
+        ("echo 'Error: Device not supported'; exit 1", "not available: Error: Device not supported"),
+        ("sleep 60", "out of time: stopped before its end"),
+    ],
+)
+def test_sanitizer(monkeypatch, tmp_path, script, outcome):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    if outcome is None:
+        with pytest.raises(AssertionError, match="compute-sanitizer memcheck exited with"):
+            sanitize.run(20.0, threading.Event())
+    else:
+        seconds = 1.0 if "sleep" in script else 20.0
+        assert sanitize.run(seconds, threading.Event()) == dict.fromkeys(sanitize.TOOLS, outcome)
+
+
+def test_sanitizer_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert all(x.startswith("not available") for x in sanitize.run(1.0, threading.Event()).values())
+
+
+# --- kernels on another device behind CPU tensors --------------------------------------------------------------------
+
+
+def _quantize_with(monkeypatch, fn):
+    monkeypatch.setitem(backends._table["quantize"], "triton", backends.Implementation("triton", fn, lambda _: None))
+    backends._resolved.clear()
+
+
+def test_offloaded_arguments_lie_as_they_did(monkeypatch):
+    seen = []
+
+    def kernel(x, *rest):
+        seen.append((x.stride(), x.storage_offset()))
+        return ref.quantize(x, *rest)
+
+    _quantize_with(monkeypatch, kernel)
+    x = torch.randn(7, 5, 12)[1::2, :, 3:9].transpose(0, 1)
+    with offloaded("cpu"), backend("triton"):
+        got = quantize(x, ActQuant())
+    assert seen == [(x.stride(), x.storage_offset())] * 2
+    with backend("ref"):
+        assert torch.equal(got.q, quantize(x, ActQuant()).q)
+    assert backends.table()["quantize"]["triton"].fn is kernel
+
+
+@pytest.mark.parametrize("bug", ["not repeatable", "not written"])
+def test_offloaded_finds(monkeypatch, bug):
+    calls = []
+
+    def kernel(x, *rest):
+        q, scale, t = ref.quantize(x, *rest)
+        calls.append(0)
+        if bug == "not repeatable":
+            q[2, 1] += len(calls)
+        else:
+            scale = torch.empty_like(scale)  # holds NaN in the first run
+            if len(calls) == 2:
+                scale.fill_(1.0)
+        return q, scale, t
+
+    _quantize_with(monkeypatch, kernel)
+    expected = (
+        r"result 0 of quantize: 1 of 24 .* first at \(2, 1\)" if bug == "not repeatable" else "result 1 of quantize"
+    )
+    with offloaded("cpu"), backend("triton"), pytest.raises(AssertionError, match=expected):
+        quantize(torch.randn(4, 6), ActQuant())
+
+
+# --- goals and documents ---------------------------------------------------------------------------------------------
+
+
+def _record(speedup: float) -> dict:
+    """A record in which everything is ``speedup`` times bf16."""
+    ms = {
+        "bf16": 1.0,
+        "w8": 0.99 / speedup,
+        goals.ALONE: 1 / speedup,
+        goals.WHOLE: 1 / speedup,
+        "w4 rank 32": 1 / speedup,
+    }
+    shapes = [(m, k, n) for m in (197, 1576, 6304) for k, n in ((384, 384), (768, 768), (768, 2304))]
+    return {
+        "products": [{"M": m, "K": k, "N": n, "ms": dict(ms)} for m, k, n in shapes],
+        "attention": [{"N": n, "ms": {"int8": 1 / speedup, "sdpa": 1.0}} for n in (197, 1024)],
+        "models": [
+            {"model": model, "batch": b, "ms": {"bf16 compiled": 1.0, "int8 static": 1 / speedup}}
+            for model in ("ViT-B", "ViT-L", "DeiT-S", "Swin-B")
+            for b in (1, 64)
+        ],
+    }
+
+
+def test_goals_are_met_missed_or_unmeasured():
+    rates = {"int8 rate, M ≥ 6304, K ≥ 768, N ≥ 2304"}  # absolute
+    fast, slow = report.goal_rows(_record(2.0)), report.goal_rows(_record(0.9))
+    assert {row["met"] for row in fast if row["goal"] not in rates} == {"yes"}
+    missed = {row["goal"] for row in slow if row["met"] == "no"}
+    assert len(missed) > 15
+    assert not any("rank 32 costs" in goal or "W4A8" in goal for goal in missed)
+    assert {row["met"] for row in report.goal_rows(None)} == {"unmeasured"}
+    partial = _record(2.0)
+    del partial["products"][-1]["ms"][goals.ALONE]
+    figures = {row["goal"]: row["met"] for row in report.goal_rows(partial)}
+    assert figures["product, rank 32, M ≥ 6304, K ≥ 768, N ≥ 2304: worst"] == "unmeasured"
+    assert figures["product, rank 32, M = 197: median"] == "yes"
+
+
+def test_one_slow_shape_misses_a_goal_of_the_worst():
+    record = _record(2.0)
+    record["products"][0]["ms"][goals.ALONE] = 1 / 0.94
+    figures = {row["goal"]: row["met"] for row in report.goal_rows(record)}
+    assert figures["product, rank 32, M = 197: never below"] == "no"
+    assert figures["product, rank 32, M = 197: median"] == "yes"
+
+
+def test_floors():
+    peaks = roofline.Peaks(bandwidth=10.0, int8=100.0, half=50.0, exp2=1.0)
+    work = roofline.Work(bytes=10, int8=200, half=50, exp2=1)
+    assert work.times(peaks) == {"memory": 1.0, "tensor cores": 3.0, "exponentials": 1.0}
+    assert (work.floor(peaks), work.bound(peaks)) == (3.0, "tensor cores")
+    assert work + work == roofline.Work(20, 400, 100, 2)
+
+
+def test_documents_are_current():
+    for path, text in update_docs.pages().items():
+        assert path.read_text() == text, f"{path.relative_to(ROOT)}: run bench/update_docs.py"
+
+
+def test_documents_take_the_newest_record_of_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(update_docs, "RESULTS", tmp_path)
+    assert update_docs.gpu_record() is None
+    for name, date in (
+        ("a", "2026-01-01"),
+        ("b", "2026-03-01"),
+        ("c.wrong", "2026-05-01"),
+        ("c.partial", "2026-06-01"),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"peaks": {}, "date": date, "name": name}))
+    (tmp_path / "cpu.json").write_text("{}")
+    assert update_docs.gpu_record()["name"] == "b"
+
+
+def test_tuner_without_a_gpu(tmp_path):
+    """Resumable, in the format of the other tables; a second run has nothing left to do."""
+    command = (
+        "-m",
+        "bench.gpu.tune",
+        "--dry-run",
+        "--kinds",
+        "w8",
+        "--output",
+        str(tmp_path),
+        "--cache",
+        str(tmp_path),
+    )
+    first = python(*command)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "best" in first.stdout
+    assert "complete" in first.stdout
+    record = json.loads((tmp_path / "interpreter.json").read_text())
+    shipped = json.loads((Path(host.__file__).parents[1] / "tuning" / "sm_80.json").read_text())
+    assert record["measured"] is True
+    assert record["columns"] == shipped["columns"]
+    assert [row[:2] for row in record["w8"]] == [[17, 48]]
+    assert record["w4"] == shipped["w4"]
+    assert "best" not in python(*command).stdout

@@ -1,0 +1,9 @@
+"""Which implementations this run of the kernel tests is about (see conftest.py)."""
+
+import os
+
+from vitq_kernels.triton import host
+
+DEVICE = os.environ.get("VITQ_TEST_DEVICE")
+"""Where Triton kernels run behind the tests' CPU tensors: "cuda", or "cpu" for the interpreter; None: no such run."""
+TRITON = host.INTERPRETED or DEVICE is not None
