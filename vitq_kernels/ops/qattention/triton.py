@@ -9,7 +9,7 @@ issue at 128 lanes a clock and processor. Instructions per score, and rows not p
 
 One kernel, ``_attention``: BLOCK_M queries of a head per program. Up to ``WHOLE_KEYS`` keys a row of scores stays in
 registers; beyond, a first pass over blocks of keys finds the row's maximum and Σ e, a second one does the products
-again and accumulates P·V in int32. Products leave the tensor core as floats (see ``_values``), codes leave a float
+again and accumulates P·V in int32. Products leave the tensor core as floats (see ``score_values``), codes leave a float
 addition as bytes. Levels above 127 go in less 128, and 128·Σ V' is added back.
 
 int8 tensor cores want both operands with keys side by side. V is turned by words of four keys on its way to shared
@@ -36,242 +36,36 @@ from torch import Tensor
 
 from ... import tuning
 from ...triton import host
-from ...triton.device import INTERPRET, magnitude, narrow, round_half_even
+from ...triton.device import narrow
 from ...triton.fixup import COUNTERS, arrive, leave, take
 from ...triton.host import ceil_div, power_of_2
 from ..qlinear.triton import UNIT, WIDE_ROW, _store_codes
 from ..quantize import triton as quantize_triton
 from ..quantize.triton import chunk_columns, chunked_rows, rank_of
+from .tiles import (
+    exponents,
+    finite,
+    larger,
+    largest_scale,
+    load_codes,
+    load_scale,
+    load_values,
+    look_up,
+    mass,
+    place,
+    positive,
+    row_max,
+    score_values,
+)
 
 WHOLE_KEYS = 256
 """Longest row of scores held in registers: half of it for d > 64, a quarter with bias or mask, which come beside it."""
 MAX_HEAD_DIM = 128
-"""Largest d whose tiles fit; products then stay below 2^22, which ``_values`` counts on."""
+"""Largest d whose tiles fit; products then stay below 2^22, which ``score_values`` counts on."""
 
 _LOG2_E = 1.4426950408889634
 CODES, SQUARES, TABLE = range(3)
 """What the level of code c is: c, rne(grid·(c/n)²), levels[c]."""
-
-_MAGIC = tl.constexpr(0x4B400000)
-"""The bits of 1.5·2^23: an int32 below 2^22 added to them makes the float of that much more, exactly."""
-_MAGIC_FLOAT = tl.constexpr(12582912.0)
-_MINUS_INF = tl.constexpr(-0x800000)  # 0xff800000
-_TINY = tl.constexpr(2.0**-126)  # the least normal number
-
-
-@triton.jit
-def _load_scale(scale, b, h, i, H, N, KIND: tl.constexpr):
-    """Scales per tensor, per head (KIND 0, 1: a scalar) or of each of the tokens i (2: 0 past the end)."""
-    if KIND == 0:
-        return tl.load(scale)
-    elif KIND == 1:
-        return tl.load(scale + h)
-    else:
-        return tl.load(scale + (b.to(tl.int64) * H + h) * N + i, mask=i < N, other=0.0)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _row_max(x):
-    """max_j x[:, j]; NaN or Inf where the row has NaN."""
-    if INTERPRET:
-        return tl.max(tl.where(x == x, x, float("inf")), 1)
-    else:
-        return tl.reduce(x, 1, _larger)
-
-
-@triton.jit
-def _load_codes(x, row, row_stride, N, col, d: tl.constexpr):
-    """[rows, cols] int8, 0 outside."""
-    mask = (row < N)[:, None] & (col < d)[None, :]
-    return tl.load(x + row.to(tl.int64)[:, None] * row_stride + col[None, :], mask=mask, other=0)
-
-
-@triton.jit
-def _positive(scale):
-    """``scale``, but the least normal number for 0, whose product with the −inf of a key past the end would be NaN."""
-    return tl.maximum(scale, _TINY, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _load_additive(x, outer, outer_stride, row_stride, col_stride, i, j, Nq, Nk):
-    """[queries, keys] of bias or mask, 0 outside."""
-    at = outer.to(tl.int64) * outer_stride + i.to(tl.int64)[:, None] * row_stride + (j * col_stride)[None, :]
-    return tl.load(x + at, mask=(i < Nq)[:, None] & (j < Nk)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _values(first, tile, scaling, additive, PRODUCT: tl.constexpr, K_SCALES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Scores of BLOCK_N keys from ``first`` on, in units of the exponent of 2; −inf for keys past the end.
-
-    Without bias and mask they lack the row's factor and may be shifted by 1.5·2^23: differences to the row's maximum,
-    multiplied by the factor, are then those of exact numbers.
-    """
-    q, k, k_row, i, col, Nq, Nk, d = tile
-    k_scale, b, h, H, factor = scaling
-    bias, bias_head, bias_row, bias_col, mask, mask_image, mask_row, mask_col, G, exponent = additive
-    j = first + tl.arange(0, BLOCK_N)
-    if PRODUCT:
-        inside = (i < Nq)[:, None] & (j < Nk)[None, :]
-        product = tl.load(k + i.to(tl.int64)[:, None] * k_row + j[None, :], mask=inside, other=0)
-        # A product of zeros is added so that rows lie in registers, and are summed up, as in the attention itself.
-        left, right = tl.zeros((i.shape[0], 32), tl.int8), tl.zeros((32, BLOCK_N), tl.int8)
-        product = tl.dot(left, right, product, out_dtype=tl.int32).to(tl.float32)
-        value = tl.where((j < Nk)[None, :], product + _MAGIC_FLOAT, -float("inf"))
-    else:
-        # Added to these bits, integers are floats already: nothing to convert, and nothing to mask, for the zeros that
-        # are read past the end leave the bits of −inf alone.
-        bits = tl.broadcast_to(tl.where(j < Nk, _MAGIC, _MINUS_INF)[None, :], (i.shape[0], BLOCK_N))
-        keys = _load_codes(k, j, k_row, Nk, col, d)
-        value = tl.dot(q, tl.trans(keys), bits, out_dtype=tl.int32).to(tl.float32, bitcast=True)
-    if K_SCALES == 2:
-        value = (value - _MAGIC_FLOAT) * _positive(_load_scale(k_scale, b, h, j, H, Nk, K_SCALES))[None, :]
-    if bias is not None or mask is not None:
-        if K_SCALES != 2:
-            value -= _MAGIC_FLOAT
-        value *= factor[:, None]
-        if bias is not None:
-            added = _load_additive(bias, h, bias_head, bias_row, bias_col, i, j, Nq, Nk)
-            value = tl.fma(added, exponent, value)
-        if mask is not None:
-            added = _load_additive(mask, b % G, mask_image, mask_row, mask_col, i, j, Nq, Nk)
-            value = tl.fma(added, exponent, value)
-    return value
-
-
-@triton.jit
-def _mass(x, power, POWER: tl.constexpr):
-    """e, where 2^x is e^(1/power)."""
-    t = tl.exp2(x)
-    if POWER == 1:
-        return t
-    elif POWER == 2:
-        return t * t
-    else:
-        return tl.exp2(x * power)
-
-
-@triton.jit
-def _finite(top):
-    """What is subtracted along a row: its maximum, 0 where that is −inf (a row without keys)."""
-    return tl.where(top == -float("inf"), 0.0, top)
-
-
-@triton.jit
-def _exponents(value, base, factor, ADDITIVE: tl.constexpr):
-    """log2 of what ``_values`` stands for, over the row's largest."""
-    if ADDITIVE:
-        return value - base
-    else:
-        return (value - base) * factor
-
-
-@triton.jit
-def _row_gain(gain, total, inverse_power, POWER: tl.constexpr):
-    """gain·total^(−1/power)"""
-    if POWER == 1:
-        return tl.div_rn(gain, total)
-    elif POWER == 2:
-        return tl.div_rn(gain, tl.sqrt_rn(total))
-    else:
-        return gain * tl.exp2(-tl.log2(total) * inverse_power)
-
-
-@triton.jit
-def _position(
-    t,
-    total,
-    gain,
-    shift,
-    inverse_power,
-    TOP: tl.constexpr,
-    POWER: tl.constexpr,
-    DIRECT: tl.constexpr,
-    CUT: tl.constexpr,
-    ROW: tl.constexpr,
-):
-    """TOP·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power).
-
-    t is e = exp(score − max), or, if DIRECT, e^(1/power): where b1 = 0 the position is a multiple of that, and needs no
-    root. u is e/total, or e itself if ROW.
-    """
-    if DIRECT:
-        if not ROW:
-            gain = _row_gain(gain, total, inverse_power, POWER)[:, None]
-        # t ≤ 1, of which no rounding makes TOP + 1/2: without b2 nothing is cut off.
-        return tl.minimum(t * gain, TOP) if CUT else t * gain
-    else:
-        # TOP^power inside the root: one multiplication less, and 1 maps to TOP exactly.
-        high: tl.constexpr = TOP if POWER == 1 else TOP * TOP if POWER == 2 else 1.0
-        if not ROW:
-            gain = tl.div_rn(gain, total)[:, None]
-        y = tl.minimum(tl.maximum(tl.fma(t, gain, shift), 0.0), high)
-        if POWER == 1:
-            return y
-        elif POWER == 2:
-            return tl.sqrt(y)
-        else:
-            root = tl.exp2(tl.minimum(tl.log2(tl.maximum(y, _TINY)) * inverse_power, 0.0))
-            return tl.where(y < _TINY, 0.0, root * TOP)
-
-
-@triton.jit
-def _levels(position, levels, level_gain, TOP: tl.constexpr, DECODE: tl.constexpr, SHIFT: tl.constexpr):
-    """Levels of the codes rne(position), less SHIFT, in int32."""
-    if DECODE == 2:
-        code = (position + _MAGIC_FLOAT).to(tl.int32, bitcast=True) & TOP  # NaN must not reach beyond the table
-        return tl.load(levels + code).to(tl.int32) - SHIFT
-    else:
-        shifted = position + (_MAGIC_FLOAT - SHIFT)
-        if DECODE == 1:
-            code = round_half_even(position)
-            shifted = tl.fma(code * level_gain, code, _MAGIC_FLOAT - SHIFT)
-        return shifted.to(tl.int32, bitcast=True) - _MAGIC
-
-
-@triton.jit
-def _largest_scale(scale, b, h, H, N, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
-    """max_j scale[b, h, j]; NaN if there is a NaN."""
-    if KIND == 2:
-        most = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(0, N, BLOCK_N):
-            s = _load_scale(scale, b, h, first + tl.arange(0, BLOCK_N), H, N, KIND)
-            most = tl.maximum(most, magnitude(s))
-        most = tl.max(most, 0)
-        return tl.where(most < float("inf"), most, float("nan"))
-    else:
-        return _load_scale(scale, b, h, 0, H, N, KIND)
-
-
-@triton.jit
-def _load_aligned(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND: tl.constexpr):
-    """[keys, d] int8 codes of V, on the scale ``top`` where tokens have their own; 0 outside."""
-    codes = _load_codes(v, j, v_row, Nk, col, d)
-    if KIND == 2:
-        ratio = tl.div_rn(_load_scale(scale, b, h, j, H, Nk, KIND), top)
-        ratio = tl.where(ratio == ratio, ratio, 0.0)
-        value = (codes.to(tl.int32) + _MAGIC).to(tl.float32, bitcast=True) - _MAGIC_FLOAT
-        codes = (value * ratio[:, None] + _MAGIC_FLOAT).to(tl.int32, bitcast=True).to(tl.int8)
-    return codes
-
-
-@triton.jit
-def _load_values(
-    v, v_row, scale, top, b, h, H, first, Nk, col, d, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """``_load_aligned`` of BLOCK_N keys, laid out with keys side by side, as int8 tensor cores want them."""
-    # Four keys at a time lie side by side in registers: what goes to shared memory is their words, not bytes.
-    j = first + 4 * tl.arange(0, BLOCK_N // 4)
-    x0 = _load_aligned(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND)
-    x1 = _load_aligned(v, v_row, scale, top, b, h, H, j + 1, Nk, col, d, KIND)
-    x2 = _load_aligned(v, v_row, scale, top, b, h, H, j + 2, Nk, col, d, KIND)
-    x3 = _load_aligned(v, v_row, scale, top, b, h, H, j + 3, Nk, col, d, KIND)
-    y = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK_N // 4, BLOCK_D, 4))
-    return tl.trans(tl.reshape(tl.permute(y, (1, 0, 2)), (BLOCK_D, BLOCK_N)))
 
 
 @triton.jit
@@ -378,61 +172,61 @@ def _attention(
     ADDITIVE: tl.constexpr = bias is not None or mask is not None
     TOTAL: tl.constexpr = PRODUCT or not (ROW and RENORMALIZE)  # Σ e is asked for
     MASS: tl.constexpr = POWER if DIRECT else 1
-    row_factor = _load_scale(q_scale, b, h, i, H, Nq, Q_SCALES) * factor
+    row_factor = load_scale(q_scale, b, h, i, H, Nq, Q_SCALES) * factor
     if K_SCALES != 2:
-        row_factor *= _load_scale(k_scale, b, h, 0, H, Nk, K_SCALES)
-    row_factor = tl.broadcast_to(_positive(row_factor), (BLOCK_M,))
+        row_factor *= load_scale(k_scale, b, h, 0, H, Nk, K_SCALES)
+    row_factor = tl.broadcast_to(positive(row_factor), (BLOCK_M,))
     if not PRODUCT:
-        q = _load_codes(q + b.to(tl.int64) * q_image + h.to(tl.int64) * q_head, i, q_row, Nq, col, d)
+        q = load_codes(q + b.to(tl.int64) * q_image + h.to(tl.int64) * q_head, i, q_row, Nq, col, d)
     tile = (q, k, k_row, i, col, Nq, Nk, d)
     scaling = (k_scale, b, h, H, row_factor)
     additive = (bias, bias_head, bias_row, bias_col, mask, mask_image, mask_row, mask_col, G, exponent)
 
     total = tl.zeros((BLOCK_M,), tl.float32)
     if WHOLE:
-        value = _values(0, tile, scaling, additive, PRODUCT, K_SCALES, BLOCK_N)
-        top = _row_max(value)
+        value = score_values(0, tile, scaling, additive, PRODUCT, K_SCALES, BLOCK_N)
+        top = row_max(value)
         if TOTAL:
-            x = _exponents(value, _finite(top)[:, None], row_factor[:, None], ADDITIVE)
-            total = tl.sum(_mass(x, power, MASS), 1)
+            x = exponents(value, finite(top)[:, None], row_factor[:, None], ADDITIVE)
+            total = tl.sum(mass(x, power, MASS), 1)
     else:
         top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         for first in range(0, Nk, BLOCK_N):
-            seen = _values(first, tile, scaling, additive, PRODUCT, K_SCALES, BLOCK_N)
-            higher = _larger(top, _row_max(seen))
+            seen = score_values(first, tile, scaling, additive, PRODUCT, K_SCALES, BLOCK_N)
+            higher = larger(top, row_max(seen))
             if TOTAL:
-                base = _finite(higher)
-                x = _exponents(seen, base[:, None], row_factor[:, None], ADDITIVE)
-                total *= _mass(_exponents(top, base, row_factor, ADDITIVE), power, MASS)
-                total += tl.sum(_mass(x, power, MASS), 1)
+                base = finite(higher)
+                x = exponents(seen, base[:, None], row_factor[:, None], ADDITIVE)
+                total *= mass(exponents(top, base, row_factor, ADDITIVE), power, MASS)
+                total += tl.sum(mass(x, power, MASS), 1)
             top = higher
-    base = _finite(top)[:, None]
+    base = finite(top)[:, None]
 
     if PRODUCT:
         row = (b.to(tl.int64) * H + h) * Nq + i
         tl.store(total_out + row, total, mask=i < Nq)
     else:
         v += b.to(tl.int64) * v_image + h.to(tl.int64) * v_head
-        largest = _largest_scale(v_scale, b, h, H, Nk, V_SCALES, BLOCK_N)
+        largest = largest_scale(v_scale, b, h, H, Nk, V_SCALES, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
         valid_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
         level_sum = tl.zeros((BLOCK_M,), tl.int32)
         count = tl.full((BLOCK_M,), 0 if ADDITIVE else Nk, tl.int32)
     for first in range(0, BLOCK_N if WHOLE else Nk, BLOCK_N):
         if not WHOLE:
-            value = _values(first, tile, scaling, additive, PRODUCT, K_SCALES, BLOCK_N)
-        t = tl.exp2(_exponents(value, base, row_factor[:, None], ADDITIVE))
-        position = _position(t, total, gain, shift, inverse_power, TOP, POWER, DIRECT, CUT, ROW)
+            value = score_values(first, tile, scaling, additive, PRODUCT, K_SCALES, BLOCK_N)
+        t = tl.exp2(exponents(value, base, row_factor[:, None], ADDITIVE))
+        position = place(t, total, gain, shift, inverse_power, TOP, POWER, DIRECT, CUT, ROW)
         if PRODUCT:
             j = first + tl.arange(0, BLOCK_N)
             tl.store(out + row[:, None] * Nk + j[None, :], position, mask=(i < Nq)[:, None] & (j < Nk)[None, :])
         else:
-            level = _levels(position, levels, level_gain, TOP, DECODE, SHIFT)
+            level = look_up(position, levels, level_gain, TOP, DECODE, SHIFT)
             if DECODE == 2 and not DIRECT:  # anywhere else a key that does not count has level 0 already
                 level = tl.where(value != -float("inf"), level, -SHIFT)
             if RENORMALIZE:
                 level_sum += tl.sum(level, 1) + SHIFT * BLOCK_N
-            values = _load_values(v, v_row, v_scale, largest, b, h, H, first, Nk, col, d, V_SCALES, BLOCK_N, BLOCK_D)
+            values = load_values(v, v_row, v_scale, largest, b, h, H, first, Nk, col, d, V_SCALES, BLOCK_N, BLOCK_D)
             if SHIFT != 0 or (OFFSET and not ADDITIVE):
                 ones = tl.full((BLOCK_M, BLOCK_N), 1, tl.int8)
                 column_sums = tl.dot(ones, values, out_dtype=tl.int32)
