@@ -112,6 +112,22 @@ def test_square_law_levels_need_no_table(b2):
             assert (decode, shift, step, offset) == (attention.SQUARES, 128 * (grid > 127), *focus.step_offset)
 
 
+def test_scales_of_a_fused_result_are_not_copied():
+    """Per token [B, N, 3·H] as q, k and v see them; k and v of unlike strides are copied, and right all the same."""
+    *operands, softmax_scale, bias, mask = make(b=2, h=3, nq=9, nk=9, d=16, scales="per_token")
+    codes, scales = operands[:3], operands[3:]
+    fused = torch.stack(scales, 0).permute(1, 3, 0, 2).contiguous()  # [B, N, 3, H]
+    views = fused.permute(2, 0, 3, 1).unbind(0)
+    kw = {"focus": FOCUSES["row8"], "softmax_scale": softmax_scale, "bias": bias, "mask": mask}
+    want = qattention(*codes, *scales, **kw)
+    with host.recorded() as launches:
+        assert torch.equal(qattention(*codes, *views, **kw), want)
+    named = dict(zip(launches[0].kernel.arg_names, launches[0].arguments, strict=True))
+    for name, view in zip(("q_scale", "k_scale", "v_scale"), views):
+        assert named[name].data_ptr() == view.data_ptr()
+    assert torch.equal(qattention(*codes, views[0], views[1], scales[2], **kw), want)
+
+
 TABLE = LevelTable((-128, -50, -20, -7, 3, 11, 60, 127)).lut()
 ROWS = torch.arange(2 * 21, dtype=torch.int32)
 BASIS = torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(4))).Q.T.contiguous()

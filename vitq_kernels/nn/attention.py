@@ -117,8 +117,7 @@ class QAttention(QModule):
         """Scales of q, k, v: [1] or [H] static, [B, H, N] dynamic."""
         if scale.dim() == 1:
             return scale.chunk(3)
-        per_token = scale.reshape(b, n, 3, scale.shape[1] // 3).permute(2, 0, 3, 1).expand(3, b, self.heads, n)
-        return per_token.contiguous().unbind(0)
+        return scale.reshape(b, n, 3, scale.shape[1] // 3).permute(2, 0, 3, 1).expand(3, b, self.heads, n).unbind(0)
 
     def extra_repr(self) -> str:
         spec, focus = self.operand_spec, self.focus

@@ -122,9 +122,9 @@ class QLinear(QModule):
         self.weight, self.col_sum, self.weight_lut = packed.data, packed.col_sum, packed.lut
         self.packed_for = codes.device.type
         if self.lora_up is not None:
-            self.lora_up = self.lora_up.to(serving.branch)
+            self.lora_up = self.lora_up.to(serving.branch).contiguous()
             holder = self if self.input is None else self.input
-            holder.lora_down = holder.lora_down.to(serving.branch)
+            holder.lora_down = holder.lora_down.to(serving.branch).contiguous()
 
     def repack(self) -> None:
         self._pack(unpack_weight(self.packed))

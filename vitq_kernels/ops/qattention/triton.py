@@ -26,6 +26,7 @@ a byte a score.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,7 +43,7 @@ from ...triton.host import ceil_div, power_of_2
 from ..qlinear.triton import UNIT, WIDE_ROW, _store_codes
 from ..quantize import triton as quantize_triton
 from ..quantize.triton import chunk_columns, chunked_rows, rank_of
-from .tiles import (
+from .triton_tile import (
     exponents,
     finite,
     larger,
@@ -77,7 +78,7 @@ def _output_row(i, b, scatter, windows, tokens, Nq, M):
     return tl.where((i < Nq) & (row >= 0), b // windows * tokens + row, M)
 
 
-@triton.jit(do_not_specialize=["G", "windows", "tokens", "M", "zero_point", "patient"])
+@triton.jit(do_not_specialize=["query_image", "key_image", "G", "windows", "tokens", "M", "zero_point", "patient"])
 def _attention(
     q,  # [B, H, Nq, d] int8, or None
     q_image,
@@ -92,8 +93,14 @@ def _attention(
     v_head,
     v_row,
     q_scale,  # [1], [H] or [B, H, Nq] float32 (Q_SCALES = 0, 1, 2)
+    query_image,  # strides of the third form
+    query_head,
+    query_token,
     k_scale,
     v_scale,
+    key_image,
+    key_head,
+    key_token,
     levels,  # [n + 1] uint8
     bias,  # [H, Nq, Nk] or None
     bias_head,
@@ -172,14 +179,15 @@ def _attention(
     ADDITIVE: tl.constexpr = bias is not None or mask is not None
     TOTAL: tl.constexpr = PRODUCT or not (ROW and RENORMALIZE)  # Σ e is asked for
     MASS: tl.constexpr = POWER if DIRECT else 1
-    row_factor = load_scale(q_scale, b, h, i, H, Nq, Q_SCALES) * factor
+    strides = (key_image, key_head, key_token)
+    row_factor = load_scale(q_scale, (query_image, query_head, query_token), b, h, i, Nq, Q_SCALES) * factor
     if K_SCALES != 2:
-        row_factor *= load_scale(k_scale, b, h, 0, H, Nk, K_SCALES)
+        row_factor *= load_scale(k_scale, strides, b, h, 0, Nk, K_SCALES)
     row_factor = tl.broadcast_to(positive(row_factor), (BLOCK_M,))
     if not PRODUCT:
         q = load_codes(q + b.to(tl.int64) * q_image + h.to(tl.int64) * q_head, i, q_row, Nq, col, d)
     tile = (q, k, k_row, i, col, Nq, Nk, d)
-    scaling = (k_scale, b, h, H, row_factor)
+    scaling = (k_scale, key_image, key_head, key_token, b, h, row_factor)
     additive = (bias, bias_head, bias_row, bias_col, mask, mask_image, mask_row, mask_col, G, exponent)
 
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -207,7 +215,7 @@ def _attention(
         tl.store(total_out + row, total, mask=i < Nq)
     else:
         v += b.to(tl.int64) * v_image + h.to(tl.int64) * v_head
-        largest = largest_scale(v_scale, b, h, H, Nk, V_SCALES, BLOCK_N)
+        largest = largest_scale(v_scale, strides, b, h, Nk, V_SCALES, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
         valid_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
         level_sum = tl.zeros((BLOCK_M,), tl.int32)
@@ -226,7 +234,9 @@ def _attention(
                 level = tl.where(value != -float("inf"), level, -SHIFT)
             if RENORMALIZE:
                 level_sum += tl.sum(level, 1) + SHIFT * BLOCK_N
-            values = load_values(v, v_row, v_scale, largest, b, h, H, first, Nk, col, d, V_SCALES, BLOCK_N, BLOCK_D)
+            values = load_values(
+                v, v_row, v_scale, strides, largest, b, h, first, Nk, col, d, V_SCALES, BLOCK_N, BLOCK_D
+            )
             if SHIFT != 0 or (OFFSET and not ADDITIVE):
                 ones = tl.full((BLOCK_M, BLOCK_N), 1, tl.int8)
                 column_sums = tl.dot(ones, values, out_dtype=tl.int32)
@@ -368,9 +378,22 @@ def _dense(p: Tensor | None) -> Tensor | None:
     return None if p is None else p.contiguous()
 
 
-def _scales(scale: Tensor) -> tuple[Tensor, int]:
-    """``scale`` and its form as the kernel knows it: 0 per tensor, 1 per head, 2 per token."""
-    return scale.contiguous(), 2 if scale.dim() == 3 else 0 if scale.numel() == 1 else 1
+def _form(scale: Tensor) -> int:
+    """Of a scale: 0 per tensor, 1 per head, 2 per token."""
+    return 2 if scale.dim() == 3 else 0 if scale.numel() == 1 else 1
+
+
+def _scales(scales: Iterable[Tensor]) -> tuple[tuple, list[int]]:
+    """The kernel's arguments q_scale .. key_token for scales of q, k and v, and their forms.
+
+    Views of one fused result are read where they are; k's and v's are copied where their strides differ.
+    """
+    q, k, v = (s if s.dim() == 3 else s.contiguous() for s in scales)
+    if k.dim() == v.dim() == 3 and _strides(k, 3) != _strides(v, 3):
+        k, v = k.contiguous(), v.contiguous()
+    per_key = k if k.dim() == 3 else v
+    own, keys = (_strides(s, 3) if s.dim() == 3 else (0, 0, 0) for s in (q, per_key))
+    return (q, *own, k, v, *keys), [_form(s) for s in (q, k, v)]
 
 
 _PLAIN = (None, 0, 0, 0, None, 0, 0, 0, 1)
@@ -434,7 +457,7 @@ def _launch(
     block_m = min(config.block_m if total is None else min(config.block_m, 64), power_of_2(nq, 16))
     # Bias and mask are read element by element where Nk is odd: their addresses take registers, too.
     block_n = power_of_2(nk, 32) if whole else config.block_n if plain else min(config.block_n, 32)
-    tensors, kinds = zip(*map(_scales, scales))
+    scales, forms = _scales(scales)
     (exponent, *floats), constants = focus
     scale = quant.scale
     rank = 0 if quant.lora_down is None else quant.lora_down.shape[0]
@@ -443,7 +466,7 @@ def _launch(
     counters = host.counters(tiles * COUNTERS.value, out.device) if quant.finish else None
     arguments = (
         *operands,
-        *tensors,
+        *scales,
         levels,
         *additive,
         *windows,
@@ -465,7 +488,7 @@ def _launch(
         max(0, tiles * h - host.processors(out.device)),
         total is not None,
         out.dtype == torch.int8,
-        *kinds,
+        *forms,
         *constants,
         0 if scale is None or scale.numel() == 1 else 1 if scale.dim() == 2 else 2,
         quant.finish,

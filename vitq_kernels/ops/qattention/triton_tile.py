@@ -17,14 +17,15 @@ _TINY = tl.constexpr(2.0**-126)  # the least normal number
 
 
 @triton.jit
-def load_scale(scale, b, h, i, H, N, KIND: tl.constexpr):
+def load_scale(scale, strides, b, h, i, N, KIND: tl.constexpr):
     """Scales per tensor, per head (KIND 0, 1: a scalar) or of each of the tokens i (2: 0 past the end)."""
     if KIND == 0:
         return tl.load(scale)
     elif KIND == 1:
         return tl.load(scale + h)
     else:
-        return tl.load(scale + (b.to(tl.int64) * H + h) * N + i, mask=i < N, other=0.0)
+        image, head, token = strides
+        return tl.load(scale + b.to(tl.int64) * image + h * head + i * token, mask=i < N, other=0.0)
 
 
 @triton.jit
@@ -69,7 +70,8 @@ def score_values(first, tile, scaling, additive, PRODUCT: tl.constexpr, K_SCALES
     multiplied by the factor, are then those of exact numbers.
     """
     q, k, k_row, i, col, Nq, Nk, d = tile
-    k_scale, b, h, H, factor = scaling
+    k_scale, image, head, token, b, h, factor = scaling  # flat: triton 3.6 unpacks no tuples in tuples
+    strides = (image, head, token)
     bias, bias_head, bias_row, bias_col, mask, mask_image, mask_row, mask_col, G, exponent = additive
     j = first + tl.arange(0, BLOCK_N)
     if PRODUCT:
@@ -86,7 +88,7 @@ def score_values(first, tile, scaling, additive, PRODUCT: tl.constexpr, K_SCALES
         keys = load_codes(k, j, k_row, Nk, col, d)
         value = tl.dot(q, tl.trans(keys), bits, out_dtype=tl.int32).to(tl.float32, bitcast=True)
     if K_SCALES == 2:
-        value = (value - _MAGIC_FLOAT) * positive(load_scale(k_scale, b, h, j, H, Nk, K_SCALES))[None, :]
+        value = (value - _MAGIC_FLOAT) * positive(load_scale(k_scale, strides, b, h, j, Nk, K_SCALES))[None, :]
     if bias is not None or mask is not None:
         if K_SCALES != 2:
             value -= _MAGIC_FLOAT
@@ -191,25 +193,25 @@ def look_up(position, levels, level_gain, TOP: tl.constexpr, DECODE: tl.constexp
 
 
 @triton.jit
-def largest_scale(scale, b, h, H, N, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
+def largest_scale(scale, strides, b, h, N, KIND: tl.constexpr, BLOCK_N: tl.constexpr):
     """max_j scale[b, h, j]; NaN if there is a NaN."""
     if KIND == 2:
         most = tl.zeros((BLOCK_N,), tl.float32)
         for first in range(0, N, BLOCK_N):
-            s = load_scale(scale, b, h, first + tl.arange(0, BLOCK_N), H, N, KIND)
+            s = load_scale(scale, strides, b, h, first + tl.arange(0, BLOCK_N), N, KIND)
             most = tl.maximum(most, magnitude(s))
         most = tl.max(most, 0)
         return tl.where(most < float("inf"), most, float("nan"))
     else:
-        return load_scale(scale, b, h, 0, H, N, KIND)
+        return load_scale(scale, strides, b, h, 0, N, KIND)
 
 
 @triton.jit
-def _load_aligned(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND: tl.constexpr):
+def _load_aligned(v, v_row, scale, strides, top, b, h, j, Nk, col, d, KIND: tl.constexpr):
     """[keys, d] int8 codes of V, on the scale ``top`` where tokens have their own; 0 outside."""
     codes = load_codes(v, j, v_row, Nk, col, d)
     if KIND == 2:
-        ratio = tl.div_rn(load_scale(scale, b, h, j, H, Nk, KIND), top)
+        ratio = tl.div_rn(load_scale(scale, strides, b, h, j, Nk, KIND), top)
         ratio = tl.where(ratio == ratio, ratio, 0.0)
         value = (codes.to(tl.int32) + _MAGIC).to(tl.float32, bitcast=True) - _MAGIC_FLOAT
         codes = (value * ratio[:, None] + _MAGIC_FLOAT).to(tl.int32, bitcast=True).to(tl.int8)
@@ -218,14 +220,27 @@ def _load_aligned(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND: tl.constex
 
 @triton.jit
 def load_values(
-    v, v_row, scale, top, b, h, H, first, Nk, col, d, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    v,
+    v_row,
+    scale,
+    strides,
+    top,
+    b,
+    h,
+    first,
+    Nk,
+    col,
+    d,
+    KIND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """``_load_aligned`` of BLOCK_N keys, laid out with keys side by side, as int8 tensor cores want them."""
     # Four keys at a time lie side by side in registers: what goes to shared memory is their words, not bytes.
     j = first + 4 * tl.arange(0, BLOCK_N // 4)
-    x0 = _load_aligned(v, v_row, scale, top, b, h, H, j, Nk, col, d, KIND)
-    x1 = _load_aligned(v, v_row, scale, top, b, h, H, j + 1, Nk, col, d, KIND)
-    x2 = _load_aligned(v, v_row, scale, top, b, h, H, j + 2, Nk, col, d, KIND)
-    x3 = _load_aligned(v, v_row, scale, top, b, h, H, j + 3, Nk, col, d, KIND)
+    x0 = _load_aligned(v, v_row, scale, strides, top, b, h, j, Nk, col, d, KIND)
+    x1 = _load_aligned(v, v_row, scale, strides, top, b, h, j + 1, Nk, col, d, KIND)
+    x2 = _load_aligned(v, v_row, scale, strides, top, b, h, j + 2, Nk, col, d, KIND)
+    x3 = _load_aligned(v, v_row, scale, strides, top, b, h, j + 3, Nk, col, d, KIND)
     y = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK_N // 4, BLOCK_D, 4))
     return tl.trans(tl.reshape(tl.permute(y, (1, 0, 2)), (BLOCK_D, BLOCK_N)))
