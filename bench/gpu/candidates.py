@@ -22,7 +22,7 @@ from .shapes import RANK
 
 @dataclass(frozen=True)
 class Shape:
-    """[M, N] products of one kind; ks: the K that layers of this N have, all timed."""
+    """[M, N] products of one kind; ks: the K that layers of this N have, all timed. "attention": m keys, head_dim n."""
 
     kind: str
     m: int
@@ -33,7 +33,7 @@ class Shape:
 def work(kinds: list[str], dry: bool) -> list[Shape]:
     """The shapes in the order of their use: large and middle M first."""
     if dry:
-        return [Shape(kind, 17, 48, (128,)) for kind in kinds]
+        return [Shape(kind, 17, 48, (128,)) if kind != "attention" else Shape(kind, 9, 16, ()) for kind in kinds]
     layers = {
         768: (768, 3072),
         2304: (768,),
@@ -43,11 +43,32 @@ def work(kinds: list[str], dry: bool) -> list[Shape]:
         1024: (1024, 4096),
         4096: (1024,),
     }
-    return [Shape(kind, m, n, ks) for kind in kinds for m in (6304, 1576, 197, 64, 16) for n, ks in layers.items()]
+    found = [Shape("attention", *s, ()) for s in ((197, 64), (1024, 64), (49, 32), (577, 64))]
+    rows = (6304, 1576, 197, 64, 16)
+    return (found if "attention" in kinds else []) + [
+        Shape(kind, m, n, ks) for kind in kinds if kind != "attention" for m in rows for n, ks in layers.items()
+    ]
 
 
-def candidates(shape: Shape, processors: int, most: int = 16) -> list[Config]:
-    """At most ``most`` configurations that can be good, those of the fewest predicted cycles first.
+def candidates(shape: Shape, processors: int, most: int = 16) -> list[Config] | list[tuning.Attention]:
+    """At most ``most`` configurations that can be good for ``shape``."""
+    return _attention(shape)[:most] if shape.kind == "attention" else _products(shape, processors)[:most]
+
+
+def _attention(shape: Shape) -> list[tuning.Attention]:
+    """Rows and warps whose scores fit into registers."""
+    whole = shape.m <= 256
+    tiles = [(128, 8), (64, 4), (64, 8), (32, 4), (16, 4)]
+    return [
+        tuning.Attention(block_m, block_n, warps, stages)
+        for block_m, warps in tiles
+        if block_m < 2 * max(shape.m, 16)
+        for block_n, stages in ([(64, 1)] if whole else [(64, 1), (64, 2), (128, 2)])
+    ]
+
+
+def _products(shape: Shape, processors: int) -> list[Config]:
+    """Those of the fewest predicted cycles first.
 
     Their accumulators fit into registers and their tiles into shared memory; cycles are waves of whole tiles on all
     processors, by a tile's area and the operands that it reads for it.
@@ -80,17 +101,22 @@ def candidates(shape: Shape, processors: int, most: int = 16) -> list[Config]:
         reads = 1 / c.block_m + 1 / c.block_n  # bytes of operands per operation
         return waves * c.block_m * c.block_n * (1 + 32 * reads), -c.num_stages
 
-    return sorted(found, key=cost)[:most]
+    return sorted(found, key=cost)
 
 
 class Bench:
-    """One layer per K of a shape, checked and timed under a configuration."""
+    """One layer per K of a shape (or one attention), checked and timed under a configuration."""
 
     def __init__(self, machine: Machine, shape: Shape) -> None:
         self.machine = machine
-        self.variants = [_layer(machine, shape.kind, shape.m, k, shape.n) for k in shape.ks]
+        if shape.kind == "attention":
+            masks = 0 if shape.m > 49 else 2 if machine.dry else 64
+            images = 2 if machine.dry else max(1, 100_000 // shape.m // 64 * 64 if masks else 12_608 // shape.m)
+            self.variants = [ops.attention(machine, images, 2 if machine.dry else 12, shape.m, shape.n, masks)]
+        else:
+            self.variants = [_layer(machine, shape.kind, shape.m, k, shape.n) for k in shape.ks]
 
-    def run(self, config: Config, timed: bool) -> float:
+    def run(self, config: Config | tuning.Attention, timed: bool) -> float:
         """Milliseconds of all layers (0 if not ``timed``); infinite where the GPU has not the shared memory for it.
 
         Raises: AssertionError for a wrong result.

@@ -228,15 +228,20 @@ def attention_missing() -> str | None:
     return None if "triton" in backends.table()["qattention"] else "triton has no qattention"
 
 
-def attention_variants(machine: Machine, b: int, h: int, n: int, d: int, groups: int) -> dict[str, Variant]:
-    """Integer attention, and every SDPA back end that takes the shape."""
-    g, device = _generator(machine, n), machine.device
-    fused = torch.randn(b, n, 3, h, d, generator=g, device=device)
+def _additive(machine: Machine, h: int, n: int, groups: int) -> tuple[Tensor | None, Tensor | None]:
+    """A relative bias and the masks of ``groups`` windows, or neither."""
+    if not groups:
+        return None, None
+    g, device = _generator(machine, h), machine.device
+    mask = torch.where(torch.rand(groups, n, n, generator=g, device=device) < 0.8, 0.0, -100.0)
+    return torch.randn(h, n, n, generator=g, device=device), mask
+
+
+def attention(machine: Machine, b: int, h: int, n: int, d: int, groups: int) -> Variant:
+    """Integer attention over views of a fused QKV result."""
+    device, (bias, mask) = machine.device, _additive(machine, h, n, groups)
+    g = _generator(machine, n)
     codes = torch.randint(-127, 128, (b, n, 3, h, d), generator=g, device=device, dtype=torch.int8)
-    bias = mask = None
-    if groups:
-        bias = torch.randn(h, n, n, generator=g, device=device)
-        mask = torch.where(torch.rand(groups, n, n, generator=g, device=device) < 0.8, 0.0, -100.0)
     scale = torch.full((1,), 1.5 / 73, device=device)
     rest = {"bias": bias, "mask": mask}
 
@@ -253,7 +258,14 @@ def attention_variants(machine: Machine, b: int, h: int, n: int, d: int, groups:
             raise AssertionError("image 0 alone and within its batch differ")
 
     work = roofline.attention(b, h, n, d, bias=bias is not None, mask=groups)
-    variants = {"int8": Variant(run, {"codes": codes}, work, check)}
+    return Variant(run, {"codes": codes}, work, check)
+
+
+def attention_variants(machine: Machine, b: int, h: int, n: int, d: int, groups: int) -> dict[str, Variant]:
+    """Integer attention, and every SDPA back end that takes the shape."""
+    bias, mask = _additive(machine, h, n, groups)
+    fused = torch.randn(b, n, 3, h, d, generator=_generator(machine, n), device=machine.device)
+    variants = {"int8": attention(machine, b, h, n, d, groups)}
     added = None if bias is None else (bias + mask.repeat(b // groups, 1, 1).unsqueeze(1)).to(BF16)
 
     def sdpa(t: dict[str, Tensor], backend: SDPBackend) -> Tensor:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from . import ROOT, environment
 
-KINDS = ("w8", "w4", "w8_float", "w4_float")
+KINDS = ("w8", "w4", "attention", "w8_float", "w4_float")
 COMPILING = 0.5
 """Share of the time for compiling ahead."""
 
@@ -52,7 +52,8 @@ class Store:
         record["note"] = f"timed by bench/gpu/tune.py: {', '.join(kinds)}; other kinds as for the compute capability"
         for kind in kinds:
             rows = sorted((m, n, config) for (k, m, n), (_, config) in best.items() if k == kind)
-            record[kind] = [[m, n, *(config[c] for c in record["columns"])] for m, n, config in rows]
+            columns = record["attention_columns" if kind == "attention" else "columns"]
+            record[kind] = [[m, n, *(config[c] for c in columns)] for m, n, config in rows]
         for path, text in ((self.path, json.dumps(self.ms, indent=1)), (self.table, _table(record))):
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{path.name}.part")

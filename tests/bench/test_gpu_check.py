@@ -264,6 +264,7 @@ def test_tuner_without_a_gpu(tmp_path):
         "--dry-run",
         "--kinds",
         "w8",
+        "attention",
         "--output",
         str(tmp_path),
         "--cache",
@@ -278,5 +279,6 @@ def test_tuner_without_a_gpu(tmp_path):
     assert record["measured"] is True
     assert record["columns"] == shipped["columns"]
     assert [row[:2] for row in record["w8"]] == [[17, 48]]
+    assert [row[:2] for row in record["attention"]] == [[9, 16]]
     assert record["w4"] == shipped["w4"]
     assert "best" not in python(*command).stdout
