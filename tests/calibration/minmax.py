@@ -190,6 +190,7 @@ class SimAttention(nn.Module):
         if s.bias is not None:
             scores = scores + s.bias.double()
         if mask is not None:
+            mask = mask.masked_fill(mask <= -100, -torch.inf)
             scores = scores + mask.repeat(b // mask.shape[0], 1, 1).unsqueeze(1)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf)

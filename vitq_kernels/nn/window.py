@@ -10,7 +10,9 @@ from torch import Tensor
 from ..formats import QTensor
 from .base import QModule
 
-_OUTSIDE = -100.0  # additive score between regions that a cyclic shift made neighbours: Swin's own value
+# Additive score between regions that a cyclic shift made neighbours. Swin adds −100, whose exponential is nothing; a
+# key that is excluded altogether adds nothing to a quantizer's offset either, nor to the sum that renormalizes.
+_OUTSIDE = float("-inf")
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,9 @@ class FocusQuantizer(nn.Module):
         return level, step, 0.0
 
 
+_EXCLUDED = -100.0
+
+
 class SimAttention(nn.Module):
     """Multi-head self-attention in the arithmetic of ``vitq_kernels.qattention``; a drop-in for timm's.
 
@@ -98,12 +101,15 @@ class SimAttention(nn.Module):
     ) -> Tensor:
         """[B, N, C] to [B, N, C']; mask ([G, N, N] or None) is added to the scores, image b uses mask[b mod G].
 
+        Keys whose mask is −100 or less (what Swin's own masks hold) are excluded, as in the integer model's windows.
         ``attn_mask`` and ``is_causal`` are the arguments of timm's ViT attention, which image models leave unused.
 
         Raises: ValueError if they are used.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask or is_causal is given, the integer attention takes neither")
+        if mask is not None:
+            mask = mask.masked_fill(mask <= _EXCLUDED, -torch.inf)
         return self.proj(self.norm(self.attend(self.qkv(x), mask)))
 
     def product(self, q: Tensor, k: Tensor) -> Tensor:
@@ -147,7 +153,8 @@ class SimAttention(nn.Module):
         if self.focus is None:
             out = self.scores(product, qs, ks, mask).softmax(-1) @ v * v_top
         else:
-            out = self._focused(*self._position(product, qs, ks, mask), v, v_top)
+            valid = None if mask is None else self._valid(mask, b)
+            out = self._focused(*self._position(product, qs, ks, mask), v, v_top, valid)
         return out.transpose(1, 2).reshape(b, n, h * d)
 
     def _position(self, product: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -172,17 +179,27 @@ class SimAttention(nn.Module):
         )
         return position, total.unsqueeze(-1)
 
-    def _focused(self, position: Tensor, total: Tensor, v: Tensor, v_top: Tensor) -> Tensor:
+    def _valid(self, mask: Tensor, b: int) -> Tensor:
+        """[B, H, N, N]: 1 for keys that are not excluded, else 0."""
+        valid = (mask != -torch.inf).to(mask.dtype)
+        return valid.repeat(b // mask.shape[0], 1, 1).unsqueeze(1).expand(-1, self.heads, -1, -1)
+
+    def _focused(self, position: Tensor, total: Tensor, v: Tensor, v_top: Tensor, valid: Tensor | None) -> Tensor:
+        if valid is not None:  # the position of an excluded key is undefined
+            position = torch.where(valid > 0, position, torch.zeros_like(position))
         level, step, offset = self.focus(position)
+        if valid is not None:
+            level = level * valid
         if self.operands.spec is None:
             out = level @ v * step
         else:
             out = fq.integer_product(level, v.transpose(-1, -2), 255.0, self.operands.limit) * step
         if isinstance(offset, Tensor):
             offset = offset.to(out.dtype)
-            out = out + v.sum(-2, keepdim=True) * offset
+            out = out + (v.sum(-2, keepdim=True) if valid is None else valid @ v) * offset
         if self.focus.renormalize:
-            denom = level.sum(-1, keepdim=True) * step + offset * float(level.shape[-1])
+            keys = float(level.shape[-1]) if valid is None else valid.sum(-1, keepdim=True)
+            denom = level.sum(-1, keepdim=True) * step + offset * keys
             empty = denom == 0
             return torch.where(empty, torch.zeros_like(out), out * (v_top / torch.where(empty, denom + 1, denom)))
         return out * (v_top / total) if self.focus.anchor == "row" else out * v_top
