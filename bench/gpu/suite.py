@@ -18,7 +18,13 @@ from pathlib import Path
 
 from . import ROOT, environment
 
-KERNELS = ("test_quantize.py", "test_layer_norm_quantize.py", "test_qlinear.py", "test_qattention.py")
+KERNELS = (
+    "test_quantize.py",
+    "test_layer_norm_quantize.py",
+    "test_qlinear.py",
+    "test_qattention.py",
+    "test_scatter.py",
+)
 SHAPES = "test_triton_shapes.py"
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "bench.gpu.share")
 

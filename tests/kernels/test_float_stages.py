@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from selected import TRITON
 
 import vitq_kernels as vk
 from vitq_kernels import backends
@@ -12,10 +13,9 @@ from vitq_kernels.nn.base import choose_layout
 from vitq_kernels.ops import float_stages as stages
 from vitq_kernels.packing import pack_weight
 from vitq_kernels.testing import assert_within, gamma
-from vitq_kernels.triton import host
 
 SHAPES = settings(
-    max_examples=6 if host.INTERPRETED else 25,
+    max_examples=6 if TRITON else 25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -73,7 +73,7 @@ def test_qlinear_is_its_stages(implementation, m, n, k, rank, activation, bits, 
     if activation != "none":
         y = stages.gelu(y, "tanh" if activation == "gelu_tanh" else "none")
     composed = y * gamma_ + residual
-    if host.INTERPRETED:  # its branch starts from y, which comes first in a sum of R + 1 terms instead of last
+    if TRITON:  # its branch starts from y, which comes first in a sum of R + 1 terms instead of last
         size = (x.t.abs() @ up.float().abs().T + y.abs() + bias.abs()) * gamma_.abs() + residual.abs()
         assert_within(fused, composed, gamma(rank + 4) * 1.2 * size)
     else:

@@ -52,8 +52,8 @@ FOCUSES = {
     "row_power_zero": FocusSpec(bits=6, b1=0.05, power=1.5, anchor="row", below="zero", renormalize=True),
     "grid63": FocusSpec(bits=6, power=2.0, anchor="row", grid=63),
 }
-# A few per cent of the work where a program takes a tenth of a second.
-SOME = list(FOCUSES)[::5] if host.INTERPRETED else list(FOCUSES)
+# A few per cent of the work where a program takes a tenth of a second, and every form seconds to compile.
+SOME = list(FOCUSES)[::5] if TRITON else list(FOCUSES)
 MOST_QUERIES = 10 if host.INTERPRETED else 200
 LENGTHS = (0, 1, 16, 17, 49, 50, 65, 197, 198, 257, 577, 1025)
 HEAD_DIMS = (8, 17, 32, 64, 80, 128)
@@ -178,7 +178,7 @@ VARIANTS = [
     {"scales": "per_token", "mask": (1, False)},
     {"scales": "scalar", "bias": True, "mask": (2, True), "nq": 3},
 ]
-FORMS = [(f, v) for i, f in enumerate(FOCUSES) for v in range(len(VARIANTS)) if not host.INTERPRETED or v == i % 4]
+FORMS = [(f, v) for i, f in enumerate(FOCUSES) for v in range(len(VARIANTS)) if not TRITON or v == i % 4]
 
 
 @pytest.mark.parametrize("variant", range(len(VARIANTS)))
@@ -218,7 +218,7 @@ def test_head_dims(backend, d):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@settings(max_examples=20 if host.INTERPRETED else 50, deadline=None)
+@settings(max_examples=20 if TRITON else 50, deadline=None)
 @given(
     focuses,
     st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(0, 40), st.integers(0, 70)),

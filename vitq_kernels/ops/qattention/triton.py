@@ -40,9 +40,8 @@ from ...triton import host
 from ...triton.device import narrow
 from ...triton.fixup import COUNTERS, arrive, leave, take
 from ...triton.host import ceil_div, power_of_2
-from ..qlinear.triton import UNIT, WIDE_ROW, _store_codes
 from ..quantize import triton as quantize_triton
-from ..quantize.triton import chunk_columns, chunked_rows, rank_of
+from ..quantize.triton import UNIT, WIDE_ROW, chunk_columns, chunked_rows, rank_of, store_codes
 from .triton_tile import (
     exponents,
     finite,
@@ -116,7 +115,7 @@ def _attention(
     tokens,
     out,  # [M, H·d] floats or int8 codes, or [B, H, Nq, Nk] float32 positions
     total_out,  # [B, H, Nq] float32, with positions
-    scale,  # the quantizing epilogue: see _store_codes, and chunked_rows for FINISH
+    scale,  # the quantizing epilogue: see store_codes, and chunked_rows for FINISH
     row_qmax,
     lut,
     out_scale,
@@ -271,7 +270,7 @@ def _attention(
         N = H * d
         c = tl.where(col < d, h * d + col, N)
         if QUANTIZE:
-            _store_codes(
+            store_codes(
                 y,
                 m,
                 c,

@@ -49,18 +49,14 @@ from ...triton import host
 from ...triton.device import (
     activate,
     dot_operand,
-    dynamic_scale,
-    encode,
     float_dot,
     load_float,
-    magnitude,
     narrow,
-    static_inverse,
 )
 from ...triton.fixup import COUNTERS, arrive, leave, take
 from ...triton.host import ceil_div, power_of_2
 from ..quantize import triton as quantize_triton
-from ..quantize.triton import chunk_columns, chunked_rows
+from ..quantize.triton import UNIT, WIDE_ROW, chunk_columns, chunked_rows, store_codes
 from .triton_tile import accumulate, add_low_rank, tile_of
 
 LAYOUTS = ("int4_k64x2", "int8")
@@ -71,58 +67,6 @@ MAX_RANK_DOWN = 128
 
 SHARES, ROWS = tl.constexpr(1), tl.constexpr(2)
 """What the last program of a row tile finishes; 0 for nothing."""
-UNIT = tl.constexpr(quantize_triton.ROWS)
-"""Rows that are finished at a time."""
-WIDE_ROW = 64
-"""Columns of such rows that are finished at a time, per warp: 32 values a thread, half as many beside ``subspace``."""
-
-
-@triton.jit
-def _store_codes(
-    y,  # [BLOCK_M, BLOCK_N] float32
-    m,
-    n,
-    tile_n,
-    out,  # [M, N] int8
-    scale,  # [1], [M], [groups] (SCALES = 0, 1, 2) or None: dynamic, groups within the tile
-    row_qmax,  # [M] int32 or None
-    lut,  # [256] int8 or None
-    out_scale,  # [M, groups] float32, written where scale is None
-    low,
-    high,
-    zero_point,
-    M,
-    N,
-    groups,
-    width,  # N / groups
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILE_GROUPS: tl.constexpr,
-    SCALES: tl.constexpr,
-):
-    """The quantizing epilogue of a tile."""
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    if row_qmax is not None:
-        high = tl.load(row_qmax + m, mask=m < M, other=1).to(tl.float32)[:, None]
-        low = -high
-    if scale is None:
-        group_width: tl.constexpr = BLOCK_N // TILE_GROUPS
-        size = tl.where((n < N)[None, :], magnitude(y), 0.0)
-        absmax = tl.max(tl.reshape(size, (BLOCK_M, TILE_GROUPS, group_width)), 2)
-        s = dynamic_scale(absmax, high)
-        group = tile_n * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
-        s_mask = (m < M)[:, None] & (group < groups)[None, :]
-        tl.store(out_scale + m[:, None] * groups + group[None, :], s, mask=s_mask)
-        inverse = tl.broadcast_to(tl.div_rn(1.0, s)[:, :, None], (BLOCK_M, TILE_GROUPS, group_width))
-        inverse = tl.reshape(inverse, (BLOCK_M, BLOCK_N))
-    elif SCALES == 0:
-        inverse = tl.div_rn(1.0, tl.load(scale))
-    elif SCALES == 1:
-        inverse = static_inverse(scale, m, m < M)[:, None]
-    else:
-        inverse = static_inverse(scale, n // width, n < N)[None, :]
-    codes = encode(y, inverse, low, high, zero_point, lut)
-    tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], codes, mask=mask)
 
 
 @triton.jit
@@ -160,7 +104,7 @@ def _product(
     layer_scale,  # [N] or None
     residual,  # [M, N] or None
     out,  # [M, N], floats or int8 codes
-    scale,  # the quantizing epilogue: see _store_codes, and chunked_rows for ROWS
+    scale,  # the quantizing epilogue: see store_codes, and chunked_rows for ROWS
     row_qmax,
     lut,
     out_scale,
@@ -252,7 +196,7 @@ def _product(
             t = float_dot(known, tl.trans(dot_operand(d, dtype)), tl.zeros((BLOCK_M, RANK_DOWN), tl.float32))
             t_offset = (tile_n.to(tl.int64) * M + m)[:, None] * R_DOWN + rank[None, :]
             tl.store(shares + t_offset, t, mask=(m < M)[:, None] & (rank < R_DOWN)[None, :])
-        _store_codes(
+        store_codes(
             y,
             m,
             n,

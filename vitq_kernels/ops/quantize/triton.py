@@ -36,6 +36,10 @@ MAX_RANK = 256
 """Largest rank whose t stays in registers."""
 ROWS = 16
 """Rows that are quantized at a time in chunks: the least that the tensor core takes."""
+UNIT = tl.constexpr(ROWS)
+"""The same in kernels: rows that are finished at a time."""
+WIDE_ROW = 64
+"""Columns of such rows at a time, per warp: 32 values a thread; kernels that are short of registers take half."""
 
 
 @triton.jit
@@ -267,6 +271,54 @@ def chunked_rows(
     if lora_down is not None:
         t_mask = row_mask[:, None] & (rank < R)[None, :]
         tl.store(t_out + row[:, None].to(tl.int64) * R + rank[None, :], t, mask=t_mask)
+
+
+@triton.jit
+def store_codes(
+    y,  # [BLOCK_M, BLOCK_N] float32
+    m,
+    n,
+    tile_n,
+    out,  # [M, N] int8
+    scale,  # [1], [M], [groups] (SCALES = 0, 1, 2) or None: dynamic, groups within the tile
+    row_qmax,  # [M] int32 or None
+    lut,  # [256] int8 or None
+    out_scale,  # [M, groups] float32, written where scale is None
+    low,
+    high,
+    zero_point,
+    M,
+    N,
+    groups,
+    width,  # N / groups
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """The quantizing epilogue of a tile."""
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    if row_qmax is not None:
+        high = tl.load(row_qmax + m, mask=m < M, other=1).to(tl.float32)[:, None]
+        low = -high
+    if scale is None:
+        group_width: tl.constexpr = BLOCK_N // TILE_GROUPS
+        size = tl.where((n < N)[None, :], magnitude(y), 0.0)
+        absmax = tl.max(tl.reshape(size, (BLOCK_M, TILE_GROUPS, group_width)), 2)
+        s = dynamic_scale(absmax, high)
+        group = tile_n * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
+        s_mask = (m < M)[:, None] & (group < groups)[None, :]
+        tl.store(out_scale + m[:, None] * groups + group[None, :], s, mask=s_mask)
+        inverse = tl.broadcast_to(tl.div_rn(1.0, s)[:, :, None], (BLOCK_M, TILE_GROUPS, group_width))
+        inverse = tl.reshape(inverse, (BLOCK_M, BLOCK_N))
+    elif SCALES == 0:
+        inverse = tl.div_rn(1.0, tl.load(scale))
+    elif SCALES == 1:
+        inverse = static_inverse(scale, m, m < M)[:, None]
+    else:
+        inverse = static_inverse(scale, n // width, n < N)[None, :]
+    codes = encode(y, inverse, low, high, zero_point, lut)
+    tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], codes, mask=mask)
 
 
 @triton.jit(do_not_specialize=["zero_point"])
