@@ -82,7 +82,7 @@ def test_images_are_contrasted_within_even_batches():
 
 
 def test_the_published_range():
-    """100 images, T = 3: 2T·log 100 where all logits are alike, about 25.65 where every image has a direction of its own."""
+    """100 images, T = 3: 2T·log 100 where all logits are alike, 25.65 where every image is on its own."""
     assert contrastive_loss(torch.ones(100, 3), torch.ones(100, 3)) == pytest.approx(6 * math.log(100), rel=1e-12)
     opposed = torch.eye(100) - 0.01
     assert 25.6 < contrastive_loss(opposed, opposed) < 25.7
