@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 from vitq.calibrate import calibrate
+from vitq.convert import to_integer
 from vitq.models import adapter_for
 from vitq.recipes import parse
 from vitq.simulate import SimModel
 from vitq.stages import Calibration, find
 from vitq.stages.evolution import EvolutionOptions, Suffixes, contrastive_loss, default_epsilon, evolve
+
+from vitq_kernels import backend
 
 BASE = {
     "name": "test",
@@ -165,6 +168,14 @@ def test_the_search_lowers_the_loss_and_touches_attention_only(build):
         want = (linear.weight / linear.quant.scale[:, None]).round().clamp(-linear.quant.limit, linear.quant.limit)
         assert float((linear.codes() - want).detach().abs().max()) <= 1
         assert float((linear.codes() != want).float().mean()) < 1e-3
+
+
+def test_the_refined_integer_model_is_the_simulated_model():
+    model = minmax.vit()
+    result = calibrate(model, minmax.images(model, 8), parse(BASE | {"refine": [FAST]}))
+    x = minmax.images(model, 8, seed=7)
+    with torch.no_grad(), backend("ref"):
+        assert torch.equal(result.sim(x), to_integer(model, result.state)(x))
 
 
 def test_mlp_scales_join_on_request():
