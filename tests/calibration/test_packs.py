@@ -13,10 +13,11 @@ from torch.nn.functional import kl_div, log_softmax
 from vitq.calibrate import calibrate
 from vitq.models import adapter_for
 from vitq.recipes import parse
-from vitq.simulate import SimModel
-from vitq.stages import Calibration, find
-from vitq.stages.packs import _Sums, elements, greedy, optimal, pack, score_block
-from vitq.stages.reconstruct import losses
+from vitq.simulate import SimModel, inputs_of
+from vitq.stages import Calibration, find, packs
+from vitq.stages.base import Pack
+from vitq.stages.packs import Score, _Sums, elements, greedy, optimal, pack, score_block
+from vitq.stages.reconstruct import reconstruct
 
 W4 = {
     "name": "test",
@@ -52,12 +53,12 @@ def quadratic(seed: int, images: int = 5, size: int = 6):
     rng = np.random.default_rng(seed)
     root = rng.normal(size=(size, size))
     h, d = root @ root.T, rng.normal(size=(images, size))
-    return h, d, 0.5 * np.einsum("bi,ij,bj->b", d, h, d), d @ h
+    return d, 0.5 * np.einsum("bi,ij,bj->b", d, h, d), d @ h
 
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_score_on_a_toy_hessian(normalise):
-    h, d, loss, gradient = quadratic(0)
+    d, loss, gradient = quadratic(0)
     sums = _Sums()
     for part in (slice(0, 2), slice(2, 5)):  # whatever the batches
         sums.add(*(torch.from_numpy(a[part]) for a in (loss, gradient, d)))
@@ -129,19 +130,19 @@ def by_definition(scores: list[float], cap: int) -> list[tuple[int, int]]:
     found = []
     for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, n), k) for k in range(n)):
         edges = [0, *cuts, n]
-        packs = list(itertools.pairwise(edges))
+        split = list(itertools.pairwise(edges))
         lowest = lambda end: min((scores[i], i) for i in range(max(0, end - (cap or n)), end))[1]  # noqa: E731
-        if all(first == lowest(end) for first, end in packs):
-            found.append(packs)
+        if all(first == lowest(end) for first, end in split):
+            found.append(split)
     assert len(found) == 1
     return found[0]
 
 
 @given(st.lists(st.integers(-3, 6).map(float), min_size=1, max_size=8), st.integers(0, 4))
 def test_packing_is_its_definition(scores, cap):
-    packs = pack(scores, cap)
-    assert packs == by_definition(scores, cap)
-    assert not cap or max(b - a for a, b in packs) <= cap
+    got = pack(scores, cap)
+    assert got == by_definition(scores, cap)
+    assert not cap or max(b - a for a, b in got) <= cap
 
 
 def test_packing_by_hand():
@@ -234,10 +235,10 @@ def test_bits_reach_every_operand_of_a_pack(precision):
     model = minmax.vit(depth=3)
     recipe = W4 | {"allocate": [{"method": "packs", "cap": 1, "precision": precision, **ROOM}]}
     state = calibrate(model, minmax.images(model, 8), parse(recipe)).state
-    packs = state.metrics["packs"]
-    assert len({p["bits"] for p in packs}) > 1
+    figures = state.metrics["packs"]
+    assert len({p["bits"] for p in figures}) > 1
     total = paid = 0
-    for p in packs:
+    for p in figures:
         attention = state.sites[f"{p['blocks'][0]['path']}.attn"]
         fc1 = state.sites[f"{p['blocks'][0]['path']}.mlp.fc1"]
         for got in (attention.qkv.weight, attention.proj.act, attention.operands, attention.focus, fc1.weight, fc1.act):
@@ -259,3 +260,100 @@ def test_what_mixed_precision_refuses():
         step(calibration(minmax.vit(), bits=five), "allocate", "packs", candidates=(3, 4, 6), **options)
     with pytest.raises(ValueError, match="ascending"):
         parse(W4 | {"allocate": [{"method": "packs", "candidates": [4, 3, 6]}]})
+
+
+# Packs as units
+
+
+def learn(c: Calibration, **options) -> None:
+    step(c, "reconstruct", "blocks", unit="pack", iterations=25, batch=8, curriculum=1.0, **options)
+
+
+def test_walk_gives_packs_their_inputs():
+    c = calibration(minmax.vit(depth=3))
+    step(c, "allocate", "packs", cap=2)
+    plain = {unit.path: inputs for unit, *inputs in c.walk()}
+    for unit, *inputs in c.walk(c.packs):
+        assert all(torch.equal(a, b) for a, b in zip(inputs, plain[unit.path]))
+
+
+@pytest.mark.parametrize("build", [minmax.vit, minmax.swin])
+def test_reconstruction_lowers_every_packs_loss(build):
+    c = calibration(build())
+    c.packs = [Pack(blocks) for blocks in zip(*[iter(u for u in c.sim.sequence if hasattr(u, "linears"))] * 2)]
+    before = pack_losses(c)
+    learn(c, lr_rounding=0.01, mixing=0.5, mixing_unit="element", layers=True)
+    after = pack_losses(c)
+    assert after[0] < 0.97 * before[0]
+    assert after[-1] < before[-1]
+    learned = [path for path, linear in c.sim.linears.items() if linear.quant.alpha is not None]
+    assert learned == list(c.sim.linears)  # between, before and after the packs, too
+
+
+def pack_losses(c: Calibration) -> list[float]:
+    return [
+        float((c.run(c.sim, unit, x_sim) - c.run(c.reference, unit, x_ref)).square().mean())
+        for unit, x_ref, x_sim in c.walk(c.packs)
+    ]
+
+
+def test_a_pack_is_learned_for_its_own_output():
+    """One pack of two blocks ends with less error than two packs of one get, for the same steps on each block."""
+    errors = []
+    for size in (2, 1):
+        c = calibration(minmax.vit(), n=16)
+        blocks = c.sim.family.blocks()
+        c.packs = [Pack(tuple(blocks[i : i + size])) for i in range(0, 2, size)]
+        learn(c, holdout=0.0)
+        x = inputs_of(c.reference.model, blocks[0].path, c.images, 4)
+        whole = Pack(tuple(blocks))
+        errors.append(float((c.run(c.sim, whole, x) - c.run(c.reference, whole, x)).square().mean()))
+    assert errors[0] < errors[1]
+
+
+def test_elementwise_mixing_draws_every_element():
+    """All float or all quantized at the ends of its range: with chance 1 the quantized input is never seen."""
+    c = calibration(minmax.vit())
+    block = c.sim.family.blocks()[1]
+    (x_ref, x_sim) = next(inputs for unit, *inputs in c.walk([block]))
+    target = c.run(c.reference, block, x_ref)
+    seen = []
+    module = c.sim.model.get_submodule(block.path)
+    handle = module.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].detach().clone()))
+    options = find("reconstruct", "blocks").options
+    for mixing in (0.5, 1.0):
+        seen.clear()
+        given_options = options(iterations=2, batch=8, holdout=0.0, mixing=mixing, mixing_unit="element")
+        reconstruct(c, [block], x_ref, x_sim, target, given_options)
+        share = [float((x.sort(0).values == x_ref.sort(0).values).float().mean()) for x in seen if len(x) == 8]
+        assert share == [1.0] * 2 if mixing == 1.0 else all(s < 0.5 for s in share)
+    handle.remove()
+
+
+def test_packs_are_needed():
+    with pytest.raises(ValueError, match=r"expected allocate\.packs"):
+        learn(calibration(minmax.vit()))
+
+
+def test_an_interrupted_pack_is_learned_again(tmp_path, monkeypatch):
+    """Stopped when the first of two blocks of a pack had been kept: resuming gives what no interruption gives."""
+    known = {"blocks.0": 2.0, "blocks.1": 1.0, "blocks.2": 3.0}
+    monkeypatch.setattr(packs, "score_block", lambda c, block, normalise: Score(1.0, known[block.path], 1.0))
+    model = minmax.vit(depth=3)
+    x = minmax.images(model, 8)
+    allocate = [{"method": "packs", "precision": "greedy", **ROOM}]
+    learning = {"method": "blocks", "unit": "pack", "iterations": 3, "batch": 4, "lr_rounding": 0.01, "holdout": 0.0}
+    recipe = parse(W4 | {"allocate": allocate, "reconstruct": [learning]})
+    whole = calibrate(model, x, recipe, work_dir=tmp_path).state
+    assert [[b["path"] for b in p["blocks"]] for p in whole.metrics["packs"]] == [
+        ["blocks.0"],
+        ["blocks.1", "blocks.2"],
+    ]
+    kept = sorted(tmp_path.glob("*.safetensors"))
+    assert [file.stem.rsplit(".", 1)[1] for file in kept] == ["0", "1", "2"]
+    kept[2].unlink()
+    again = calibrate(model, x, recipe, work_dir=tmp_path).state
+    for path, linear in whole.linears().items():
+        assert torch.equal(linear.codes, again.linears()[path].codes)
+        assert torch.equal(linear.act_scale, again.linears()[path].act_scale)
+    assert again.metrics == whole.metrics

@@ -232,7 +232,7 @@ def pack(scores: list[float], cap: int = 0) -> list[tuple[int, int]]:
 
 
 def elements(calibration: Calibration) -> dict[str, int]:
-    """Linear path -> weights plus what is quantized for one image: inputs, and at qkv also Q, K, V and probabilities."""
+    """Linear path -> weights and what is quantized for one image: inputs, and at qkv Q, K, V and probabilities, too."""
     sim = calibration.reference
     heads = {site.qkv.path: site.heads for site in sim.attention_sites.values()}
     out: dict[str, int] = {}
