@@ -6,9 +6,10 @@ P_q held fixed, d = z_fp − z_q:
     S = (L − mean(g⊙d)) / (½·mean d²),    Ω = S·mean|d|.
 
 L is a mean over images and the other two are means over elements, hence: the gradient's term is smaller than L by the
-number of elements, and S grows with the size of the block's output. ``normalise`` [R] divides S by the elements E of
-one image's output, which makes it the curvature along d, 2·L/‖d‖²: the same order where all blocks are of one size
-(ViT, DeiT), and none of the bias towards early stages where they are not (Swin). It is the default.
+number of elements (summed like L it would be 2·L to second order, and turn the sign), and S grows with the size of the
+block's output. ``normalise`` [R] divides S by the elements of one image's output, which makes it the curvature along d,
+2·L/‖d‖²: the same order where all blocks are of one size (ViT, DeiT), and none of the bias between stages where they
+are not (Swin). It is the default.
 
 Packing [C]. From the end of the model: a pack starts at the lowest S that is left and ends where the one behind it
 starts. [R] With a cap the lowest S is sought among the last ``cap`` blocks only. [R] Packs stay within runs of blocks
