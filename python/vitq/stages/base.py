@@ -7,11 +7,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..lowrank import kernel_rank
 from ..models.sites import BlockSite, LinearSite
@@ -25,7 +25,20 @@ if TYPE_CHECKING:
 
 STAGES = ("transform", "initialise", "allocate", "compensate", "reconstruct", "refine")
 
-Unit = LinearSite | BlockSite
+
+@dataclass(frozen=True)
+class Pack:
+    """Consecutive blocks, each of which reads what the one before wrote: one unit."""
+
+    blocks: tuple[BlockSite, ...]
+
+    @property
+    def path(self) -> str:
+        """Of the first block: where the pack's input enters."""
+        return self.blocks[0].path
+
+
+Unit = LinearSite | BlockSite | Pack
 Progress = Callable[[str, int, int], None]
 
 
@@ -80,6 +93,8 @@ class Calibration:
         sim: the model being quantized. reference: its float twin, transformed alike, from ``initialise`` on.
         images: [B, C, H, W] calibration images. recipe: the validated recipe. seed: of every random choice.
         work: where finished units are kept for resuming, or None. progress: called with (what, done, total).
+        ranks, packs: what ``allocate`` chose. figures: plain JSON values that methods leave for reports (they end in
+            the state's metrics).
     """
 
     sim: SimModel
@@ -90,6 +105,8 @@ class Calibration:
     progress: Progress = lambda what, done, total: None
     reference: SimModel | None = None
     ranks: dict[str, int] = field(default_factory=dict)
+    packs: list[Pack] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
     step: str = ""
     _observed: Observations | None = field(default=None, repr=False)
 
@@ -136,7 +153,7 @@ class Calibration:
 
     def run(self, model: SimModel, unit: Unit, x: Tensor) -> Tensor:
         """The unit's module on inputs [B, ...], in batches, without gradients."""
-        module = model.model.get_submodule(unit.path)
+        module = nn.Sequential(*(model.model.get_submodule(member.path) for member in members(unit)))
         with torch.no_grad():
             return torch.cat([module(part) for part in self.batches(x)])
 
@@ -147,7 +164,7 @@ class Calibration:
         """
         units = self.sim.sequence if units is None else units
         previous: tuple[str, Tensor, Tensor] | None = None
-        successors = self._successors()
+        successors = self.successors()
         for unit in units:
             if previous is not None and successors.get(previous[0]) == unit.path:
                 inputs = previous[1:]
@@ -156,13 +173,14 @@ class Calibration:
                     inputs_of(m.model, unit.path, self.images, self.batch) for m in (self.reference, self.sim)
                 )
             yield unit, *inputs
-            if unit.path in successors:
+            last = members(unit)[-1].path
+            if last in successors:
                 outputs = (self.run(m, unit, x) for m, x in zip((self.reference, self.sim), inputs))
-                previous = (unit.path, *outputs)
+                previous = (last, *outputs)
             else:
                 previous = None
 
-    def _successors(self) -> dict[str, str]:
+    def successors(self) -> dict[str, str]:
         """Unit -> the unit that reads its output and nothing else, as one image shows it."""
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         modules = {unit.path: self.reference.model.get_submodule(unit.path) for unit in self.sim.sequence}
@@ -182,12 +200,27 @@ class Calibration:
         total = len(self.sim.sequence if units is None else units)
         for index, (unit, x_ref, x_sim) in enumerate(self.walk(units)):
             self.progress(self.step, index, total)
-            kept = None if self.work is None else self.work.restore(self.step, unit.path, self.sim)
-            if kept is not None:
-                self.ranks.update(kept)
+            if self._restore(unit):
                 continue
             yield unit, x_ref, x_sim
             if self.work is not None:
-                ranks = {path: r for path, r in self.ranks.items() if path in self.sim.linears_of(unit)}
-                self.work.keep(self.step, unit.path, self.sim, ranks)
+                for member in members(unit):
+                    ranks = {path: r for path, r in self.ranks.items() if path in self.sim.linears_of(member)}
+                    self.work.keep(self.step, member.path, self.sim, ranks)
         self.progress(self.step, total, total)
+
+    def _restore(self, unit: Unit) -> bool:
+        """Take a unit that was finished earlier: its last member is kept last, so it tells whether all were."""
+        if self.work is None:
+            return False
+        for member in reversed(members(unit)):
+            kept = self.work.restore(self.step, member.path, self.sim)
+            if kept is None:
+                return False
+            self.ranks.update(kept)
+        return True
+
+
+def members(unit: Unit) -> tuple[LinearSite | BlockSite, ...]:
+    """The sites of ``SimModel.sequence`` that a unit consists of."""
+    return unit.blocks if isinstance(unit, Pack) else (unit,)

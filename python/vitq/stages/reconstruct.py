@@ -1,4 +1,4 @@
-"""reconstruct.blocks: learn branches, scales, focusing intervals and rounding so that each block does what it did.
+"""reconstruct.blocks: learn branches, scales, focusing intervals and rounding so that each unit does what it did.
 
 AIQViT's block-wise reconstruction with curriculum [P], and what the rest of the family adds to it, as options.
 """
@@ -6,6 +6,7 @@ AIQViT's block-wise reconstruction with curriculum [P], and what the rest of the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -14,25 +15,31 @@ from torch import Tensor, nn
 from ..models.sites import BlockSite
 from ..quantizers import SimLinear
 from ..simulate import SimModel
-from .base import Calibration, Options, Unit, method
+from .base import Calibration, Options, Unit, members, method
 
 
 class BlockOptions(Options):
     """
     Args:
-        iterations: steps per block; batch: images per step.
+        unit: what is learned together: a ``block``, or a ``pack`` of blocks that ``allocate`` made. Memory grows with
+            the longest pack.
+        layers: learn the linear layers before, between and after the blocks, too, one by one (Pack-PTQ).
+        iterations: steps per unit; batch: images per step.
         least_iterations: with fewer steps (a recipe at reduced effort) nothing is learned: the first steps of Adam are
             larger than what they find, and closed forms are a better start than that.
         lr_branch, lr_scale, lr_focus, lr_bias, lr_rounding, lr_weight_scale: Adam's rates, 0 freezes. Branches, scales
             and biases are learned relative to their own size.
         curriculum: λ0; step t of T draws from the easiest min(1, λ0 + (1 − λ0)·t/T) of the images, by their last
             known loss. 1 draws from all.
-        mixing: chance that an image enters with its float instead of its quantized prefix (QDrop, per image) [R].
-        holdout: share of the images that are not learned from but decide, block by block, whether what was learned
+        mixing: chance that an image (or, as QDrop has it, an element) enters as the float instead of the quantized
+            prefix makes it; mixing_unit: which of the two.
+        holdout: share of the images that are not learned from but decide, unit by unit, whether what was learned
             replaces the start. 0 decides on the images learned from.
         rounding_weight: of AdaRound's regulariser, with β from 20 to 2 after ``rounding_warmup`` of the steps.
     """
 
+    unit: Literal["block", "pack"] = "block"
+    layers: bool = False
     iterations: int = Field(6000, ge=0)
     batch: int = Field(24, ge=1)
     least_iterations: int = Field(0, ge=0)
@@ -44,6 +51,7 @@ class BlockOptions(Options):
     lr_rounding: float = Field(0.0, ge=0.0)
     curriculum: float = Field(0.5, gt=0.0, le=1.0)
     mixing: float = Field(0.0, ge=0.0, le=1.0)
+    mixing_unit: Literal["image", "element"] = "image"
     holdout: float = Field(0.25, ge=0.0, lt=1.0)
     rounding_weight: float = Field(0.01, ge=0.0)
     rounding_warmup: float = Field(0.2, ge=0.0, lt=1.0)
@@ -53,10 +61,25 @@ class BlockOptions(Options):
 def blocks(calibration: Calibration, options: BlockOptions) -> None:
     if calibration.iterations(options.iterations) < options.least_iterations:
         return
-    units = [unit for unit in calibration.sim.sequence if isinstance(unit, BlockSite)]
-    for unit, x_ref, x_sim in calibration.units(units):
+    for unit, x_ref, x_sim in calibration.units(chosen_units(calibration, options)):
         target = calibration.run(calibration.reference, unit, x_ref)
-        reconstruct(calibration, [unit], x_ref, x_sim, target, options)
+        reconstruct(calibration, list(members(unit)), x_ref, x_sim, target, options)
+
+
+def chosen_units(calibration: Calibration, options: BlockOptions) -> list[Unit]:
+    """In execution order. Raises: ValueError if packs are wanted and there are none."""
+    packs: dict[str, Unit] = {pack.path: pack for pack in calibration.packs}
+    if options.unit == "pack" and not packs:
+        raise ValueError("reconstruct.blocks has unit 'pack' and there are no packs, expected allocate.packs before it")
+    out: list[Unit] = []
+    for unit in calibration.sim.sequence:
+        if not isinstance(unit, BlockSite):
+            out += [unit] if options.layers else []
+        elif options.unit == "block":
+            out.append(unit)
+        elif unit.path in packs:
+            out.append(packs[unit.path])
+    return out
 
 
 def easy_fraction(step: int, steps: int, start: float) -> float:
@@ -174,8 +197,8 @@ def reconstruct(
         chosen = pool[torch.randperm(count, generator=generator)[: options.batch]]
         x = x_sim[chosen]
         if options.mixing > 0.0:
-            swap = torch.rand(len(chosen), generator=generator) < options.mixing
-            x = torch.where(swap.reshape(-1, *[1] * (x.dim() - 1)), x_ref[chosen], x)
+            shape = x.shape if options.mixing_unit == "element" else (len(x), *[1] * (x.dim() - 1))
+            x = torch.where(torch.rand(shape, generator=generator) < options.mixing, x_ref[chosen], x)
         error = (module(x) - target[chosen]).square().flatten(1).mean(1)
         known[chosen] = error.detach()
         loss = error.mean() * scale

@@ -1,0 +1,304 @@
+"""allocate.packs: Pack-PTQ's Hessian-guided scores, packs of blocks, and bit-widths of packs (arXiv 2505.00259).
+
+Score [C]. With only block b quantized: L = KL(P_q ‖ P_fp) of the logits, g = ∂L/∂z_fp at the float block's output with
+P_q held fixed, d = z_fp − z_q:
+
+    S = (L − mean(g⊙d)) / (½·mean d²),    Ω = S·mean|d|.
+
+L is a mean over images and the other two are means over elements, hence: the gradient's term is smaller than L by the
+number of elements (summed like L it would be 2·L to second order, and turn the sign), and S grows with the size of the
+block's output. ``normalise`` [R] divides S by the elements of one image's output, which makes it the curvature along d,
+2·L/‖d‖²: the same order where all blocks are of one size (ViT, DeiT), and none of the bias between stages where they
+are not (Swin). It is the default.
+
+Packing [C]. From the end of the model: a pack starts at the lowest S that is left and ends where the one behind it
+starts. [R] With a cap the lowest S is sought among the last ``cap`` blocks only. [R] Packs stay within runs of blocks
+that read each other's output: what lies between Swin's stages is reconstructed by itself.
+
+Bits [C]. One width for all of a pack (weights, activations, attention operands, probabilities) out of (low, mid, high);
+N_j counts the pack's weights and, for one image, activations. ``greedy``: all at mid, then in descending mean Ω of the
+pack's blocks to high while the budget holds. ``optimal`` [R]: max Σ Ω_j·b_j under the same budget, exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from ..models.sites import BlockSite
+from ..quantizers import FocusQuantizer
+from ..scales import Search, set_activation, set_operands, set_weight
+from ..simulate import recording
+from .base import Calibration, Options, Pack, method
+
+CANDIDATES = {3: (2, 3, 4), 4: (3, 4, 6), 6: (4, 6, 8)}
+
+
+class PackOptions(Options):
+    """
+    Args:
+        normalise: curvature per unit of ‖d‖² instead of the published S, see the module.
+        cap: most blocks in a pack, which bounds the memory of reconstruction; 0 is the published no bound.
+        precision: ``uniform`` keeps the recipe's bits; ``greedy`` and ``optimal`` choose among ``candidates``.
+        candidates: (low, mid, high) bits, mid being the recipe's; None takes the published triple of the recipe's bits.
+        average: bits per element of the whole model that the budget allows; None is the published (mid + high)/2.
+        weights, activations, operands: range searches of what gets other bits than the recipe's.
+    """
+
+    normalise: bool = True
+    cap: int = Field(0, ge=0)
+    precision: Literal["uniform", "greedy", "optimal"] = "uniform"
+    candidates: tuple[int, int, int] | None = None
+    average: float | None = Field(None, ge=2.0, le=8.0)
+    weights: Search = Search()
+    activations: Search = Search()
+    operands: Search = Search(method="minmax")
+
+    @field_validator("candidates")
+    @classmethod
+    def _ascending(cls, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        if value is not None and not (2 <= value[0] < value[1] < value[2] <= 8):
+            raise ValueError(f"candidates is {value}, expected three ascending bit-widths in [2, 8]")
+        return value
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one block: L = ``loss``, S = ``curvature``, Ω = ``sensitivity``."""
+
+    loss: float
+    curvature: float
+    sensitivity: float
+
+
+@method("allocate", "packs")
+def packs(calibration: Calibration, options: PackOptions) -> None:
+    recipe = calibration.recipe
+    triple = None if options.precision == "uniform" else _candidates(calibration, options)
+    runs = _runs(calibration)
+    blocks = [block for run in runs for block in run]
+    scores: dict[str, Score] = {}
+    for index, block in enumerate(blocks):
+        calibration.progress(calibration.step, index, len(blocks))
+        scores[block.path] = score_block(calibration, block, options.normalise)
+    calibration.packs = [
+        Pack(tuple(run[first:last]))
+        for run in runs
+        for first, last in pack([scores[block.path].curvature for block in run], options.cap)
+    ]
+    sizes = elements(calibration)
+    of_packs = [sum(sizes[path] for block in p.blocks for path in _paths(block)) for p in calibration.packs]
+    omegas = [sum(scores[b.path].sensitivity for b in p.blocks) / len(p.blocks) for p in calibration.packs]
+    bits = [recipe.bits.weights] * len(of_packs)
+    if triple is not None:
+        inside = {path for block in blocks for path in _paths(block)}
+        fixed = sum(
+            n * (recipe.bits.boundary if calibration.boundary(path) else recipe.bits.weights)
+            for path, n in sizes.items()
+            if path not in inside
+        )
+        average = (triple[1] + triple[2]) / 2 if options.average is None else options.average
+        choose = greedy if options.precision == "greedy" else optimal
+        bits = choose(omegas, of_packs, triple, sum(sizes.values()) * average - fixed)
+        for each, b in zip(calibration.packs, bits):
+            if b != recipe.bits.weights:
+                for block in each.blocks:
+                    _set_bits(calibration, options, block, b)
+        spent = sum(n * b for n, b in zip(of_packs, bits)) + fixed
+        calibration.figures["average_element_bits"] = spent / sum(sizes.values())
+    calibration.figures["packs"] = [
+        {
+            "blocks": [{"path": block.path, **asdict(scores[block.path])} for block in each.blocks],
+            "sensitivity": omega,
+            "elements": n,
+            "bits": b,
+        }
+        for each, omega, n, b in zip(calibration.packs, omegas, of_packs, bits)
+    ]
+
+
+def _candidates(calibration: Calibration, options: PackOptions) -> tuple[int, int, int]:
+    """Raises: ValueError for a recipe without one mid bit-width, or one that the candidates do not fit."""
+    bits = calibration.recipe.bits
+    mid = {bits.weights, bits.activations, bits.operands, bits.softmax}
+    if len(mid) > 1:
+        raise ValueError(
+            f"bits of weights, activations, operands and softmax are {sorted(mid)}, expected one width with "
+            f"precision {options.precision!r}"
+        )
+    triple = options.candidates or CANDIDATES.get(bits.weights)
+    if triple is None:
+        raise ValueError(f"bits is {bits.weights}, expected one of {', '.join(map(str, CANDIDATES))} or candidates")
+    if triple[1] != bits.weights:
+        raise ValueError(f"candidates is {triple}, expected the recipe's {bits.weights} bits in the middle")
+    return triple
+
+
+def _paths(block: BlockSite) -> tuple[str, ...]:
+    return tuple(site.path for site in block.linears)
+
+
+def _runs(calibration: Calibration) -> list[list[BlockSite]]:
+    """Blocks in execution order, split where one does not read just what the one before wrote."""
+    successors = calibration.successors()
+    runs: list[list[BlockSite]] = []
+    for block in (unit for unit in calibration.sim.sequence if isinstance(unit, BlockSite)):
+        if runs and successors.get(runs[-1][-1].path) == block.path:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs
+
+
+class _Sums:
+    """Sums over images [B, ...] of L, g⊙d (g of one image's loss), d² and |d|, in float64."""
+
+    def __init__(self) -> None:
+        self.loss = self.product = self.square = self.absolute = 0.0
+        self.images = self.elements = 0
+
+    def add(self, loss: Tensor, gradient: Tensor, difference: Tensor) -> None:
+        """Args: loss [B]; gradient, difference [B, ...]."""
+        d = difference.detach().double()
+        self.loss += float(loss.detach().double().sum())
+        self.product += float((gradient.double() * d).sum())
+        self.square += float(d.square().sum())
+        self.absolute += float(d.abs().sum())
+        self.images += len(d)
+        self.elements += d.numel()
+
+    def score(self, normalise: bool) -> Score:
+        """Where quantization changes nothing, both scores are 0."""
+        loss = self.loss / self.images
+        if self.square == 0.0:
+            return Score(loss, 0.0, 0.0)
+        # The gradient of the mean loss: one more division by the number of images.
+        first = loss - self.product / self.images / self.elements
+        half = 0.5 * self.square / (self.images if normalise else self.elements)
+        return Score(loss, first / half, first / half * self.absolute / self.elements)
+
+
+def score_block(calibration: Calibration, block: BlockSite, normalise: bool) -> Score:
+    """The score of one block of the float model whose quantized form is the simulation's."""
+    reference = calibration.reference.model
+    exact, quantized = (m.model.get_submodule(block.path) for m in (calibration.reference, calibration.sim))
+    sums = _Sums()
+    for images in calibration.batches(calibration.images):
+        z: list[Tensor] = []
+
+        def through(module, inputs: tuple, output: Tensor, z=z) -> Tensor:
+            z.extend((quantized(*inputs), output.detach()))
+            return z[0]
+
+        def leaf(module, inputs: tuple, output: Tensor, z=z) -> Tensor:
+            # Records the tail of the model only.
+            return z[1].requires_grad_()
+
+        with torch.no_grad():
+            wanted = _logits(reference, exact, through, images).double().log_softmax(-1)
+        with torch.enable_grad():
+            found = _logits(reference, exact, leaf, images).double().log_softmax(-1)
+            loss = (wanted.exp() * (wanted - found)).sum(-1)
+            (gradient,) = torch.autograd.grad(loss.sum(), z[1])
+        sums.add(loss, gradient, z[1].detach() - z[0])
+    return sums.score(normalise)
+
+
+def _logits(model, module, hook, images: Tensor) -> Tensor:
+    """[B, classes] with the output of ``module`` replaced by what ``hook`` returns."""
+    handle = module.register_forward_hook(hook)
+    try:
+        return model(images)
+    finally:
+        handle.remove()
+
+
+def pack(scores: list[float], cap: int = 0) -> list[tuple[int, int]]:
+    """Packs as [first, last) of the blocks with these S, in order; of equal scores the first counts.
+
+    Args: cap: most blocks in one, 0 for no bound.
+    """
+    out: list[tuple[int, int]] = []
+    end = len(scores)
+    while end > 0:
+        least = max(0, end - cap) if cap else 0
+        first = min(range(least, end), key=scores.__getitem__)
+        out.append((first, end))
+        end = first
+    return out[::-1]
+
+
+def elements(calibration: Calibration) -> dict[str, int]:
+    """Linear path -> weights and what is quantized for one image: inputs, and at qkv Q, K, V and probabilities, too."""
+    sim = calibration.reference
+    heads = {site.qkv.path: site.heads for site in sim.attention_sites.values()}
+    out: dict[str, int] = {}
+
+    def record(path: str, inputs: tuple, output: Tensor) -> None:
+        out[path] = sim.linears[path].weight.numel() + inputs[0].numel()
+        if path in heads:
+            windows, tokens, _ = output.shape
+            out[path] += output.numel() + windows * heads[path] * tokens**2
+
+    with torch.no_grad(), recording(sim.linears, record):
+        sim(calibration.images[:1])
+    return out
+
+
+def greedy(omegas: list[float], sizes: list[int], candidates: tuple[int, int, int], budget: float) -> list[int]:
+    """Bits per pack: mid, then high in descending ``omegas`` while Σ sizes·bits ≤ ``budget``.
+
+    Raises: ValueError if mid everywhere exceeds the budget.
+    """
+    _, mid, high = candidates
+    bits = [mid] * len(sizes)
+    spent = mid * sum(sizes)
+    if spent > budget:
+        raise ValueError(f"budget is {budget:.0f} bits for the packs, expected at least {spent} ({mid} bits each)")
+    for i in sorted(range(len(sizes)), key=lambda i: -omegas[i]):
+        if spent + (high - mid) * sizes[i] <= budget:
+            bits[i], spent = high, spent + (high - mid) * sizes[i]
+    return bits
+
+
+def optimal(omegas: list[float], sizes: list[int], candidates: tuple[int, ...], budget: float) -> list[int]:
+    """Bits per pack with the greatest Σ omegas·bits for which Σ sizes·bits ≤ ``budget``, the cheapest of equals.
+
+    Exact: packs are added one at a time, and of their (cost, value) pairs only those stay that no other one beats.
+
+    Raises: ValueError if the least of the candidates everywhere exceeds the budget.
+    """
+    frontier: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
+    for omega, size in zip(omegas, sizes):
+        grown = [(c + size * b, v + omega * b, (*chosen, b)) for c, v, chosen in frontier for b in candidates]
+        frontier, best = [], -float("inf")
+        for state in sorted(grown, key=lambda s: (s[0], -s[1])):
+            if state[0] <= budget and state[1] > best:
+                frontier.append(state)
+                best = state[1]
+    if not frontier:
+        least = min(candidates) * sum(sizes)
+        raise ValueError(f"budget is {budget:.0f} bits for the packs, expected at least {least}")
+    return list(frontier[-1][2])
+
+
+def _set_bits(calibration: Calibration, options: PackOptions, block: BlockSite, bits: int) -> None:
+    """Quantize everything of a block anew at ``bits``."""
+    recipe, sim, seen = calibration.recipe, calibration.sim, calibration.observations()
+    weight, activation, operand = (
+        replace(spec, bits=bits)
+        for spec in (recipe.weight_spec(False), recipe.activation_spec(False), recipe.operand_spec())
+    )
+    for path, linear in sim.linears_of(block).items():
+        rows = seen.inputs[path].rows
+        importance = rows.square().mean(0)
+        set_weight(linear, linear.weight, weight, options.weights, importance, recipe.weight_levels == "table")
+        set_activation(linear, rows, activation, options.activations, recipe.activation_levels == "table")
+    attention = sim.attention_of(block)
+    if attention is not None:
+        attention.focus = FocusQuantizer(replace(attention.focus.spec, bits=bits))
+        set_operands(attention, seen.qkv[block.attention.path], operand, options.operands)
