@@ -112,7 +112,7 @@ def quantize(args: argparse.Namespace) -> None:
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
     with _progress() as progress:
         done = jobs.quantize(model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress)
-    state = replace(done.state, metrics={"calibration_s": done.seconds})
+    state = replace(done.state, metrics=done.state.metrics | {"calibration_s": done.seconds})
     checkpoint.save(target, state, overwrite=args.force)
     if not args.work_dir:
         shutil.rmtree(work, ignore_errors=True)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -80,6 +80,7 @@ class Calibration:
         sim: the model being quantized. reference: its float twin, transformed alike, from ``initialise`` on.
         images: [B, C, H, W] calibration images. recipe: the validated recipe. seed: of every random choice.
         work: where finished units are kept for resuming, or None. progress: called with (what, done, total).
+        metrics: plain JSON values that methods leave in the finished model's state.
     """
 
     sim: SimModel
@@ -90,6 +91,7 @@ class Calibration:
     progress: Progress = lambda what, done, total: None
     reference: SimModel | None = None
     ranks: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     step: str = ""
     _observed: Observations | None = field(default=None, repr=False)
 
