@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import platform
@@ -27,6 +28,7 @@ from vitq_kernels.triton import warmup as warm
 
 from . import checkpoint, console, jobs, recipes
 from . import export as exporting
+from .allocation.plot import draw_frontier
 from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
@@ -97,6 +99,8 @@ def _splits(data: str, model: nn.Module, limit: int | None) -> dict[str, Any]:
 def quantize(args: argparse.Namespace) -> None:
     out = console.make(args.json)
     recipe = recipes.load_recipe(args.recipe, fast=args.fast, **dict(args.overrides))
+    if args.budget:
+        recipe = recipe.with_budget(dict(args.budget))
     if args.images:
         recipe = recipe.model_copy(
             update={"calibration": recipe.calibration.model_copy(update={"images": args.images})}
@@ -114,6 +118,8 @@ def quantize(args: argparse.Namespace) -> None:
         done = jobs.quantize(model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress)
     state = replace(done.state, metrics=done.state.metrics | {"calibration_s": done.seconds})
     checkpoint.save(target, state, overwrite=args.force)
+    if (frontier := state.metrics.get("frontier")) and importlib.util.find_spec("matplotlib"):
+        draw_frontier(frontier, target / "frontier.png", f"{source.name}, {recipe.name}")
     if not args.work_dir:
         shutil.rmtree(work, ignore_errors=True)
     record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}

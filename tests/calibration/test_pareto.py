@@ -2,12 +2,25 @@
 
 import itertools
 
+import minmax
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.special import rel_entr, softmax
+from vitq.allocation.costs import Layer
 from vitq.allocation.frontier import Component, pareto_frontier
+from vitq.allocation.plot import draw_frontier
+from vitq.allocation.sensitivity import block_sensitivities, distance
+from vitq.calibrate import calibrate
+from vitq.models import adapter_for
+from vitq.recipes import load_recipe, parse
+from vitq.scales import Search, set_activation, set_weight
+from vitq.simulate import SimModel
+
+from vitq_kernels.formats import QuantSpec
 
 
 @st.composite
@@ -108,3 +121,175 @@ def test_bad_instances_are_refused(errors, costs, most, reason):
         pareto_frontier([Component("a", errors, costs)], most)
     with pytest.raises(ValueError, match="components have"):
         pareto_frontier([])
+
+
+def quantizer(rows, bits):
+    """Plain min-max ranges."""
+
+    def quantize(linear):
+        search = Search(method="minmax")
+        set_weight(linear, linear.weight, QuantSpec(bits, granularity="per_channel"), search)
+        set_activation(linear, rows, QuantSpec(bits, symmetric=False), search)
+
+    return quantize
+
+
+@pytest.mark.parametrize("build", [minmax.vit, minmax.swin])
+def test_sensitivity_is_that_of_whole_forward_passes(build):
+    model = build()
+    sim, x = SimModel(adapter_for(model)), minmax.images(model, 5)
+    read, _ = minmax.inputs_of(model, list(sim.linears), x)
+    before = {k: v.clone() for k, v in sim.state_dict().items()}
+    with torch.no_grad():
+        z = sim(x)
+    for block in sim.family.blocks():
+        settings = {
+            site.path: [quantizer(minmax.rows(site, read[site.path]), bits) for bits in (3, 6)]
+            for site in block.linears
+        }
+        got = block_sensitivities(sim, block, x, z, settings, batch=2)
+        assert list(got) == [site.path for site in block.linears]
+        for path, choices in settings.items():
+            for omega, choice in zip(got[path], choices):
+                other = SimModel(adapter_for(model))
+                choice(other.linears[path])
+                with torch.no_grad():
+                    d = (other(x) - z).double().numpy()
+                want = ((d**2).sum(1) / (z.double().numpy() ** 2).sum(1)).mean()
+                assert omega == pytest.approx(want, rel=1e-3)
+        assert all(a > b for a, b in got.values())
+    assert all(torch.equal(v, before[k]) for k, v in sim.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(sim(x), z)
+
+
+def test_prefixes_run_once():
+    model = minmax.vit(depth=3)
+    sim, x = SimModel(adapter_for(model)), minmax.images(model, 4)
+    runs = [0, 0, 0]
+    for i, block in enumerate(sim.model.blocks):
+        block.norm1.register_forward_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    path = "blocks.1.mlp.fc1"
+    choice = quantizer(torch.randn(9, 32), 4)
+    block_sensitivities(sim, sim.family.blocks()[1], x, torch.ones(4, 7), {path: [choice] * 5}, batch=2)
+    assert runs == [2, 2 * 5, 2 * 5]
+
+
+def test_distances():
+    z, other = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[3.0, 3.0], [1.0, 1.0]])
+    assert distance(z, other, "l2") == pytest.approx((1 / 25 + 1) / 2)
+    p, q = softmax(z.double().numpy(), 1), softmax(other.double().numpy(), 1)
+    assert distance(z, other, "kl") == pytest.approx(rel_entr(p, q).sum(1).mean())
+
+
+def test_costs_by_hand():
+    layer = Layer(n=10, k=5, rows=3, rank=16)
+    assert layer.size(3) == 19 + 40 + 16 * 15 * 2  # 150 bits are 19 bytes
+    assert layer.bitops(3, 4) == 3 * (50 * 12 + 16 * 15 * 256)
+    assert (layer.float_size, layer.float_bitops) == (200, 3 * 50 * 1024)
+
+
+BASE = {
+    "name": "test",
+    "calibration": {"batch": 4},
+    "bits": {"weights": 8, "activations": 8},
+    "initialise": ["scales"],
+    "compensate": [{"method": "closed_form"}],
+}
+
+
+def recipe(budget: dict, options: dict | None = None, **fields):
+    step = {"method": "pareto", "budget": budget, "bits": [3, 5, 8], **(options or {})}
+    return parse(BASE | fields | {"allocate": [step]})
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "fields"),
+    [
+        ({"size": 0.2}, {}, {}),
+        ({"bitops": 0.21}, {"metric": "kl"}, {"low_rank": {"kind": "subspace", "rank": 16}}),
+        ({"size": 0.2, "bitops": 0.04}, {"activation_bits": "free"}, {"activations": "dynamic"}),
+        ({"size": 0.55}, {"activation_bits": "fixed"}, {"low_rank": {"kind": "error", "rank": 16}}),
+        ({"size": 0.2}, {}, {"weight_levels": "table", "activation_levels": "table"}),
+    ],
+)
+def test_the_finished_model_has_the_bits_that_were_picked(budget, options, fields):
+    model = minmax.vit()
+    state = calibrate(model, minmax.images(model, 8), recipe(budget, options, **fields)).state
+    record = state.metrics["frontier"]
+    linears = {path: linear for path, linear in state.linears().items() if path in record["sensitivity"]}
+    assert len(linears) == 8
+    assert {p: [l.weight.bits, l.act.bits] for p, l in linears.items()} == record["picked_bits"]
+    point = record["points"][record["picked"]]
+    assert [record["choices"][int(c)] for c in point["chosen"]] == list(record["picked_bits"].values())
+    if not linears["blocks.0.attn.qkv"].lora.rank:
+        size = sum(-(-l.codes.numel() * l.weight.bits // 8) + 4 * len(l.codes) for l in linears.values())
+        assert point["size"] == pytest.approx(size / sum(4 * l.codes.numel() for l in linears.values()))
+    fitting = [p for p in record["points"] if all(p[a] <= limit for a, limit in budget.items())]
+    assert point in fitting
+    assert point["error"] == min(p["error"] for p in fitting)
+    assert len(set(map(tuple, record["picked_bits"].values()))) > 1
+
+
+def test_latency_is_measured_and_shared_by_what_runs_alike():
+    model = minmax.vit()
+    options = {"latency_seconds": 0.001, "latency_batch": 2}
+    x = minmax.images(model, 4)
+    state = calibrate(model, x, recipe({"latency": 100.0}, options)).state
+    record = state.metrics["frontier"]
+    for times in record["latency_ms"].values():
+        assert min(times) > 0
+        assert times[1] == times[2]  # 5 and 8 bits are the same kernel
+    point = record["points"][record["picked"]]
+    chosen = [times[int(c)] for times, c in zip(record["latency_ms"].values(), point["chosen"])]
+    assert point["latency"] == pytest.approx(sum(chosen) / record["latency_ms_float"])
+
+
+def test_an_interrupted_allocation_resumes(tmp_path):
+    model = minmax.vit()
+    x, wanted = minmax.images(model, 4), recipe({"latency": 100.0, "size": 0.2}, {"latency_seconds": 0.001})
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(step, done, total):
+        if "pareto" in step and done == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        calibrate(model, x, wanted, work_dir=tmp_path, progress=interrupt)
+    first = tmp_path / "1.allocate.pareto.blocks.0.json"
+    stamp = first.stat().st_mtime_ns
+    whole = calibrate(model, x, wanted, work_dir=tmp_path).state.metrics
+    assert first.stat().st_mtime_ns == stamp
+    assert (tmp_path / "frontier.json").exists()
+    # The measured table, too, is kept.
+    assert calibrate(model, x, wanted, work_dir=tmp_path).state.metrics == whole
+    first.write_text("[")
+    with pytest.raises(ValueError, match="delete it to compute it again"):
+        calibrate(model, x, wanted, work_dir=tmp_path)
+
+
+def test_bad_budgets_are_refused():
+    for budget, reason in (
+        ({}, "budget limits nothing, expected one or two"),
+        ({"size": 1, "bitops": 1, "latency": 1}, "expected one or two of size, bitops, latency"),
+        ({"size": 0}, "budget.size is 0"),
+        ({"weight": 1}, "budget.weight is no field"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            recipe(budget)
+    model = minmax.vit()
+    with pytest.raises(ValueError, match=r"budget is size=0\.01, expected at least size=0\.1"):
+        calibrate(model, minmax.images(model, 4), recipe({"size": 0.01}))
+    assert load_recipe("pmq-mixed").with_budget({"size": 0.2}).allocate[0].options.budget.size == 0.2
+    with pytest.raises(ValueError, match="no step of recipe minmax-w4a4 has one"):
+        load_recipe("minmax-w4a4").with_budget({"size": 0.2})
+
+
+def test_the_picture(tmp_path):
+    model = minmax.vit()
+    x = minmax.images(model, 4)
+    record = calibrate(model, x, recipe({"size": 0.2, "bitops": 0.04})).state.metrics["frontier"]
+    draw_frontier(record, tmp_path / "frontier.png", "title")
+    assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"

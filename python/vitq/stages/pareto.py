@@ -7,6 +7,7 @@ kernel latency as a cost is this package's addition, as is probing with the low-
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -54,6 +55,8 @@ class Budget(Options):
 
 
 COSTS = "size, bitops, latency"
+# One for each of the 7 x 7 pairs of bit-widths that there are at most.
+DIGITS = string.digits + string.ascii_letters
 
 
 class ParetoOptions(Options):
@@ -266,8 +269,10 @@ def _record(
 ) -> dict[str, Any]:
     """The frontier as plain JSON values.
 
-    ``points``: by rising cost, each with Σ Ω, its cost on every axis as a fraction of float32's and, per component, an
-    index into ``choices``. ``latency_ms``: the measured table, component -> one time per choice.
+    ``points``: by rising cost, each with Σ Ω, its cost on every axis as a fraction of float32's and, for each component
+    in the order of ``sensitivity``, one character of ``0..9a..zA..Z`` that counts into ``choices``. ``picked``: index
+    of the point, ``picked_bits``: component -> bits of weights and activations there. ``latency_ms``: the measured table,
+    component -> one time per choice.
     """
     points = []
     for error, chosen in zip(frontier.errors.tolist(), frontier.chosen.tolist()):
@@ -275,7 +280,7 @@ def _record(
             axis: sum(own[j] for own, j in zip(cost["layers"].values(), chosen)) / cost["float"]
             for axis, cost in costs.items()
         }
-        points.append({"error": error, **share, "chosen": chosen})
+        points.append({"error": error, **share, "chosen": "".join(DIGITS[j] for j in chosen)})
     record = {
         "budget": {axis: getattr(options.budget, axis) for axis in options.budget.axes},
         "metric": options.metric,
@@ -283,6 +288,7 @@ def _record(
         "sensitivity": omega,
         "points": points,
         "picked": picked,
+        "picked_bits": {path: list(choices[j]) for path, j in zip(omega, frontier.chosen[picked])},
     }
     if "latency" in costs:
         record["latency_ms"] = {path: [t / 1e6 for t in own] for path, own in costs["latency"]["layers"].items()}
