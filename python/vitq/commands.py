@@ -116,10 +116,13 @@ def quantize(args: argparse.Namespace) -> None:
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
     with _progress() as progress:
         done = jobs.quantize(model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress)
-    state = replace(done.state, metrics=done.state.metrics | {"calibration_s": done.seconds})
-    checkpoint.save(target, state, overwrite=args.force)
-    if (frontier := state.metrics.get("frontier")) and importlib.util.find_spec("matplotlib"):
-        draw_frontier(frontier, target / "frontier.png", f"{source.name}, {recipe.name}")
+    metrics = done.state.metrics | {"calibration_s": done.seconds}
+    frontier = metrics.get("frontier")
+    if frontier is not None:
+        # The other points, hundreds to thousands, are a file beside the checkpoint's own.
+        metrics["frontier"] = frontier | {"points": [frontier["points"][frontier["picked"]]], "picked": 0}
+    checkpoint.save(target, replace(done.state, metrics=metrics), overwrite=args.force)
+    _write_frontier(target, frontier, f"{source.name}, {recipe.name}")
     if not args.work_dir:
         shutil.rmtree(work, ignore_errors=True)
     record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}
@@ -136,6 +139,17 @@ def quantize(args: argparse.Namespace) -> None:
             f"{run['size_bytes_float'] / 1e6:.2f} MB -> {run['size_bytes_integer'] / 1e6:.2f} MB"
         )
     _emit(args, record)
+
+
+def _write_frontier(folder: Path, frontier: dict[str, Any] | None, title: str) -> None:
+    """``frontier.json`` and, where matplotlib is there, ``frontier.png``; those of an earlier checkpoint go."""
+    data, picture = folder / "frontier.json", folder / "frontier.png"
+    data.unlink(missing_ok=True)
+    picture.unlink(missing_ok=True)
+    if frontier is not None:
+        data.write_text(json.dumps(frontier, indent=1) + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            draw_frontier(frontier, picture, title)
 
 
 def _reasons(integer: nn.Module) -> str:

@@ -15,11 +15,13 @@ from vitq.allocation.frontier import Component, pareto_frontier
 from vitq.allocation.plot import draw_frontier
 from vitq.allocation.sensitivity import block_sensitivities, distance
 from vitq.calibrate import calibrate
+from vitq.convert import to_integer
 from vitq.models import adapter_for
 from vitq.recipes import load_recipe, parse
 from vitq.scales import Search, set_activation, set_weight
 from vitq.simulate import SimModel
 
+from vitq_kernels.backends import backend
 from vitq_kernels.formats import QuantSpec
 
 
@@ -215,7 +217,12 @@ def recipe(budget: dict, options: dict | None = None, **fields):
 )
 def test_the_finished_model_has_the_bits_that_were_picked(budget, options, fields):
     model = minmax.vit()
-    state = calibrate(model, minmax.images(model, 8), recipe(budget, options, **fields)).state
+    result = calibrate(model, minmax.images(model, 8), recipe(budget, options, **fields))
+    state, x = result.state, minmax.images(model, 6, seed=7)
+    with torch.no_grad(), backend("ref"):
+        simulated, integer = result.sim(x), to_integer(model, state)(x)
+    assert torch.equal(simulated.argmax(1), integer.argmax(1))
+    assert minmax.sqnr(simulated, integer) > 45
     record = state.metrics["frontier"]
     linears = {path: linear for path, linear in state.linears().items() if path in record["sensitivity"]}
     assert len(linears) == 8

@@ -70,7 +70,12 @@ def test_a_budget_picks_a_point_of_the_frontier(tmp_path, capsys):
     assert metrics["calibration_s"] > 0
     assert frontier["budget"] == {"size": 0.17}
     assert 0.15 < frontier["points"][frontier["picked"]]["size"] <= 0.17
+    whole = json.loads((tmp_path / "c" / "frontier.json").read_text())
+    assert len(whole["points"]) > 20
+    assert whole["points"][whole["picked"]] == frontier["points"][0]
     assert Image.open(tmp_path / "c" / "frontier.png").size[0] > 800
+    figures(capsys, *argv, "--force", "--recipe", "minmax-w4a4")
+    assert not list((tmp_path / "c").glob("frontier.*"))
 
 
 def test_eval_of_a_checkpoint(quantized, capsys):

@@ -25,9 +25,9 @@ def draw_frontier(record: dict[str, Any], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=10)
     *curves, bars = figure.subplots(1, len(axes) + 1)
     for plot, axis in zip(curves, axes):
-        plot.plot(
-            [p[axis] for p in points], [p["error"] for p in points], "." if len(axes) > 1 else ".-", color="#1b6ca8"
-        )
+        # With two axes each curve is a projection, no staircase.
+        style = "." if len(axes) > 1 else ".-"
+        plot.plot([p[axis] for p in points], [p["error"] for p in points], style, color="#1b6ca8")
         plot.plot(picked[axis], picked["error"], "o", color="#b9501b", label="picked")
         plot.axvline(record["budget"][axis], color="#b9501b", linewidth=0.8, linestyle="--", label="budget")
         plot.set_xlabel(LABELS[axis])
@@ -43,5 +43,5 @@ def draw_frontier(record: dict[str, Any], path: Path, title: str) -> None:
     bars.set_yticks(rows, names, fontsize=max(3, min(8, 200 // len(names))))
     bars.invert_yaxis()
     bars.set_xlabel("bits")
-    bars.legend(frameon=False, fontsize=8, loc="lower left")
+    bars.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     figure.savefig(path, dpi=130)

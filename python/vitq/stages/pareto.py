@@ -271,8 +271,8 @@ def _record(
 
     ``points``: by rising cost, each with Σ Ω, its cost on every axis as a fraction of float32's and, for each component
     in the order of ``sensitivity``, one character of ``0..9a..zA..Z`` that counts into ``choices``. ``picked``: index
-    of the point, ``picked_bits``: component -> bits of weights and activations there. ``latency_ms``: the measured table,
-    component -> one time per choice.
+    of the point, ``picked_bits``: component -> bits of weights and activations there. ``latency_ms``: the measured
+    table, component -> one time per choice.
     """
     points = []
     for error, chosen in zip(frontier.errors.tolist(), frontier.chosen.tolist()):
