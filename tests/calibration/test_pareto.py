@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.special import rel_entr, softmax
+from vitq.allocation import frontier
 from vitq.allocation.costs import Layer
 from vitq.allocation.frontier import Component, pareto_frontier
 from vitq.allocation.plot import draw_frontier
@@ -46,16 +47,29 @@ def totals(components, chosen):
     return error, cost
 
 
+def check_against_brute_force(components):
+    found = pareto_frontier(components)
+    points = {totals(components, c) for c in itertools.product(*(range(len(x.errors)) for x in components))}
+    beaten = {p for p in points if any(q != p and q[0] <= p[0] and all(map(int.__le__, q[1], p[1])) for q in points)}
+    got = [(float(e), tuple(c)) for e, c in zip(found.errors, found.costs.tolist())]
+    assert set(got) == points - beaten
+    assert len(got) == len(set(got))
+    assert [totals(components, c) for c in found.chosen.tolist()] == got
+
+
 @settings(max_examples=150, deadline=None)
 @given(instances())
 def test_the_frontier_is_what_brute_force_leaves(components):
-    frontier = pareto_frontier(components)
-    points = {totals(components, c) for c in itertools.product(*(range(len(x.errors)) for x in components))}
-    beaten = {p for p in points if any(q != p and q[0] <= p[0] and all(map(int.__le__, q[1], p[1])) for q in points)}
-    got = [(float(e), tuple(c)) for e, c in zip(frontier.errors, frontier.costs.tolist())]
-    assert set(got) == points - beaten
-    assert len(got) == len(set(got))
-    assert [totals(components, c) for c in frontier.chosen.tolist()] == got
+    check_against_brute_force(components)
+
+
+def test_a_greedy_frontier_is_found_out(monkeypatch):
+    """A plausible shortcut, dropping what lies above the convex hull, loses the point (1, 3)."""
+    components = [Component("a", (4.0, 3.0, 0.0), ((0,), (1,), (2,)))]
+    check_against_brute_force(components)
+    monkeypatch.setattr(frontier, "_undominated", lambda costs, errors: np.array([0, 2]))
+    with pytest.raises(AssertionError):
+        check_against_brute_force(components)
 
 
 def optimum(components, limits) -> float:
@@ -68,23 +82,23 @@ def optimum(components, limits) -> float:
         one[i, start : start + len(c.errors)] = 1
         start += len(c.errors)
     constraints = [LinearConstraint(one, 1, 1), LinearConstraint(costs, -np.inf, limits)]
-    found = milp(errors, integrality=1, bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 0})
-    return found.fun if found.success else np.inf
+    best = milp(errors, integrality=1, bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 0})
+    return best.fun if best.success else np.inf
 
 
 @settings(max_examples=40, deadline=None)
 @given(instances(most=7), st.lists(st.floats(0, 1), min_size=2, max_size=2))
 def test_every_budget_gets_the_optimum_of_the_integer_program(components, shares):
-    frontier = pareto_frontier(components)
-    limits = [int(s * frontier.costs[:, a].max()) for a, s in zip(range(frontier.costs.shape[1]), shares)]
+    found = pareto_frontier(components)
+    limits = [int(s * found.costs[:, a].max()) for a, s in zip(range(found.costs.shape[1]), shares)]
     want = optimum(components, limits)
     if np.isinf(want):
         with pytest.raises(ValueError, match="the least costs are"):
-            frontier.pick(limits)
+            found.pick(limits)
     else:
-        picked = frontier.pick(limits)
-        assert (frontier.costs[picked] <= limits).all()
-        assert frontier.errors[picked] == pytest.approx(want, rel=1e-6, abs=1e-6)
+        picked = found.pick(limits)
+        assert (found.costs[picked] <= limits).all()
+        assert found.errors[picked] == pytest.approx(want, rel=1e-6, abs=1e-6)
 
 
 def test_the_size_of_a_vit_is_no_matter():
@@ -98,10 +112,10 @@ def test_the_size_of_a_vit_is_no_matter():
         components.append(Component(f"{block}.{role}", tuple(errors.tolist()), costs))
     for axis in (0, 1):
         one = [Component(c.name, c.errors, tuple((cost[axis],) for cost in c.costs)) for c in components]
-        frontier = pareto_frontier(one)
-        assert len(frontier) < 1000
-        for limit in frontier.costs[5 :: len(frontier) // 10, 0]:
-            assert frontier.errors[frontier.pick([limit])] == pytest.approx(optimum(one, [limit]), rel=1e-6)
+        found = pareto_frontier(one)
+        assert len(found) < 1000
+        for limit in found.costs[5 :: len(found) // 10, 0]:
+            assert found.errors[found.pick([limit])] == pytest.approx(optimum(one, [limit]), rel=1e-6)
     both = pareto_frontier(components)
     limits = np.quantile(both.costs, 0.4, axis=0).astype(int)
     assert both.errors[both.pick(limits)] == pytest.approx(optimum(components, limits), rel=1e-6)
@@ -236,6 +250,15 @@ def test_the_finished_model_has_the_bits_that_were_picked(budget, options, field
     assert point in fitting
     assert point["error"] == min(p["error"] for p in fitting)
     assert len(set(map(tuple, record["picked_bits"].values()))) > 1
+
+
+def test_layers_outside_blocks_keep_the_recipes_bits():
+    model = minmax.swin()
+    state = calibrate(model, minmax.images(model, 4), recipe({"bitops": 0.02}, bits={"weights": 6})).state
+    outside = {
+        p: l.weight.bits for p, l in state.linears().items() if p not in state.metrics["frontier"]["sensitivity"]
+    }
+    assert outside == {"patch_embed.proj": 8, "layers.1.downsample.reduction": 6, "head.fc": 8}
 
 
 def test_latency_is_measured_and_shared_by_what_runs_alike():
