@@ -81,7 +81,7 @@ def calibrate(
         calibration.progress(calibration.step, 1, 1)
     sim.requires_grad_(False)
     name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-    metrics = {**calibration.figures, **fields.pop("metrics", {})}
+    metrics = calibration.metrics | fields.pop("metrics", {})
     state = sim.export(name, recipe=recipe.plain(), metrics=metrics, **fields)
     return CalibratedModel(sim, state, seconds)
 

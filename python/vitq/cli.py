@@ -73,6 +73,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--set", dest="overrides", type=_key_value, action="append", default=[], metavar="K=V", help="override a field"
     )
+    p.add_argument(
+        "--budget",
+        type=_key_value,
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="of a mixed-precision recipe, as a fraction of float32: size=0.2, bitops=0.03, latency=0.6",
+    )
     p.add_argument("--data", default="digits", help='"digits" or an image folder (default: digits)')
     p.add_argument("--images", type=_positive, help="calibration images (default: the recipe's)")
     p.add_argument("--eval-images", type=_positive, help="evaluate on so many test images (default: all)")

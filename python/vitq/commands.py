@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import platform
@@ -27,6 +28,7 @@ from vitq_kernels.triton import warmup as warm
 
 from . import checkpoint, console, jobs, recipes
 from . import export as exporting
+from .allocation.plot import draw_frontier
 from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
@@ -97,6 +99,8 @@ def _splits(data: str, model: nn.Module, limit: int | None) -> dict[str, Any]:
 def quantize(args: argparse.Namespace) -> None:
     out = console.make(args.json)
     recipe = recipes.load_recipe(args.recipe, fast=args.fast, **dict(args.overrides))
+    if args.budget:
+        recipe = recipe.with_budget(dict(args.budget))
     if args.images:
         recipe = recipe.model_copy(
             update={"calibration": recipe.calibration.model_copy(update={"images": args.images})}
@@ -112,8 +116,13 @@ def quantize(args: argparse.Namespace) -> None:
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
     with _progress() as progress:
         done = jobs.quantize(model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress)
-    state = replace(done.state, metrics={**done.state.metrics, "calibration_s": done.seconds})
-    checkpoint.save(target, state, overwrite=args.force)
+    metrics = done.state.metrics | {"calibration_s": done.seconds}
+    frontier = metrics.get("frontier")
+    if frontier is not None:
+        # The other points, hundreds to thousands, are a file beside the checkpoint's own.
+        metrics["frontier"] = frontier | {"points": [frontier["points"][frontier["picked"]]], "picked": 0}
+    checkpoint.save(target, replace(done.state, metrics=metrics), overwrite=args.force)
+    _write_frontier(target, frontier, f"{source.name}, {recipe.name}")
     if not args.work_dir:
         shutil.rmtree(work, ignore_errors=True)
     record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}
@@ -130,6 +139,17 @@ def quantize(args: argparse.Namespace) -> None:
             f"{run['size_bytes_float'] / 1e6:.2f} MB -> {run['size_bytes_integer'] / 1e6:.2f} MB"
         )
     _emit(args, record)
+
+
+def _write_frontier(folder: Path, frontier: dict[str, Any] | None, title: str) -> None:
+    """``frontier.json`` and, where matplotlib is there, ``frontier.png``; those of an earlier checkpoint go."""
+    data, picture = folder / "frontier.json", folder / "frontier.png"
+    data.unlink(missing_ok=True)
+    picture.unlink(missing_ok=True)
+    if frontier is not None:
+        data.write_text(json.dumps(frontier, indent=1) + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            draw_frontier(frontier, picture, title)
 
 
 def _reasons(integer: nn.Module) -> str:

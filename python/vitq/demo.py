@@ -88,7 +88,7 @@ def _run(model, source, name, splits, reference, folder, title, progress) -> lis
     done = jobs.quantize(
         model, source, recipe, "digits", progress=lambda step, i, n: progress(f"{title}: {step}", i, n)
     )
-    state = replace(done.state, metrics={**done.state.metrics, "calibration_s": done.seconds})
+    state = replace(done.state, metrics=done.state.metrics | {"calibration_s": done.seconds})
     checkpoint.save(folder, state, overwrite=True)
     # What is evaluated and timed is what a user loads.
     integer = checkpoint.load(folder)

@@ -53,7 +53,7 @@ def set_weight(
 
     Args: importance [K] of the columns' squared errors; table: replace uniform levels by a table fitted to the weight.
     """
-    if table:
+    if table and spec.bits < 8:  # 8-bit levels are the whole grid
         spec = weight_table(weight, spec, importance)
     linear.quant.set(spec, weight_scale(weight, spec, importance, search.method, search.norm, search.steps))
 
@@ -62,7 +62,7 @@ def set_activation(
     linear: SimLinear, rows: Tensor, spec: QuantSpec | None, search: Search, table: bool = False
 ) -> None:
     """Quantize what enters ``linear`` by ``spec``, static ranges from ``rows`` [T, K] (after the subspace, if any)."""
-    if spec is not None and table:
+    if spec is not None and table and spec.bits < 8:
         spec = activation_table(rows, spec)
     if spec is None or spec.dynamic:
         linear.act.set(spec)

@@ -92,6 +92,23 @@ class WorkDir:
         apply_snapshot(sim.model.get_submodule(unit), tensors, meta)
         return ranks
 
+    def note(self, name: str, values: Any) -> None:
+        """Store plain JSON values as ``<name>.json``."""
+        _write(self.path / f"{name}.json", json.dumps(values, indent=1).encode())
+
+    def noted(self, name: str) -> Any:
+        """What :meth:`note` stored; None if there is nothing.
+
+        Raises: ValueError for a file that cannot be read.
+        """
+        file = self.path / f"{name}.json"
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"work_dir: {file} cannot be read ({error}); delete it to compute it again") from error
+
 
 def _write(path: Path, data: bytes) -> None:
     partial = path.with_suffix(".partial")

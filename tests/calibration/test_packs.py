@@ -216,7 +216,7 @@ def test_elements_by_hand():
 def test_packs_cover_every_run_of_blocks(build, runs):
     c = calibration(build(**({"depth": 3} if build is minmax.vit else {})))
     step(c, "allocate", "packs", cap=2)
-    figures = c.figures["packs"]
+    figures = c.metrics["packs"]
     assert [[b["path"] for b in f["blocks"]] for f in figures] == names(c)
     assert [b for pack in names(c) for b in pack] == [u.path for u in c.sim.sequence if hasattr(u, "linears")]
     assert max(map(len, names(c))) <= 2
@@ -227,7 +227,7 @@ def test_packs_cover_every_run_of_blocks(build, runs):
         assert [len(p) for p in edges] == [b - a for a, b in pack([b["curvature"] for b in blocks], 2)]
         start += length
     assert all(f["bits"] == 4 and f["elements"] > 0 for f in figures)
-    assert c.figures.keys() == {"packs"}
+    assert c.metrics.keys() == {"packs"}
 
 
 @pytest.mark.parametrize("precision", ["greedy", "optimal"])

@@ -62,6 +62,22 @@ def test_quantize_evaluates_and_times_on_the_spot(tmp_path, capsys):
     assert not target.with_name("c.work").exists()
 
 
+def test_a_budget_picks_a_point_of_the_frontier(tmp_path, capsys):
+    argv = ["quantize", NAME, str(tmp_path / "c"), "--recipe", "pmq-mixed", "--images", "4", "--no-eval"]
+    figures(capsys, *argv, "--budget", "size=0.17")
+    metrics = checkpoint.load_state(tmp_path / "c")[0].metrics
+    frontier = metrics["frontier"]
+    assert metrics["calibration_s"] > 0
+    assert frontier["budget"] == {"size": 0.17}
+    assert 0.15 < frontier["points"][frontier["picked"]]["size"] <= 0.17
+    whole = json.loads((tmp_path / "c" / "frontier.json").read_text())
+    assert len(whole["points"]) > 20
+    assert whole["points"][whole["picked"]] == frontier["points"][0]
+    assert Image.open(tmp_path / "c" / "frontier.png").size[0] > 800
+    figures(capsys, *argv, "--force", "--recipe", "minmax-w4a4")
+    assert not list((tmp_path / "c").glob("frontier.*"))
+
+
 def test_eval_of_a_checkpoint(quantized, capsys):
     record = figures(capsys, "eval", str(quantized), "--split", "test", "--limit", "32")
     rows = {row["mode"]: row for row in record["rows"]}
@@ -116,6 +132,8 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["quantize", NAME, "OUT", "--set", "bits.weights"], "is not of the form key=value"),
         (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--set", 'bits={"weights": 1}'], "bits.weights is 1"),
         (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--set", "colour=3"], "colour is no field"),
+        (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--budget", "size=1"], "no step of recipe minmax-w4a4"),
+        (["quantize", NAME, "OUT", "--recipe", "pmq-mixed", "--budget", "weight=1"], "budget.weight is no field"),
         (["quantize", NAME, "OUT", "--data", "/nowhere"], "/nowhere"),
         (["quantize", NAME, "OUT", "--images", "0"], "'0' is not a positive whole number"),
         (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--images", "100000"], "between 1 and 1097"),

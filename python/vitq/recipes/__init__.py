@@ -112,6 +112,19 @@ class Recipe(_Model):
             out[stage] = [{"method": s.method, **s.options.model_dump(mode="json")} for s in getattr(self, stage)]
         return out
 
+    def with_budget(self, budget: dict[str, Any]) -> Recipe:
+        """The recipe with ``budget`` (such as {"size": 0.2}) for what its allocation may spend.
+
+        Raises: ValueError if no step of ``allocate`` has a budget, or it takes no such one.
+        """
+        plain = self.plain()
+        spending = [step for step in plain["allocate"] if "budget" in step]
+        if not spending:
+            raise ValueError(f"budget is given and no step of recipe {self.name} has one, expected such as pmq-mixed")
+        for step in spending:
+            step["budget"] = budget
+        return parse(plain, f"recipe {self.name}")
+
     def weight_spec(self, boundary: bool) -> QuantSpec:
         """Without a level table: that is fitted later."""
         return QuantSpec(self.bits.boundary if boundary else self.bits.weights, granularity="per_channel")

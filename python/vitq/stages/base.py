@@ -93,8 +93,8 @@ class Calibration:
         sim: the model being quantized. reference: its float twin, transformed alike, from ``initialise`` on.
         images: [B, C, H, W] calibration images. recipe: the validated recipe. seed: of every random choice.
         work: where finished units are kept for resuming, or None. progress: called with (what, done, total).
-        ranks, packs: what ``allocate`` chose. figures: plain JSON values that methods leave for reports (they end in
-            the state's metrics).
+        ranks, packs: what ``allocate`` chose.
+        metrics: plain JSON values that methods leave in the finished model's state.
     """
 
     sim: SimModel
@@ -106,7 +106,7 @@ class Calibration:
     reference: SimModel | None = None
     ranks: dict[str, int] = field(default_factory=dict)
     packs: list[Pack] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     step: str = ""
     _observed: Observations | None = field(default=None, repr=False)
 

@@ -6,7 +6,7 @@ model's output: what can be undone of the errors so far is undone here. No gradi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -117,7 +117,9 @@ def _solve(
     if spec is not None and options.activations is not None:
         sample = residual[:: max(1, residual.shape[0] // 4096)]
         table = recipe.activation_levels == "table" and not boundary
-        set_activation(linear, sample, recipe.activation_spec(boundary), options.activations, table)
+        # What was allocated to this layer, in the recipe's form.
+        wanted = replace(recipe.activation_spec(boundary), bits=spec.bits)
+        set_activation(linear, sample, wanted, options.activations, table)
     with torch.no_grad():
         seen = residual if spec is None else torch.mul(*linear.act(residual))
     m = _Moments.of(seen, y, side)
@@ -153,9 +155,8 @@ def _merged(delta: Tensor, c: Tensor, rank: int, damping: float) -> tuple[Tensor
 
 
 def _round(recipe, options: ClosedFormOptions, linear: SimLinear, target: Tensor, c: Tensor, boundary: bool) -> None:
-    spec, table = recipe.weight_spec(boundary), recipe.weight_levels == "table" and not boundary
-    if linear.quant.spec.bits != spec.bits:
-        spec = linear.quant.spec
+    spec = replace(recipe.weight_spec(boundary), bits=linear.quant.spec.bits)
+    table = recipe.weight_levels == "table" and not boundary
     linear.weight.data = target.float()
     with torch.no_grad():
         effective = linear.effective_weight()

@@ -109,8 +109,8 @@ def packs(calibration: Calibration, options: PackOptions) -> None:
                 for block in each.blocks:
                     _set_bits(calibration, options, block, b)
         spent = sum(n * b for n, b in zip(of_packs, bits)) + fixed
-        calibration.figures["average_element_bits"] = spent / sum(sizes.values())
-    calibration.figures["packs"] = [
+        calibration.metrics["average_element_bits"] = spent / sum(sizes.values())
+    calibration.metrics["packs"] = [
         {
             "blocks": [{"path": block.path, **asdict(scores[block.path])} for block in each.blocks],
             "sensitivity": omega,

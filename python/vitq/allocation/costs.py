@@ -1,0 +1,64 @@
+"""What a linear layer costs at given bits: bytes, bit operations, measured time. All whole numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from vitq_kernels.formats import LinearState
+from vitq_kernels.nn import QLinear
+
+from ..bench.latency import compare
+
+# What the float model is counted at, and what a low-rank branch is stored and multiplied in.
+FLOAT_BITS, BRANCH_BITS = 32, 16
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer's work: N out features, K in features, rows multiplied per image, rank of its side branch."""
+
+    n: int
+    k: int
+    rows: int
+    rank: int = 0
+
+    def size(self, weight_bits: int) -> int:
+        """Bytes: codes at their true width, float32 scales, float16 branch."""
+        return -(-self.n * self.k * weight_bits // 8) + 4 * self.n + self.rank * (self.n + self.k) * BRANCH_BITS // 8
+
+    def bitops(self, weight_bits: int, act_bits: int) -> int:
+        """Bit operations per image: MAC·b_w·b_a, the branch at 16 x 16 bits."""
+        branch = self.rank * (self.n + self.k) * BRANCH_BITS**2
+        return self.rows * (self.n * self.k * weight_bits * act_bits + branch)
+
+    @property
+    def float_size(self) -> int:
+        return self.n * self.k * FLOAT_BITS // 8
+
+    @property
+    def float_bitops(self) -> int:
+        return self.rows * self.n * self.k * FLOAT_BITS**2
+
+
+def latency(layer: Layer, states: list[LinearState], batch: int, seconds: float) -> tuple[list[int], int]:
+    """Median nanoseconds of the integer layer (quantizing its float input, product, branch) and of the float32 one.
+
+    Measured in turn on this machine with torch's current threads, on ``batch`` images' rows. States that run from the
+    same layout are the same kernel on as many bytes (5..8-bit weights all live in int8, 2..4 in int4): they share one
+    measurement, so that noise makes no difference between them.
+
+    Args: states: of the layer, one per choice of bits; seconds: about how long each measurement takes.
+    Returns: nanoseconds per state, and of the float layer.
+    """
+    x = torch.randn(batch * layer.rows, layer.k, generator=torch.Generator().manual_seed(0))
+    weight = torch.zeros(layer.n, layer.k)
+    modules = [QLinear.from_state(state) for state in states]
+    names = [f"{module.layout}, table={module.weight_spec.table is not None}" for module in modules]
+    calls = {name: lambda module=module: module(x) for name, module in zip(names, modules)}
+    with torch.inference_mode():
+        times = compare({"float": lambda: functional.linear(x, weight), **calls}, seconds)
+    nanoseconds = {name: round(1e6 * timing.median) for name, timing in times.items()}
+    return [nanoseconds[name] for name in names], nanoseconds["float"]
