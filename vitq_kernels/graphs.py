@@ -1,6 +1,6 @@
 """CUDA graphs of a whole model: one recorded graph per batch size, replayed for any request.
 
-At small batches a model is bound by its launches (about 5 µs each from Python); a replay is one launch for all of them.
+At small batches a model is bound by its launches; a replay is one launch for all of them.
 """
 
 from __future__ import annotations

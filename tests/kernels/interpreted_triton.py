@@ -10,6 +10,7 @@ import test_quantize as quantize_tests
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import spoiled_launch
 from torch import nn
 
 import vitq_kernels as vk
@@ -289,18 +290,6 @@ def test_modules_agree_with_the_oracle(kind, dynamic):
     assert error < 0.02
 
 
-def _launching(change):
-    """host.launch whose arguments ``change(kernel, by name)`` has spoiled."""
-    launch = host.launch
-
-    def spoiled(kernel, grid, arguments, device, **options):
-        named = dict(zip(kernel.arg_names, arguments, strict=True))
-        change(kernel.__name__, named)
-        launch(kernel, grid, tuple(named.values()), device, **options)
-
-    return spoiled
-
-
 def _finish_early(a):
     """As if one program of every row tile had been counted twice: the last one's share is missing."""
     a["counters"].view(-1, 3)[:, 0] += 1
@@ -330,7 +319,7 @@ def test_planted_gather_bugs_are_caught(bug, rank, monkeypatch):
     gather = torch.tensor([5, -1, 0, 0, 6, -1, 2, 3], dtype=torch.int32)
     a = vk.ActQuant(scale=torch.tensor([0.03]), lora_down=directions(rank, 40) if rank else None)
     layer_norm_tests.check(x, None, None, a, "triton", gather=gather)
-    monkeypatch.setattr(host, "launch", _launching(lambda kernel, named: GATHER_BUGS[bug](named)))
+    monkeypatch.setattr(host, "launch", spoiled_launch(lambda kernel, named: GATHER_BUGS[bug](named)))
     with pytest.raises(AssertionError, match=r"\d+ of \d+ (elements|codes) off"):
         layer_norm_tests.check(x, None, None, a, "triton", gather=gather)
 
@@ -347,6 +336,6 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
         monkeypatch.setattr(linear_tests, "unpack_weight", lambda weight: vk.unpack_weight(right))
         case = (case[0], wrong, *case[2:])
     else:
-        monkeypatch.setattr(host, "launch", _launching(BUGS[bug]))
+        monkeypatch.setattr(host, "launch", spoiled_launch(BUGS[bug]))
     with pytest.raises(AssertionError, match=r"\d+ of \d+ (elements|codes) off"):
         check_fused(*case, a)

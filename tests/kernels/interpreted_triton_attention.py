@@ -5,6 +5,7 @@ import pytest
 import test_qattention as attention_tests
 import torch
 from attention_oracle import assert_attention
+from interpreter import spoiled_launch
 
 import vitq_kernels as vk
 from vitq_kernels import tuning
@@ -258,18 +259,6 @@ def test_stages_of_odd_products():
         assert torch.equal(attention.focus_position(strided, *args)[0], position)
 
 
-def _launching(change):
-    """host.launch whose arguments ``change(by name)`` has spoiled."""
-    launch = host.launch
-
-    def spoiled(kernel, grid, arguments, device, **options):
-        named = dict(zip(kernel.arg_names, arguments, strict=True))
-        change(named)
-        launch(kernel, grid, tuple(named.values()), device, **options)
-
-    return spoiled
-
-
 BUGS = {
     "last key": lambda a: a.update(Nk=a["Nk"] - 1),
     "half a code": lambda a: a.update(gain=a["gain"] * 0.98),
@@ -288,7 +277,7 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
     data = make(b=2, h=2, nq=12, nk=40, d=16, scales="per_token", bias=True, mask=(2, True))
     focus = FOCUSES["row8"]
     assert_attention(call(data, focus), *oracle_args(data, focus))
-    monkeypatch.setattr(host, "launch", _launching(BUGS[bug]))
+    monkeypatch.setattr(host, "launch", spoiled_launch(lambda _, named: BUGS[bug](named)))
     got = call(data, focus)
     with pytest.raises(AssertionError, match="wrong"):
         assert_attention(got, *oracle_args(data, focus))

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from interpreted_triton import TABLE, check_fused, directions, generator
+from interpreter import spoiled_launch
 from triton.runtime import interpreter
 
 import vitq_kernels as vk
@@ -271,18 +272,6 @@ def test_a_block_is_six_launches(recipe):
     assert (got - want).abs().max() < 0.02 * (want - x).abs().max()
 
 
-def _launching(change):
-    """host.launch whose arguments ``change(by name)`` has spoiled."""
-    launch = host.launch
-
-    def spoiled(kernel, grid, arguments, device, **options):
-        named = dict(zip(kernel.arg_names, arguments, strict=True))
-        change(named)
-        launch(kernel, grid, tuple(named.values()), device, **options)
-
-    return spoiled
-
-
 def _finish_early(a):
     """Counters that say one too many, as a launch would leave them that does not reset them."""
     a["counters"].view(-1, 3)[:, 0] += 1
@@ -308,14 +297,14 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
     case = linear_tests.make_case(generator(5), 37, 70, 144, 0, "w4", True, per_row=False)
     check = (NORM, vk.ActQuant(), torch.float32, "triton")
     linear_tests.check_norm_quantize(*case, *check)
-    monkeypatch.setattr(host, "launch", _launching(BUGS[bug]))
+    monkeypatch.setattr(host, "launch", spoiled_launch(lambda _, named: BUGS[bug](named)))
     with pytest.raises(AssertionError, match=r"\d+ of \d+ (elements|codes) off"):
         linear_tests.check_norm_quantize(*case, *check)
 
 
 def test_counters_that_are_left_are_found(monkeypatch):
     monkeypatch.setattr(host, "_counters", {})
-    monkeypatch.setattr(host, "launch", _launching(lambda a: a["counters"].view(-1, 3)[:, 2].add_(1)))
+    monkeypatch.setattr(host, "launch", spoiled_launch(lambda _, a: a["counters"].view(-1, 3)[:, 2].add_(1)))
     run("static, t", False)
     with pytest.raises(AssertionError, match="counters are left"):
         counters_are_zero()

@@ -25,7 +25,7 @@ import triton.language as tl
 COUNTERS = tl.constexpr(3)
 """Per row tile: programs that have arrived, units taken, programs that have left."""
 LOOKS = tl.constexpr(8)
-"""How often a program that may wait looks, at about half a microsecond each: tiles of one wave end closer together."""
+"""How often a program that may wait looks; estimated half a microsecond each: tiles of a wave end closer together."""
 
 
 @triton.jit

@@ -150,6 +150,11 @@ def power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
     return min(max(1 << max(n - 1, 0).bit_length(), low), high)
 
 
+def dense(x: Tensor | None) -> Tensor | None:
+    """``x`` contiguous, copied only where it is not."""
+    return None if x is None else x.contiguous()
+
+
 @dataclass(frozen=True)
 class Rows:
     """A [..., K] tensor as M rows: row m starts at (m // inner)·outer_stride + (m % inner)·row_stride.

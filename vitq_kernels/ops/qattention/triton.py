@@ -373,10 +373,6 @@ def _codes(x: Tensor) -> tuple:
     return (x, *_strides(x, 3))
 
 
-def _dense(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.contiguous()
-
-
 def _form(scale: Tensor) -> int:
     """Of a scale: 0 per tensor, 1 per head, 2 per token."""
     return 2 if scale.dim() == 3 else 0 if scale.numel() == 1 else 1
@@ -549,9 +545,10 @@ def qattention_quantize(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     q, k, scatter, tokens = *arguments[:2], *arguments[17:]
     if q.numel() == 0 or k.shape[2] == 0:
         return quantize_triton.quantize(_attend(arguments, torch.float32), *quant)
-    rows = q.shape[0] * q.shape[2]
+    shape = q.shape[0], q.shape[2], q.shape[1] * q.shape[3]
     if scatter is not None:
-        rows = rows // scatter.numel() * tokens
+        shape = shape[0] * shape[1] // scatter.numel(), tokens, shape[2]
+    rows = shape[0] * shape[1]
     rank = rank_of(lora_down)
     # A head's tile has what it takes for static scales, and for dynamic ones that are the head's own.
     by_tile = groups == q.shape[1] if scale is None else scale.dim() == 1 or groups == 1
@@ -559,9 +556,16 @@ def qattention_quantize(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     device, f32 = q.device, torch.float32
     out_scale = torch.empty((rows, groups) if scale is None else (0,), dtype=f32, device=device)
     t = torch.empty((rows, rank) if lora_down is not None else (0,), dtype=f32, device=device)
-    images, width = (q.shape[0], q.shape[2]) if scatter is None else (rows // tokens, tokens), q.shape[1] * q.shape[3]
-    codes = torch.empty((*images, width), dtype=torch.int8, device=device) if finish else None
-    tensors = (_dense(scale), _dense(row_qmax), _dense(lut), out_scale, _dense(lora_down) if rank else None, t, codes)
+    codes = torch.empty(shape, dtype=torch.int8, device=device) if finish else None
+    tensors = (
+        host.dense(scale),
+        host.dense(row_qmax),
+        host.dense(lut),
+        out_scale,
+        host.dense(lora_down) if rank else None,
+        t,
+        codes,
+    )
     clamp = (float(qmin - zero_point), float(qmax - zero_point), zero_point)
     prepared = _Quant(*tensors, groups, clamp, finish, subspace and rank > 0)
     out = _attend(arguments, f32 if finish else torch.int8, prepared)

@@ -267,10 +267,6 @@ def _product(
         leave(counters, parts)
 
 
-def _dense(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.contiguous()
-
-
 def _configure(device: torch.device, kind: str, m: int, n: int, k: int) -> tuning.Config:
     """The table's tiles, cut down to what the shape can fill."""
     config = tuning.lookup(device, kind, m, n)
@@ -334,11 +330,11 @@ def _launch(
         None if x_zero_point == 0 else col_sum,
         w_lut,
         w_scale.contiguous(),
-        _dense(lora_t),
-        _dense(lora_up),
-        _dense(bias),
-        _dense(layer_scale),
-        _dense(residual),
+        host.dense(lora_t),
+        host.dense(lora_up),
+        host.dense(bias),
+        host.dense(layer_scale),
+        host.dense(residual),
         out,
         *map(quant.tensors.get, _QUANT_TENSORS),
         counters,
@@ -449,16 +445,16 @@ def _quantized(
         out = torch.empty((m, n), dtype=f32, device=device)
     gamma, beta, eps = norm or (None, None, None)
     tensors = {
-        "scale": _dense(scale),
-        "row_qmax": _dense(row_qmax),
-        "lut": _dense(lut),
+        "scale": host.dense(scale),
+        "row_qmax": host.dense(row_qmax),
+        "lut": host.dense(lut),
         "out_scale": out_scale,
-        "lora_down": _dense(lora_down) if rank else None,
+        "lora_down": host.dense(lora_down) if rank else None,
         "t_out": t,
         "shares": shares,
         "codes": codes if finish == ROWS else None,
-        "norm_weight": _dense(gamma),
-        "norm_bias": _dense(beta),
+        "norm_weight": host.dense(gamma),
+        "norm_bias": host.dense(beta),
     }
     clamp = (float(qmin - zero_point), float(qmax - zero_point), zero_point)
     prepared = _Quant(tensors, rank, groups, clamp, tile_groups, finish, eps, subspace and rank > 0)

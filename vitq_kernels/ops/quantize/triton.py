@@ -449,10 +449,10 @@ def quantize_rows(
         return q, out_scale, t
     gamma, beta, eps = norm or (None, None, 0.0)
     low, high = qmin - zero_point, qmax - zero_point  # dynamic scales have no zero point: absmax becomes qmax
-    windows = (None, None, None) if gather is None else (_dense(gather), gather.shape[0], tokens)
-    inputs = (*rows.arguments, *windows, _dense(gamma), _dense(beta))
+    windows = (None, None, None) if gather is None else (host.dense(gather), gather.shape[0], tokens)
+    inputs = (*rows.arguments, *windows, host.dense(gamma), host.dense(beta))
     scale_stride = groups if scale is not None and scale.dim() == 2 else 0
-    epilogue = (_dense(scale), scale_stride, _dense(row_qmax), _dense(lut))
+    epilogue = (host.dense(scale), scale_stride, host.dense(row_qmax), host.dense(lut))
     floats = (float(k), float(eps), float(low), float(high), zero_point)
     fill = host.processors(device)
     width = k // groups
@@ -466,16 +466,12 @@ def quantize_rows(
     else:
         padded_rank = host.power_of_2(rank, 16)
         block_m, block_k = ROWS, chunk_columns(rank)
-        arguments = (*inputs, *epilogue, _dense(lora_down), q, out_scale, t, m, k, rank, groups, width, *floats)
+        arguments = (*inputs, *epilogue, host.dense(lora_down), q, out_scale, t, m, k, rank, groups, width, *floats)
         wide = host.power_of_2(width if norm is None else k, 16, 256)
         constants = (norm is not None, subspace, padded_rank, block_m, block_k, wide)
         warps = 4 if padded_rank <= 64 else 8
         host.launch(_chunked, (host.ceil_div(m, block_m),), (*arguments, *constants), device, num_warps=warps)
     return q, out_scale, t
-
-
-def _dense(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.contiguous()
 
 
 def quantize(x: Tensor, *quant) -> tuple[Tensor, Tensor, Tensor]:
