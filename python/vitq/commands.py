@@ -32,7 +32,7 @@ from .allocation.plot import draw_frontier
 from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
-from .data import load_data
+from .data import load_data, splits
 from .evaluate import agreement, predict, sqnr_db, top1
 from .models import adapter_for
 from .restore import to_simulated
@@ -92,8 +92,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _splits(data: str, model: nn.Module, limit: int | None) -> dict[str, Any]:
-    names = ("test", "hard") if data == "digits" else ("test",)
-    return {name: load_data(data, name, model, limit) for name in names}
+    return {name: load_data(data, name, model, limit) for name in splits(data)}
 
 
 def quantize(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Images to calibrate and to evaluate with: the bundled digits or any image folder."""
+"""Images to calibrate and to evaluate with: bundled ones (digits, contours) or any image folder."""
 
 from pathlib import Path
 
@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from . import digits
-from .digits import calibration_images, load_digits
+from .bundled import augment_fraction, draw
+from .contours import CONTOUR_SET
+from .digits import DIGITS, calibration_images, load_digits
 from .folder import data_config, evaluation_transform, load_folder
 
 __all__ = [
+    "BUNDLED",
     "calibration_images",
     "data_config",
     "evaluation_transform",
@@ -18,15 +20,24 @@ __all__ = [
     "load_data",
     "load_digits",
     "load_folder",
+    "splits",
 ]
+
+#: Image sets that a name stands for.
+BUNDLED = {images.name: images for images in (DIGITS, CONTOUR_SET)}
+
+
+def splits(source: str | Path) -> tuple[str, ...]:
+    """The splits of `source` to evaluate on."""
+    return tuple(name for name in BUNDLED[source].counts if name != "train") if source in BUNDLED else ("test",)
 
 
 def load_data(source: str | Path, split: str, model: nn.Module, limit: int | None = None, *, seed: int = 0) -> Dataset:
     """A split as a data set of (image [C, H, W] float32, label) pairs, preprocessed as `model` expects.
 
     Args:
-        source: "digits", or the path of an image folder (see `load_folder` for its layout).
-        split: "train", "test", or for the digits also "hard".
+        source: "digits", "contours", or the path of an image folder (see `load_folder` for its layout).
+        split: "train", "test", or for the bundled ones also "hard".
         model: a timm model; its configuration decides image size and normalisation.
         limit: how many images, drawn without repetition under `seed` and kept in the split's order; None
             takes them all.
@@ -34,13 +45,13 @@ def load_data(source: str | Path, split: str, model: nn.Module, limit: int | Non
     Returns:
         Map-style data set with a length; feed it to a DataLoader.
     Raises:
-        ValueError: what `load_digits` and `load_folder` refuse, or `limit` below 1 or above what there is.
+        ValueError: what `Bundled.load` and `load_folder` refuse, or `limit` below 1 or above what there is.
         ImportError: the digits without scikit-learn.
     """
-    if source == "digits":
-        return load_digits(split, limit=limit, seed=seed, **_digits_format(model))
+    if source in BUNDLED:
+        return BUNDLED[source].load(split, limit=limit, seed=seed, **_square_format(source, model))
     data = load_folder(source, split, model)
-    return Subset(data, digits.draw(len(data), limit, seed, f"split {split!r} of '{source}'").tolist())
+    return Subset(data, draw(len(data), limit, seed, f"split {split!r} of '{source}'").tolist())
 
 
 def load_calibration(source: str | Path, model: nn.Module, n: int, *, seed: int = 0, augment: float = 0.0) -> Tensor:
@@ -52,26 +63,26 @@ def load_calibration(source: str | Path, model: nn.Module, n: int, *, seed: int 
         n: number of images.
         seed: chooses images and augmentation.
         augment: fraction of images, in [0, 1], under the mild shift, rotation, blur and noise of
-            `digits.TRAIN`.
+            `distort.TRAIN`.
     Returns:
         [n, C, H, W] float32.
     Raises:
         ValueError: as for `load_data`, or `augment` outside [0, 1].
     """
-    if source == "digits":
-        return calibration_images(n, seed, augment, **_digits_format(model))
+    if source in BUNDLED:
+        return BUNDLED[source].calibration(n, seed, augment, **_square_format(source, model))
     images = torch.stack([image for image, _ in load_data(source, "train", model, n, seed=seed)])
     config = data_config(model)
     mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     generator = torch.Generator().manual_seed(seed)
     images = images[torch.randperm(n, generator=generator)]
-    return (digits.augment_fraction(images * std + mean, augment, generator) - mean) / std
+    return (augment_fraction(images * std + mean, augment, generator) - mean) / std
 
 
-def _digits_format(model: nn.Module) -> dict:
-    """`load_digits`' keyword arguments for `model`."""
+def _square_format(source: str, model: nn.Module) -> dict:
+    """The keyword arguments of `Bundled.load` for `model`."""
     config = data_config(model)
     channels, height, width = config["input_size"]
     if channels != 3 or height != width:
-        raise ValueError(f"the digits are square 3-channel images, the model expects {config['input_size']}")
+        raise ValueError(f"the {source} are square 3-channel images, the model expects {config['input_size']}")
     return {"size": height, "mean": config["mean"], "std": config["std"]}

@@ -1,5 +1,6 @@
 """Seeded image distortions: the training augmentation and the harder test split share one function."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,10 @@ class Distortion:
     scale: float = 0.0
     blur: float = 0.0
     noise: float = 0.0
+
+
+#: What a training digit undergoes, and the augmented part of any calibration set.
+TRAIN = Distortion(shift=0.08, rotate=12.0, scale=0.1, blur=0.02, noise=0.1)
 
 
 def distort(images: Tensor, limits: Distortion, generator: torch.Generator) -> Tensor:
@@ -54,8 +59,7 @@ def distort(images: Tensor, limits: Distortion, generator: torch.Generator) -> T
     matrix = torch.stack([cos, -sin, shift[:, :1], sin, cos, shift[:, 1:]], -1).view(n, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     out = F.grid_sample(images.double(), grid, mode="bilinear", align_corners=False)
-    rows, columns = (_blur_matrix(side, sigma * side) for side in images.shape[2:])
-    out = rows @ out @ columns.mT
+    out = blur(out, [sigma * side for side in images.shape[2:]])
     out = out + noise * torch.randn(out.shape, dtype=torch.float64, generator=generator)
     return to_grid(out)
 
@@ -63,6 +67,15 @@ def distort(images: Tensor, limits: Distortion, generator: torch.Generator) -> T
 def to_grid(images: Tensor) -> Tensor:
     """Clamp to [0, 1] and round to multiples of 1/255. Any shape, returns float32."""
     return images.double().mul(255).round().clamp(0, 255).div(255).float()
+
+
+def blur(images: Tensor, sigma: Sequence[Tensor]) -> Tensor:
+    """Gaussian blur of `images` [N, C, H, W] float64, normalised at the border.
+
+    Args: sigma: standard deviation in pixels down the columns and along the rows, [N, 1] each.
+    """
+    rows, columns = (_blur_matrix(side, s) for side, s in zip(images.shape[2:], sigma))
+    return rows @ images @ columns.mT
 
 
 def _blur_matrix(side: int, sigma: Tensor) -> Tensor:

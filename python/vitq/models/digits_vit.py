@@ -5,7 +5,7 @@ from pathlib import Path
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from vitq.data.digits import MEAN, SIZE, STD
+from vitq.data.bundled import MEAN, SIZE, STD
 
 NAME = "vit_digits_patch4_32"
 WEIGHTS = Path(__file__).parents[1] / "assets" / f"{NAME}.safetensors"
@@ -36,7 +36,7 @@ def vit_digits_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransforme
     DeiT-Tiny's width and head size at half its depth and MLP, 1.81 M parameters: 3.6 MB as stored float16.
 
     Args:
-        pretrained: load the shipped weights (see `vitq.models.train_digits`), converted to float32.
+        pretrained: load the shipped weights (see `bench.train`), converted to float32.
         kwargs: overrides of `timm.models.vision_transformer.VisionTransformer`'s arguments.
     Returns:
         Model of images [N, 3, 32, 32] normalised by mean and std 0.5, giving logits [N, 10].
