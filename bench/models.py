@@ -1,12 +1,12 @@
-"""The models that accuracy is measured on: timm architectures at 32x32 with weights trained here (see `bench.train`)."""
+"""The models that accuracy is measured on: timm architectures at 32x32, with weights trained by `bench.train`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitq.data.bundled import MEAN, SIZE, STD
-from vitq.data.contours import CLASSES
+from vitq.data.bundled import SIZE
+from vitq.data.contours import CLASSES, MEAN, STD
 from vitq.models import digits_vit
 from vitq.sources import ModelSource
 
@@ -18,13 +18,16 @@ class Trained:
     """A model of the bench and how its weights came about.
 
     Attributes:
-        source: architecture, arguments and weights. data: the images it knows, by their name in `load_data`.
-        images: how many it was trained on, with repetition. drop_path: largest rate of stochastic depth.
+        source: architecture, arguments and weights.
+        data: the images it knows, by their name in `load_data`.
+        images: how many it was trained on, with repetition; batch: at a time.
+        drop_path: largest rate of stochastic depth.
     """
 
     source: ModelSource
     data: str
     images: int
+    batch: int = 64
     drop_path: float = 0.0
     learning_rate: float = 1e-3
 
@@ -33,18 +36,18 @@ def _contours(name: str, architecture: str, images: int, **kwargs) -> Trained:
     format = {"input_size": [3, SIZE, SIZE], "mean": list(MEAN), "std": list(STD), "crop_pct": 1.0}
     kwargs |= {"img_size": SIZE, "num_classes": CLASSES, "pretrained_cfg_overlay": format}
     source = ModelSource(architecture, pretrained=False, weights=str(ASSETS / f"{name}.safetensors"), kwargs=kwargs)
-    return Trained(source, "contours", images)
+    return Trained(source, "contours", images, batch=32)
 
 
 #: By name. Tokens: 65, 65, 65, and 256 in windows of 16.
 MODELS = {
-    "digits": Trained(ModelSource(digits_vit.NAME), "digits", 90 * 1088, 0.1),
+    "digits": Trained(ModelSource(digits_vit.NAME), "digits", 90 * 1088, drop_path=0.1),
     "vit": _contours(
-        "vit", "vit_tiny_patch16_224", 300_000, patch_size=4, embed_dim=128, depth=9, num_heads=4, mlp_ratio=3
+        "vit", "vit_tiny_patch16_224", 76_800, patch_size=4, embed_dim=128, depth=9, num_heads=4, mlp_ratio=3
     ),
-    "deit": _contours("deit", "deit_tiny_patch16_224", 160_000, patch_size=4),
+    "deit": _contours("deit", "deit_tiny_patch16_224", 64_000, patch_size=4),
     "swin": _contours(
-        "swin", "swin_tiny_patch4_window7_224", 250_000,
+        "swin", "swin_tiny_patch4_window7_224", 64_000,
         patch_size=2, window_size=4, embed_dim=48, depths=[2, 2, 4], num_heads=[2, 4, 8],
     ),
 }  # fmt: skip

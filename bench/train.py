@@ -1,4 +1,4 @@
-"""Train a model of the bench: `python -m bench.train vit [--out FILE.safetensors] [--resume FOLDER]`.
+"""Train a model of the bench: `python -m bench.train vit --out FILE.safetensors`.
 
 AdamW, linear warm-up and cosine decay, label smoothing, stochastic depth. The last weights are stored, as float16;
 accuracy on the test splits is only reported. Interrupted, the same command goes on from the last checkpoint.
@@ -26,14 +26,13 @@ from vitq.evaluate import predict, top1
 
 from bench.models import MODELS, Trained
 
-BATCH = 64
 LABEL_SMOOTHING = 0.1
-RAMP = 0.6
-EVERY = 50
+RAMP = 0.4
+EVERY = 100
 
 
-def digits_batches(seed: int, start: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (images [64, 3, 32, 32] in [0, 1], labels) of the digits, distorted anew in every epoch."""
+def digits_batches(seed: int, batch: int, start: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (images [batch, 3, 32, 32] in [0, 1], labels) of the digits, distorted anew in every epoch."""
     generator = torch.Generator().manual_seed(seed)
     pixels, labels = digits.images("train", torch.arange(digits.COUNTS["train"]))
 
@@ -41,19 +40,19 @@ def digits_batches(seed: int, start: int, steps: int) -> Iterator[tuple[Tensor, 
         while True:
             images = distort(pixels, TRAIN, generator)
             order = torch.randperm(len(labels), generator=generator)
-            for batch in order[: len(order) // BATCH * BATCH].view(-1, BATCH):
-                yield images[batch], labels[batch]
+            for part in order[: len(order) // batch * batch].view(-1, batch):
+                yield images[part], labels[part]
 
     return islice(epochs(), start, steps)
 
 
-def contours_batches(seed: int, start: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def contours_batches(seed: int, batch: int, start: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the contours, every image new; nuisances grow from nothing to their full strength, which saves half.
 
     Args: steps: length of the training; the strength is full after `RAMP` of it.
     """
     for step in range(start, steps):
-        index = torch.arange(BATCH) + ((seed << 28) + BATCH * step)
+        index = torch.arange(batch) + ((seed << 24) + batch * step)
         yield contours.images("train", index, contours.CLEAN.times(min(1.0, step / (RAMP * steps))))
 
 
@@ -76,7 +75,7 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
         lr=trained.learning_rate,
         fused=True,
     )
-    steps = trained.images // BATCH
+    steps = trained.images // trained.batch
     warmup = max(1, steps // 18)
 
     def rate(step: int) -> float:
@@ -94,7 +93,7 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
         first = progress["step"]
     mean, std = (torch.tensor(data_config(model)[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     total, right, start = 0.0, 0, time.perf_counter()
-    for step, (images, labels) in enumerate(STREAMS[trained.data](seed, first, steps), first + 1):
+    for step, (images, labels) in enumerate(STREAMS[trained.data](seed, trained.batch, first, steps), first + 1):
         logits = model((images - mean) / std)
         loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
@@ -105,7 +104,7 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
         total, right = total + loss.item(), right + int((logits.argmax(1) == labels).sum())
         if step % EVERY == 0 or step == steps:
             n = (step - 1) % EVERY + 1
-            print(f"step {step}/{steps}  loss {total / n:.4f}  top-1 {100 * right / n / BATCH:.1f} %  "
+            print(f"step {step}/{steps}  loss {total / n:.4f}  top-1 {100 * right / n / trained.batch:.1f} %  "
                   f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
             total, right = 0.0, 0
             states = {name: part.state_dict() for name, part in parts.items()}
@@ -118,7 +117,7 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=MODELS)
-    parser.add_argument("--out", type=Path, help="weights file to write (default: the one that the bench reads)")
+    parser.add_argument("--out", type=Path, required=True, help="weights file to write; its progress lies beside it")
     parser.add_argument("--images", type=int, help="train on so many (default: as published)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -126,7 +125,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     trained = MODELS[options.name]
     trained = replace(trained, images=options.images or trained.images)
-    out = options.out or Path(trained.source.weights)
+    out = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = out.with_suffix(".progress")
     model = fit(trained, options.seed, checkpoint)

@@ -19,8 +19,9 @@ from vitq.data import (
     load_digits,
     load_folder,
 )
-from vitq.data.digits import HARD, SIZE, TRAIN, split_indices
-from vitq.data.distort import Distortion, distort
+from vitq.data.bundled import SIZE
+from vitq.data.digits import HARD, split_indices
+from vitq.data.distort import TRAIN, Distortion, distort
 from vitq.models import vit_digits_patch4_32
 
 

@@ -1,7 +1,4 @@
-"""The shipped digits transformer: registration, weights, accuracy, and the script that made it."""
-
-import math
-import re
+"""The shipped digits transformer: registration, weights and accuracy."""
 
 import pytest
 import timm
@@ -10,10 +7,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
-from vitq.data.digits import training_pixels
-from vitq.models import train_digits, vit_digits_patch4_32
+from vitq.data import load_digits
+from vitq.evaluate import predict, top1
+from vitq.models import vit_digits_patch4_32
 from vitq.models.digits_vit import NAME, WEIGHTS
-from vitq.models.train_digits import top1, train
 
 
 @pytest.fixture(scope="module")
@@ -63,28 +60,5 @@ def test_timm_arguments_still_work():
 
 
 def test_accuracy(model):
-    assert top1(model, "test") >= 97.5
-    assert 85.0 <= top1(model, "hard") <= 93.0
-
-
-def test_training_is_deterministic_and_learns(monkeypatch, capsys):
-    images, labels = training_pixels()
-    few = (labels < 2).nonzero().squeeze(1)[:32]  # two classes: the head's bias alone learns fast
-    monkeypatch.setattr(train_digits, "training_pixels", lambda: (images[few], labels[few]))
-    first, second = (train(5, 16, 1e-3, seed=1).state_dict() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 10
-    assert losses[4] < min(losses[0], math.log(10)) - 0.3
-
-
-def test_script_writes_what_it_trained(model, monkeypatch, tmp_path, capsys):
-    out = tmp_path / "new" / "weights.safetensors"
-    monkeypatch.setattr(train_digits, "train", lambda *arguments: model)
-    monkeypatch.setattr(train_digits, "top1", lambda model, split: 12.5)
-    monkeypatch.setattr("sys.argv", ["train_digits", "--out", str(out), "--threads", str(torch.get_num_threads())])
-    train_digits.main()
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
-    stored = load_file(WEIGHTS)
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in load_file(out).items())
-    assert "3.62 MB, as stored: train 12.50 %, test 12.50 %, hard 12.50 %" in capsys.readouterr().out
+    assert top1(*predict(model, load_digits("test"))) >= 97.5
+    assert 85.0 <= top1(*predict(model, load_digits("hard"))) <= 93.0

@@ -1,0 +1,1 @@
+"""Accuracy of every method on every model: `python -m bench.accuracy --help`."""

@@ -1,0 +1,130 @@
+"""One cell of the accuracy table: a model, a recipe, a seed; a process of its own, so that its peak memory shows.
+
+Usage: `python -m bench.accuracy.case FILE`, where FILE holds a :class:`Case` as JSON; the rows replace it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import vitq
+from vitq import checkpoint, jobs
+from vitq.data import load_data, splits
+from vitq.recipes import Recipe, parse
+from vitq.simulate import SimModel
+from vitq.sources import ModelSource, load_float
+
+VARIANTS = ("plain", "outlier")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run, in plain JSON values.
+
+    Attributes:
+        model: its name in the table. source: a ModelSource's record. data: as in `load_data`. recipe: resolved.
+        limit: images per split, or None for all. threads: of torch.
+    """
+
+    model: str
+    source: dict[str, Any]
+    data: str
+    recipe: dict[str, Any]
+    seed: int
+    limit: int | None
+    threads: int
+
+    @classmethod
+    def of(
+        cls, model: str, source: ModelSource, data: str, recipe: Recipe, seed: int, limit: int | None, threads: int
+    ) -> Case:
+        return cls(model, source.record(), data, recipe.plain(), seed, limit, threads)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What names the rows: results of the same key and another digest are out of date."""
+        variant = VARIANTS[self.source["outlier"]]
+        return {
+            "model": self.model,
+            "variant": variant,
+            "recipe": self.recipe["name"],
+            "seed": self.seed,
+            "data": self.data,
+        }
+
+    def digest(self) -> str:
+        """Of everything that decides the figures: recipe, model, weights, images, seed, version of vitq."""
+        source = dict(self.source)
+        path = source.pop("weights") or timm.get_pretrained_cfg_value(source["name"], "file")
+        weights = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else "timm"
+        what = [source, weights, self.data, self.recipe, self.seed, self.limit, vitq.__version__]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run(case: Case) -> list[dict[str, Any]]:
+    """Calibrate and evaluate: one row per split."""
+    torch.set_num_threads(case.threads)
+    source, recipe = ModelSource(**case.source), parse(case.recipe)
+    model = load_float(source)
+    data = {name: load_data(case.data, name, model, case.limit) for name in splits(case.data)}
+    done = jobs.quantize(model, source, recipe, case.data, seed=case.seed)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    floating = jobs.predict_splits(model, data)
+    rows = jobs.evaluate(floating, done.calibrated.sim, done.integer, data)
+    weight_bits, act_bits = jobs.average_bits(done.calibrated.sim)
+    refusals = done.calibrated.refusals
+    common = {
+        **case.key,
+        "digest": case.digest(),
+        "weight_bits": recipe.bits.weights,
+        "act_bits": recipe.bits.activations,
+        "average_weight_bits": weight_bits,
+        "average_act_bits": act_bits,
+        "average_weight_bits_with_branch": weight_bits + branch_bits(done.calibrated.sim),
+        "deployable": not refusals,
+        "reason": next(iter(refusals.values()), None),
+        "effort": recipe.effort,
+        "calibration_images": recipe.calibration.images,
+        "calibration_s": done.seconds,
+        "evaluation_s": time.perf_counter() - start,
+        "threads": case.threads,
+        "peak_mb": peak / (1e6 if sys.platform == "darwin" else 1e3),
+        "size_bytes": None if refusals else _size(done),
+    }
+    return [{**common, **row, "agreement": row.pop("agreement_float_quantized")} for row in rows]
+
+
+def branch_bits(sim: SimModel) -> float:
+    """Bits of the side branches, 16 a number, per weight of the quantized linear layers."""
+    layers = [linear for linear in sim.linears.values() if linear.quant.spec is not None]
+    numbers = sum(linear.lora.rank * sum(linear.shape) for linear in layers if linear.side_branch() is not None)
+    return 16 * numbers / max(1, sum(n * k for n, k in (linear.shape for linear in layers)))
+
+
+def _size(done: jobs.Quantized) -> int:
+    """Bytes of the checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint"
+        checkpoint.save(path, done.state)
+        return checkpoint.disk_bytes(path)
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    case = Case(**json.loads(path.read_text()))
+    path.write_text(json.dumps(run(case), indent=1))
+
+
+if __name__ == "__main__":
+    main()
