@@ -5,7 +5,18 @@ method first asks for it. Each stage of a recipe is a list of steps; a step name
 nothing of each other: what they share is the :class:`~vitq.stages.base.Calibration` they are called with.
 """
 
-from . import compensate, evolution, initialise, packs, pareto, rank_search, reconstruct, reparameterize
+from . import (
+    compensate,
+    evolution,
+    initialise,
+    logarithmic,
+    packs,
+    pareto,
+    rank_search,
+    reconstruct,
+    reparameterize,
+    twin,
+)
 from .base import STAGES, Calibration, Method, Options, find, method
 
 __all__ = [
@@ -17,10 +28,12 @@ __all__ = [
     "evolution",
     "find",
     "initialise",
+    "logarithmic",
     "method",
     "packs",
     "pareto",
     "rank_search",
     "reconstruct",
     "reparameterize",
+    "twin",
 ]
