@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
 
+from bench.accuracy import report as accuracy  # noqa: E402
 from bench.gpu import report  # noqa: E402
 from bench.tables import table  # noqa: E402
 
@@ -80,7 +81,9 @@ def pages() -> dict[Path, str]:
         ("results", report.results(record)),
     ):
         gpu = replace(gpu, name, body)
-    return {ROOT / "README.md": readme, ROOT / "docs" / "gpu.md": gpu}
+    rows = json.loads(accuracy.RESULTS.read_text())["rows"]
+    tables = replace((ROOT / "docs" / "accuracy.md").read_text(), "accuracy", accuracy.tables(rows))
+    return {ROOT / "README.md": readme, ROOT / "docs" / "gpu.md": gpu, ROOT / "docs" / "accuracy.md": tables}
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def quantize(
 
     Args:
         images: [B, C, H, W] preprocessed calibration images, or where to take the recipe's number of them from
-            ("digits" or an image folder).
+            ("digits", "contours" or an image folder).
         work_dir: keeps progress for resuming.
     """
     if isinstance(images, str):
