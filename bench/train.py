@@ -27,7 +27,8 @@ from vitq.evaluate import predict, top1
 from bench.models import MODELS, Trained
 
 LABEL_SMOOTHING = 0.1
-RAMP = 0.4
+#: Nuisances of the contours grow up to this share of the training, and up to this strength: the tests' is 1.
+RAMP, PEAK = 0.4, 1.2
 EVERY = 100
 
 
@@ -47,13 +48,13 @@ def digits_batches(seed: int, batch: int, start: int, steps: int) -> Iterator[tu
 
 
 def contours_batches(seed: int, batch: int, start: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the contours, every image new; nuisances grow from nothing to their full strength, which saves half.
+    """Batches of the contours, every image new; their nuisances grow from nothing, which saves most of the time.
 
-    Args: steps: length of the training; the strength is full after `RAMP` of it.
+    Args: steps: length of the training; nuisances are at their strongest after `RAMP` of it.
     """
     for step in range(start, steps):
         index = torch.arange(batch) + ((seed << 24) + batch * step)
-        yield contours.images("train", index, contours.CLEAN.times(min(1.0, step / (RAMP * steps))))
+        yield contours.images("train", index, contours.CLEAN.times(PEAK * min(1.0, step / (RAMP * steps))))
 
 
 STREAMS = {"digits": digits_batches, "contours": contours_batches}

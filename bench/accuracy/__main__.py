@@ -5,8 +5,8 @@
 
 Without --data, models are those of `bench.models`, each on its own images. With an image folder they are timm names,
 with timm's weights or those in a folder; published figures stand beside ours where `papers.yaml` has them. What is
-finished is kept and not run again unless recipe, weights, images, seed or version changed; an interrupted run goes on
-by the same command. Each case runs in a process of its own.
+finished is kept and not run again unless recipe, weights, images, seed or code changed; an interrupted run goes on by
+the same command. Each case runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vitq.bench.environment import environment
 from vitq.recipes import load_recipe
 from vitq.sources import ModelSource
 
-from bench.accuracy import report
+from bench.accuracy import code, report
 from bench.accuracy.case import VARIANTS, Case
 from bench.models import MODELS
 
@@ -44,7 +44,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
         source, data = _model(name, args.data, args.weights)
         source = replace(source, outlier=variant == "outlier")
         recipe = load_recipe(recipe_name if bits is None else f"{recipe_name}-{bits}", fast=args.fast)
-        found += [Case.of(name, source, data, recipe, seed, args.limit, args.threads) for seed in range(args.seeds)]
+        rest = {"limit": args.limit, "threads": args.threads, "cache": str(args.cache)}
+        found += [Case.of(name, source, data, recipe, seed, **rest) for seed in range(args.seeds)]
     return found
 
 
@@ -104,13 +105,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--threads", type=int, default=1, help="torch threads per case")
     parser.add_argument("--output", type=Path, default=report.RESULTS)
+    parser.add_argument("--keep", action="store_true", help="what is finished stays, though the code has changed since")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "accuracy", help="keeps float logits")
     args = parser.parse_args(argv)
     try:
         wanted = {case.digest(): case for case in cases(args)}
     except ValueError as error:
         parser.error(str(error))
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-    finished = {row["digest"] for row in rows}
+    finished = {row["digest"] for row in rows if args.keep or row["code"] == code.digest()}
     todo = {digest: case for digest, case in wanted.items() if digest not in finished}
     print(f"{len(wanted)} cases, {len(wanted) - len(todo)} of them finished", flush=True)
     failures = 0

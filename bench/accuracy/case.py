@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -17,12 +18,15 @@ from typing import Any
 
 import timm
 import torch
-import vitq
+from torch import nn
+from torch.utils.data import Dataset
 from vitq import checkpoint, jobs
 from vitq.data import load_data, splits
 from vitq.recipes import Recipe, parse
 from vitq.simulate import SimModel
 from vitq.sources import ModelSource, load_float
+
+from bench.accuracy import code
 
 VARIANTS = ("plain", "outlier")
 
@@ -34,6 +38,7 @@ class Case:
     Attributes:
         model: its name in the table. source: a ModelSource's record. data: as in `load_data`. recipe: resolved.
         limit: images per split, or None for all. threads: of torch.
+        cache: folder that keeps the float model's logits, the same for every recipe, or None.
     """
 
     model: str
@@ -42,13 +47,12 @@ class Case:
     recipe: dict[str, Any]
     seed: int
     limit: int | None
-    threads: int
+    threads: int = 1
+    cache: str | None = None
 
     @classmethod
-    def of(
-        cls, model: str, source: ModelSource, data: str, recipe: Recipe, seed: int, limit: int | None, threads: int
-    ) -> Case:
-        return cls(model, source.record(), data, recipe.plain(), seed, limit, threads)
+    def of(cls, model: str, source: ModelSource, data: str, recipe: Recipe, seed: int, *rest: Any, **more: Any) -> Case:
+        return cls(model, source.record(), data, recipe.plain(), seed, *rest, **more)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -63,12 +67,33 @@ class Case:
         }
 
     def digest(self) -> str:
-        """Of everything that decides the figures: recipe, model, weights, images, seed, version of vitq."""
+        """Of everything but the code that decides the figures: recipe, model, weights, images, seed."""
+        return _digest(self._floats(), self.recipe, self.seed)
+
+    def _floats(self) -> list[Any]:
+        """Everything that decides the float model's logits."""
         source = dict(self.source)
         path = source.pop("weights") or timm.get_pretrained_cfg_value(source["name"], "file")
         weights = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else "timm"
-        what = [source, weights, self.data, self.recipe, self.seed, self.limit, vitq.__version__]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        return [source, weights, self.data, self.limit]
+
+    def floats(self, model: nn.Module, data: dict[str, Dataset]) -> dict[str, jobs.Prediction]:
+        """Logits and labels of the float `model` by split of `data`, from the cache where they are there."""
+        if self.cache is None:
+            return jobs.predict_splits(model, data)
+        path = Path(self.cache) / f"{_digest(self._floats())}.pt"
+        if path.exists():
+            return torch.load(path, weights_only=True)
+        found = jobs.predict_splits(model, data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.save(found, partial)
+        os.replace(partial, path)
+        return found
+
+
+def _digest(*what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run(case: Case) -> list[dict[str, Any]]:
@@ -80,13 +105,13 @@ def run(case: Case) -> list[dict[str, Any]]:
     done = jobs.quantize(model, source, recipe, case.data, seed=case.seed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    floating = jobs.predict_splits(model, data)
-    rows = jobs.evaluate(floating, done.calibrated.sim, done.integer, data)
+    rows = jobs.evaluate(case.floats(model, data), done.calibrated.sim, done.integer, data)
     weight_bits, act_bits = jobs.average_bits(done.calibrated.sim)
     refusals = done.calibrated.refusals
     common = {
         **case.key,
         "digest": case.digest(),
+        "code": code.digest(),
         "weight_bits": recipe.bits.weights,
         "act_bits": recipe.bits.activations,
         "average_weight_bits": weight_bits,

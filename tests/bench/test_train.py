@@ -69,7 +69,7 @@ def test_contours_are_new_in_every_batch_and_grow_harder():
     assert len({image.numpy().tobytes() for batch in batches for image in batch}) == 40
     index = torch.arange(8)
     assert torch.equal(batches[0], contours.images("train", index, contours.CLEAN.times(0.0))[0])
-    assert torch.equal(batches[4], contours.images("train", index + 32)[0])
+    assert torch.equal(batches[4], contours.images("train", index + 32, contours.CLEAN.times(train.PEAK))[0])
     later = list(train.contours_batches(0, 8, 3, 5))
     assert torch.equal(later[0][0], batches[3])
     other = next(train.contours_batches(1, 8, 4, 5))[0]

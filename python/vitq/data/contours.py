@@ -46,19 +46,19 @@ class Nuisance:
     Lengths are in units of half the image, intensities of the [0, 1] pixel range.
     """
 
-    shift: float = 0.1
-    scale: float = 0.12
-    rotate: float = 0.2
-    shear: float = 0.12
-    deform: float = 0.03
-    clutter: float = 0.08
-    stroke: float = 0.06
-    occlude: float = 0.3
-    light: float = 0.3
-    blur: float = 0.9
-    noise: float = 0.08
-    phase: float = 0.5
-    fade: float = 1.0
+    shift: float = 0.085
+    scale: float = 0.1
+    rotate: float = 0.17
+    shear: float = 0.1
+    deform: float = 0.025
+    clutter: float = 0.07
+    stroke: float = 0.05
+    occlude: float = 0.25
+    light: float = 0.25
+    blur: float = 0.75
+    noise: float = 0.07
+    phase: float = 0.4
+    fade: float = 0.85
 
     @property
     def remains(self) -> float:
