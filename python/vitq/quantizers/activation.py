@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vitq_kernels.formats import QuantSpec
@@ -19,12 +20,14 @@ class ActivationQuantizer(nn.Module):
         spec: QuantSpec, or None for operands that stay float.
         scale: Parameter float32 [groups] for static specs, else None.
         zero_point: Parameter float32 [1] in code units, rounded where it is used; 0 unless the spec is asymmetric.
+        drop: what leaves elements float where gradients are recorded, or None.
     """
 
     def __init__(self, groups: int = 1) -> None:
         super().__init__()
         self.groups = groups
         self.spec: QuantSpec | None = None
+        self.drop: fq.Drop | None = None
         self.register_parameter("scale", None)
         self.register_parameter("zero_point", None)
         self.register_buffer("lut", None, persistent=False)
@@ -72,4 +75,6 @@ class ActivationQuantizer(nn.Module):
             scale = self.scale.reshape(1, self.groups, 1)
             zero_point = 0.0 if spec.symmetric else self._zero_point()
             code = fq.quantize(grouped, scale, zero_point, spec.qmin, spec.qmax, self.lut)
+        if self.drop is not None and torch.is_grad_enabled():
+            code = self.drop(code, grouped * (1.0 / scale))
         return code.reshape(m, k), scale.squeeze(-1)

@@ -22,6 +22,7 @@ class FocusQuantizer(nn.Module):
     """Learnable form of a FocusSpec: b1 and b2 are float64 scalars (the kernels' arguments are doubles).
 
     Attributes: bits, power, anchor, below, renormalize, grid as in FocusSpec; b1, b2 Parameters.
+    drop: as in ActivationQuantizer, of affine specs.
     """
 
     def __init__(self, spec: FocusSpec) -> None:
@@ -31,6 +32,7 @@ class FocusQuantizer(nn.Module):
         self.below: Literal["floor", "zero"] = spec.below
         self.b1 = nn.Parameter(torch.tensor(spec.b1, dtype=torch.float64))
         self.b2 = nn.Parameter(torch.tensor(spec.b2, dtype=torch.float64))
+        self.drop: fq.Drop | None = None
 
     @property
     def spec(self) -> FocusSpec:
@@ -53,6 +55,8 @@ class FocusQuantizer(nn.Module):
         code = fq.round_ste(position)
         width = self.b2 - self.b1
         if spec.affine:
+            if self.drop is not None and torch.is_grad_enabled():
+                code = self.drop(code, position)
             return code, width / spec.n, self.b1
         levels, _, _ = spec.decode()
         step = self.b2 / self.grid

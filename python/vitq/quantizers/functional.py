@@ -125,6 +125,21 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qm
     return code if lut is None else _Snap.apply(code + zero_point, lut) - zero_point
 
 
+class Drop:
+    """QDrop (Wei et al. 2022): elements stay float at random while something is learned.
+
+    Args: rate: chance of each element; generator: on the CPU.
+    """
+
+    def __init__(self, rate: float, generator: torch.Generator) -> None:
+        self.rate, self.generator = rate, generator
+
+    def __call__(self, code: Tensor, exact: Tensor) -> Tensor:
+        """``exact`` (what is rounded and clamped to ``code``) in its place, where drawn."""
+        drawn = torch.rand(code.shape, generator=self.generator).to(code.device) < self.rate
+        return torch.where(drawn, exact, code)
+
+
 def focus_position(u: Tensor, b1: Tensor, b2: Tensor, power: float, n: int) -> Tensor:
     """Where u in [0, 1] lies among the codes 0..n: n·clamp((u − b1)/(b2 − b1), 0, 1)^(1/power).
 
