@@ -27,7 +27,7 @@ from vitq.recipes import load_recipe, parse
 from vitq.simulate import SimModel
 from vitq.stages import Calibration, find
 from vitq.stages.base import Pack, Unit
-from vitq.stages.reconstruct import reconstruct, unit_loss
+from vitq.stages.reconstruct import reconstruct, rounding_rate, unit_loss
 
 from vitq_kernels.formats import FocusSpec, QuantSpec
 
@@ -229,6 +229,13 @@ def test_losses_of_windows_and_packs():
     gradients = KLGradients(c.reference, c.images, 4, 1.0)
     loss = unit_loss(c, options(loss="fisher_low_rank"), gradients, unit, x_ref, x_sim, target)
     assert loss.weights.shape == (1, *target.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("rate", "effort", "want"), [(1e-3, 1, 1e-3), (1e-3, 0.1, 1e-2), (1e-3, 0.01, 0.03), (0.1, 0.1, 0.1)]
+)
+def test_fewer_steps_of_rounding_are_larger(rate, effort, want):
+    assert rounding_rate(rate, effort) == pytest.approx(want)
 
 
 # QDrop

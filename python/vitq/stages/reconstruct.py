@@ -34,7 +34,8 @@ class BlockOptions(Options):
         least_iterations: with fewer steps (a recipe at reduced effort) nothing is learned: the first steps of Adam are
             larger than what they find, and closed forms are a better start than that.
         lr_branch, lr_scale, lr_focus, lr_bias, lr_rounding, lr_weight_scale: Adam's rates, 0 freezes. Branches, scales
-            and biases are learned relative to their own size.
+            and biases are learned relative to their own size. At reduced effort roundings, which have a way to go, take
+            larger steps: see :func:`rounding_rate`.
         curriculum: λ0; step t of T draws from the easiest min(1, λ0 + (1 − λ0)·t/T) of the images, by their last
             known loss. 1 draws from all.
         mixing: chance that an image (or, as QDrop has it, an element) enters as the float instead of the quantized
@@ -124,6 +125,14 @@ def easy_fraction(step: int, steps: int, start: float) -> float:
     return min(1.0, start + (1.0 - start) * step / max(1, steps))
 
 
+def rounding_rate(rate: float, effort: float) -> float:
+    """Adam's rate for learned rounding at an effort below 1: rate/effort, up to 0.03. [R]
+
+    Adam moves α by its rate in every step, and h(α) turns from 0 to 1 within 4.8: at 3e-3 nothing turns in 100 steps.
+    """
+    return rate if effort >= 1.0 else min(rate / effort, max(rate, 0.03))
+
+
 def losses(
     module: nn.Module, x: Tensor, target: Tensor, batch: int, loss: UnitLoss | None = None, images: Tensor | None = None
 ) -> Tensor:
@@ -140,7 +149,13 @@ class _Learner:
     """Parameters of a unit under Adam, each group at a rate of its own, with a cosine to zero."""
 
     def __init__(
-        self, sim: SimModel, units: Sequence[Unit], options: BlockOptions, steps: int, generator: torch.Generator
+        self,
+        sim: SimModel,
+        units: Sequence[Unit],
+        options: BlockOptions,
+        steps: int,
+        effort: float,
+        generator: torch.Generator,
     ) -> None:
         self.focuses, self.linears, self.scales, self.dropped = [], [], [], []
         groups: list[dict] = []
@@ -158,7 +173,7 @@ class _Learner:
                 if options.lr_rounding > 0.0 and linear.quant.lut is None:
                     linear.quant.learn_rounding(linear.effective_weight())
                     linear.quant.soft = True
-                    learn([linear.quant.alpha], options.lr_rounding, False)
+                    learn([linear.quant.alpha], rounding_rate(options.lr_rounding, effort), False)
                 directions = None if linear.lora.kind == "subspace" else linear.lora_down
                 learn([linear.lora_up, directions], options.lr_branch, True)
                 learn([linear.bias], options.lr_bias, True)
@@ -245,7 +260,7 @@ def reconstruct(
     order = torch.randperm(len(x_sim), generator=generator)
     judges, learned = (order[:kept] if kept else order), order[kept:]
     known = losses(module, x_sim, target, calibration.batch, loss)
-    learner = _Learner(sim, units, options, steps, generator)
+    learner = _Learner(sim, units, options, steps, calibration.recipe.effort, generator)
     start = learner.state()
     scale = 1.0 / float(target.square().mean())
     for step in range(steps):
