@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .models import adapter_for
@@ -41,6 +42,7 @@ def calibrate(
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
     architecture: str | None = None,
+    device: torch.device | str | None = None,
     **fields: Any,
 ) -> CalibratedModel:
     """Quantize ``model`` by ``recipe``.
@@ -53,6 +55,8 @@ def calibrate(
         work_dir: keep finished units here; a later call with the same arguments goes on where this one stopped and
             gives the identical result.
         progress: called with (step, units done, units in all).
+        device: where to calibrate, default where the model is. Random choices are drawn on the CPU; sim and state end
+            up there.
         architecture: timm name for the state; default the model's own.
         fields: further fields of ModelState (kwargs, data, metrics).
 
@@ -65,9 +69,12 @@ def calibrate(
         raise ValueError(f"images is {images.dtype} {tuple(images.shape)}, expected a float batch [B, C, H, W]")
     if not bool(images.isfinite().all()):
         raise ValueError("images has NaN or Inf, expected finite values")
-    sim = SimModel(adapter_for(model))
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    sim = SimModel(adapter_for(model)).to(device)
     work = None if work_dir is None else WorkDir(work_dir, identity(model, images, recipe, seed))
-    calibration = Calibration(sim, images.float(), recipe, seed, work, progress or (lambda what, done, total: None))
+    calibration = Calibration(
+        sim, images.float().to(device), recipe, seed, work, progress or (lambda what, done, total: None)
+    )
     seconds: dict[str, float] = {}
     for index, (stage, method, options) in enumerate(recipe.steps()):
         if stage != "transform" and calibration.reference is None:
@@ -79,7 +86,7 @@ def calibrate(
         method.run(calibration, options)
         seconds[calibration.step] = time.perf_counter() - start
         calibration.progress(calibration.step, 1, 1)
-    sim.requires_grad_(False)
+    sim.requires_grad_(False).cpu()
     name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     metrics = calibration.metrics | fields.pop("metrics", {})
     state = sim.export(name, recipe=recipe.plain(), metrics=metrics, **fields)

@@ -129,7 +129,7 @@ class LowRankLoss(UnitLoss):
         self.weights = _mean_one(gradients.mean(0).reshape(1, *z.shape[1:]))
         self._factor = low_rank_factor(gradients, errors).to(error)
         low_rank = float(self._low_rank(error).mean())
-        diagonal = float(super().__call__(error, torch.arange(len(error))).mean())
+        diagonal = float(super().__call__(error, torch.arange(len(error), device=error.device)).mean())
         self._balance = diagonal / low_rank if low_rank > 0.0 else 0.0
 
     def _low_rank(self, error: Tensor) -> Tensor:
@@ -158,6 +158,6 @@ def _mean_one(weights: Tensor) -> Tensor:
 def perturbation_weights(gradient: Callable[[Tensor], Tensor], output: Tensor, generator: torch.Generator) -> Tensor:
     """[1, ...] mean over images of |g(z + δ) − g(z − δ)|/2ε, z = ``output`` [B, ...], δ = ±ε at random."""
     epsilon = 1e-3 * float(output.square().mean().sqrt())
-    signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+    signs = torch.randint(0, 2, output.shape, generator=generator, device="cpu").to(output) * 2 - 1
     change = gradient(output + epsilon * signs) - gradient(output - epsilon * signs)
     return change.abs().mean(0, keepdim=True) / (2 * epsilon)

@@ -30,8 +30,9 @@ class FocusQuantizer(nn.Module):
         self.bits, self.power, self.grid, self.renormalize = spec.bits, spec.power, spec.grid, spec.renormalize
         self.anchor: Literal["absolute", "row"] = spec.anchor
         self.below: Literal["floor", "zero"] = spec.below
-        self.b1 = nn.Parameter(torch.tensor(spec.b1, dtype=torch.float64))
-        self.b2 = nn.Parameter(torch.tensor(spec.b2, dtype=torch.float64))
+        # Scalars that are read on the CPU in every forward; operators of any device take them.
+        self.b1 = nn.Parameter(torch.tensor(spec.b1, dtype=torch.float64, device="cpu"))
+        self.b2 = nn.Parameter(torch.tensor(spec.b2, dtype=torch.float64, device="cpu"))
         self.drop: fq.Drop | None = None
 
     @property

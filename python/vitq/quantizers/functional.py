@@ -136,7 +136,7 @@ class Drop:
 
     def __call__(self, code: Tensor, exact: Tensor) -> Tensor:
         """``exact`` (what is rounded and clamped to ``code``) in its place, where drawn."""
-        drawn = torch.rand(code.shape, generator=self.generator).to(code.device) < self.rate
+        drawn = torch.rand(code.shape, generator=self.generator, device="cpu").to(code.device) < self.rate
         return torch.where(drawn, exact, code)
 
 

@@ -42,6 +42,7 @@ def scales(calibration: Calibration, options: ScalesOptions) -> None:
         focus = recipe.focus_spec()
         if options.focus_search:
             mask = sim.family.attention_mask(sim.attention_sites[path])
+            mask = None if mask is None else mask.to(seen.qkv[path])
             focus = search_focus(attention, focus, seen.qkv[path], mask, options.focus_search)
         attention.focus = FocusQuantizer(focus)
         set_operands(attention, seen.qkv[path], recipe.operand_spec(), options.operands)

@@ -53,10 +53,10 @@ class RankMixture(nn.Module):
     def __init__(self, ranks: list[int], up: Tensor, down: Tensor) -> None:
         super().__init__()
         self.ranks = ranks
-        self.alpha = nn.Parameter(torch.zeros(len(ranks)))
+        self.alpha = nn.Parameter(up.new_zeros(len(ranks), dtype=torch.float32))
         self.up = nn.ParameterList([up[:, :r].float().clone() for r in ranks])
         self.down = nn.ParameterList([down[:r].float().clone() for r in ranks])
-        self.keep = torch.ones(len(ranks))
+        self.keep = torch.ones_like(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         share = self.alpha.softmax(0) * self.keep
@@ -68,7 +68,7 @@ class RankMixture(nn.Module):
 
     def cost(self, n: int, k: int) -> Tensor:
         """Expected work of the branch in units of the layer's."""
-        return (self.alpha.softmax(0) * torch.tensor([float(r) for r in self.ranks])).sum() * (n + k) / (n * k)
+        return (self.alpha.softmax(0) * self.alpha.new_tensor(self.ranks)).sum() * (n + k) / (n * k)
 
     @property
     def best(self) -> int:
@@ -123,15 +123,18 @@ def search(
         torch.optim.Adam(alphas, lr=options.lr_alpha),
     )
     generator = calibration.generator(unit.path)
-    order = torch.randperm(len(x), generator=generator)
+    order = torch.randperm(len(x), generator=generator, device="cpu")
     halves = order.split(-(-len(x) // 2))
     scale = 1.0 / float(target.square().mean())
     try:
         for _ in range(steps):
             for half, optimizer in zip(halves, optimizers):
-                chosen = half[torch.randperm(len(half), generator=generator)[: options.batch]]
+                chosen = half[torch.randperm(len(half), generator=generator, device="cpu")[: options.batch]].to(
+                    x.device
+                )
                 for m in mixtures.values():
-                    m.keep = (torch.rand(len(m.ranks), generator=generator) >= options.drop).float()
+                    drawn = torch.rand(len(m.ranks), generator=generator, device="cpu")
+                    m.keep = (drawn >= options.drop).to(m.alpha)
                 loss = (module(x[chosen]) - target[chosen]).square().mean() * scale
                 if optimizer is optimizers[1] and options.cost_weight:
                     loss = loss + options.cost_weight * sum(m.cost(*linears[p].shape) for p, m in mixtures.items())

@@ -140,7 +140,7 @@ def losses(
 
     Args: x, target [B, ...]; images [b]: indices of those wanted, None for all.
     """
-    loss, images = loss or UnitLoss(), torch.arange(len(x)) if images is None else images
+    loss, images = loss or UnitLoss(), torch.arange(len(x), device=x.device) if images is None else images
     with torch.no_grad():
         return torch.cat([loss(module(x[part]) - target[part], part) for part in images.split(batch)])
 
@@ -257,7 +257,7 @@ def reconstruct(
     module = nn.Sequential(*(sim.model.get_submodule(member.path) for member in units))
     generator = calibration.generator(unit.path)
     kept = min(len(x_sim) - 1, int(options.holdout * len(x_sim)))
-    order = torch.randperm(len(x_sim), generator=generator)
+    order = torch.randperm(len(x_sim), generator=generator, device="cpu").to(x_sim.device)
     judges, learned = (order[:kept] if kept else order), order[kept:]
     known = losses(module, x_sim, target, calibration.batch, loss)
     learner = _Learner(sim, units, options, steps, calibration.recipe.effort, generator)
@@ -268,11 +268,13 @@ def reconstruct(
         easy = round(easy_fraction(step, steps, options.curriculum) * len(learned))
         count = max(min(options.batch, len(learned)), easy)
         pool = learned[known[learned].argsort()[:count]]
-        chosen = pool[torch.randperm(count, generator=generator)[: options.batch]]
+        drawn = torch.randperm(count, generator=generator, device="cpu")[: options.batch]
+        chosen = pool[drawn.to(pool.device)]
         x = x_sim[chosen]
         if options.mixing > 0.0:
             shape = x.shape if options.mixing_unit == "element" else (len(x), *[1] * (x.dim() - 1))
-            x = torch.where(torch.rand(shape, generator=generator) < options.mixing, x_ref[chosen], x)
+            drawn = torch.rand(shape, generator=generator, device="cpu").to(x.device)
+            x = torch.where(drawn < options.mixing, x_ref[chosen], x)
         error = loss(module(x) - target[chosen], chosen)
         known[chosen] = error.detach()
         total = error.mean() * scale
