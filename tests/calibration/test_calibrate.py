@@ -174,6 +174,7 @@ def test_shipped_recipes_are_valid_and_survive_json(name):
     assert recipe.summary
     assert recipe.source
     assert parse(recipe.plain()) == recipe
+    assert (recipe.refusal is None) == ("exists in simulation only" not in recipe.summary)
     dynamic = load_recipe(f"{name}-dynamic")
     assert (dynamic.name, dynamic.activations, dynamic.operands) == (f"{name}-dynamic", "dynamic", "dynamic")
     static = load_recipe(f"{name}-static")
@@ -182,7 +183,7 @@ def test_shipped_recipes_are_valid_and_survive_json(name):
 
 
 def test_every_promised_recipe_ships():
-    promised = {f"aiqvit-{b}" for b in ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3")} | {"minmax-w4a4"}
+    promised = {f"aiqvit-{b}" for b in ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3")}
     promised |= {f"vitq-{b}" for b in ("w8a8", "w4a8", "w4a4", "w3a4")}
     assert promised <= set(names())
     for name in promised:
@@ -215,6 +216,16 @@ def test_bad_recipes_are_refused_in_one_line(change, reason):
     assert "\n" not in str(error.value)
 
 
+def test_bits_appended_to_a_name():
+    recipe = load_recipe("minmax-w3a6-dynamic", bits={"softmax": 8})
+    assert (recipe.name, recipe.activations) == ("minmax-w3a6-dynamic", "dynamic")
+    assert recipe.bits.model_dump() == {"weights": 3, "activations": 6, "operands": 6, "softmax": 8, "boundary": 8}
+    # A file of that name has its own bits.
+    assert load_recipe("vitq-w4a4").bits.operands == 8
+    with pytest.raises(ValueError, match="recipe is 'minmax-w9a4', expected"):
+        load_recipe("minmax-w9a4")
+
+
 def test_recipe_files(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: aiqvit-w4a4\nsummary: mine\nbits: {weights: 3}\n")
@@ -224,7 +235,7 @@ def test_recipe_files(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=reason):
             load_recipe(path)
-    with pytest.raises(ValueError, match=r"recipe is 'nope', expected a YAML file or one of aiqvit"):
+    with pytest.raises(ValueError, match=r"recipe is 'nope', expected a YAML file or one of .*aiqvit"):
         load_recipe("nope")
     with pytest.raises(ValueError, match="recipe is a list"):
         parse([1])
@@ -241,6 +252,14 @@ class ExplicitDevices(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+TWIN = {"method": "twin_uniform", "rounds": 1, "steps": 4, "images": 4, "softmax": False, "tables": True}
+SIMULATED = SMALL | {
+    "low_rank": {"kind": "none"},
+    "initialise": ["scales", {"method": "log_levels", "softmax": "adaptive"}, TWIN],
+    "allocate": [],
+    "reconstruct": [],
+    "refine": ["bias_correction"],
+}
 QDROP = {"method": "blocks", "iterations": 2, "batch": 4, "lr_rounding": 0.01, "mixing": 0.5, "dropping": 0.5}
 REFINED = SMALL | {
     "low_rank": {"kind": "none"},
@@ -250,7 +269,11 @@ REFINED = SMALL | {
 }
 
 
-@pytest.mark.parametrize("recipe", [SMALL, DYNAMIC, MERGED, REFINED], ids=["small", "dynamic", "merged", "refined"])
+@pytest.mark.parametrize(
+    "recipe",
+    [SMALL, DYNAMIC, MERGED, REFINED, SIMULATED],
+    ids=["small", "dynamic", "merged", "refined", "simulated"],
+)
 def test_tensors_are_made_where_the_model_is(recipe, tmp_path):
     """Without a second device at hand: no factory of the package relies on torch's default one."""
     model = minmax.swin()

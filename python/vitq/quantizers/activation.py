@@ -49,7 +49,8 @@ class ActivationQuantizer(nn.Module):
             self.scale = nn.Parameter(scale.detach().float().clone())
             self.zero_point = nn.Parameter(scale.new_full((1,), float(zero_point)), requires_grad=not spec.symmetric)
         self.spec = spec
-        self.lut = None if spec is None or spec.table is None else spec.table.lut()
+        lut = None if spec is None or spec.table is None else spec.table.lut()
+        self.lut = lut if lut is None or scale is None else lut.to(scale.device)
 
     @property
     def integer_zero_point(self) -> int:

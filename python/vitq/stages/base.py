@@ -47,6 +47,11 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def refusal(self) -> str | None:
+        """Why a model that the method made cannot become integer; None if it can."""
+        return None
+
 
 @dataclass(frozen=True)
 class Method:
@@ -150,6 +155,11 @@ class Calibration:
     def batches(self, x: Tensor) -> tuple[Tensor, ...]:
         """Inputs [B, ...] of a unit in the recipe's batches."""
         return x.split(self.batch)
+
+    def attention_mask(self, path: str) -> Tensor | None:
+        """Additive mask of the windows of the attention at ``path``, or None."""
+        mask = self.sim.family.attention_mask(self.sim.attention_sites[path])
+        return None if mask is None else mask.to(self.images)
 
     def run(self, model: SimModel, unit: Unit, x: Tensor) -> Tensor:
         """The unit's module on inputs [B, ...], in batches, without gradients."""
