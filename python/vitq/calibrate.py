@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .models import adapter_for
 from .recipes import Recipe, load_recipe
 from .simulate import SimModel
@@ -82,7 +83,8 @@ def calibrate(
         raise ValueError("images has NaN or Inf, expected finite values")
     device = next(model.parameters()).device if device is None else torch.device(device)
     sim = SimModel(adapter_for(model)).to(device)
-    work = None if work_dir is None else WorkDir(work_dir, identity(model, images, recipe, seed))
+    kept = work_dir is not None and parallel.rank() == 0
+    work = WorkDir(work_dir, identity(model, images, recipe, seed)) if kept else None
     calibration = Calibration(
         sim, images.float().to(device), recipe, seed, work, progress or (lambda what, done, total: None)
     )
@@ -95,6 +97,7 @@ def calibrate(
         calibration.progress(calibration.step, 0, 1)
         start = time.perf_counter()
         method.run(calibration, options)
+        calibration.agree()
         seconds[calibration.step] = time.perf_counter() - start
         calibration.progress(calibration.step, 1, 1)
     sim.requires_grad_(False).cpu()

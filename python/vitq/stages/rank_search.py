@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from .. import lowrank
+from .. import lowrank, parallel
 from ..models.sites import BlockSite
 from ..observers import InputStats
 from ..quantizers import SimLinear
@@ -128,19 +128,22 @@ def search(
     scale = 1.0 / float(target.square().mean())
     try:
         for _ in range(steps):
-            for half, optimizer in zip(halves, optimizers):
-                chosen = half[torch.randperm(len(half), generator=generator, device="cpu")[: options.batch]].to(
-                    x.device
-                )
+            for half, optimizer, learned in zip(halves, optimizers, (branches, alphas)):
+                drawn = torch.randperm(len(half), generator=generator, device="cpu")[: options.batch]
+                chosen = parallel.share(half[drawn].to(x.device))
                 for m in mixtures.values():
-                    drawn = torch.rand(len(m.ranks), generator=generator, device="cpu")
-                    m.keep = (drawn >= options.drop).to(m.alpha)
-                loss = (module(x[chosen]) - target[chosen]).square().mean() * scale
+                    m.keep = (torch.rand(len(m.ranks), generator=generator, device="cpu") >= options.drop).to(m.alpha)
+                with calibration.learning():
+                    output = module(x[chosen])
+                error = (output - target[chosen]).square().flatten(1).mean(1)
+                loss = error.sum() / len(drawn) * scale
                 if optimizer is optimizers[1] and options.cost_weight:
-                    loss = loss + options.cost_weight * sum(m.cost(*linears[p].shape) for p, m in mixtures.items())
+                    price = sum(m.cost(*linears[p].shape) for p, m in mixtures.items())
+                    loss = loss + options.cost_weight * price / parallel.size()
                 for each in optimizers:
                     each.zero_grad(set_to_none=True)
                 loss.backward()
+                parallel.add_gradients(learned)
                 optimizer.step()
     finally:
         for handle in handles:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from .. import parallel
 from ..losses import KLGradients, LossName, LowRankLoss, UnitLoss, perturbation_weights
 from ..models.sites import BlockSite
 from ..quantizers import SimLinear
@@ -206,6 +207,7 @@ class _Learner:
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parallel.add_gradients(self.parameters)
         self.optimizer.step()
         self.schedule.step()
         with torch.no_grad():
@@ -256,11 +258,13 @@ def reconstruct(
     units = members(unit)
     module = nn.Sequential(*(sim.model.get_submodule(member.path) for member in units))
     generator = calibration.generator(unit.path)
+    # Of each process's own: what it draws depends on its share of the images.
+    dropping = calibration.generator(unit.path, "drop", parallel.rank())
     kept = min(len(x_sim) - 1, int(options.holdout * len(x_sim)))
     order = torch.randperm(len(x_sim), generator=generator, device="cpu").to(x_sim.device)
     judges, learned = (order[:kept] if kept else order), order[kept:]
-    known = losses(module, x_sim, target, calibration.batch, loss)
-    learner = _Learner(sim, units, options, steps, calibration.recipe.effort, generator)
+    known = parallel.same(losses(module, x_sim, target, calibration.batch, loss).cpu()).to(x_sim.device)
+    learner = _Learner(sim, units, options, steps, calibration.recipe.effort, dropping)
     start = learner.state()
     scale = 1.0 / float(target.square().mean())
     for step in range(steps):
@@ -270,23 +274,28 @@ def reconstruct(
         pool = learned[known[learned].argsort()[:count]]
         drawn = torch.randperm(count, generator=generator, device="cpu")[: options.batch]
         chosen = pool[drawn.to(pool.device)]
-        x = x_sim[chosen]
+        mine = parallel.share(chosen)
+        x = x_sim[mine]
         if options.mixing > 0.0:
-            shape = x.shape if options.mixing_unit == "element" else (len(x), *[1] * (x.dim() - 1))
-            drawn = torch.rand(shape, generator=generator, device="cpu").to(x.device)
-            x = torch.where(drawn < options.mixing, x_ref[chosen], x)
-        error = loss(module(x) - target[chosen], chosen)
-        known[chosen] = error.detach()
-        total = error.mean() * scale
+            shape = x.shape[1:] if options.mixing_unit == "element" else [1] * (x.dim() - 1)
+            drawn = torch.rand((len(chosen), *shape), generator=generator, device="cpu")
+            x = torch.where(parallel.share(drawn).to(x.device) < options.mixing, x_ref[mine], x)
+        with calibration.learning():
+            output = module(x)
+        error = loss(output - target[mine], mine)
+        known[chosen] = parallel.spread(error.detach(), chosen)
+        total = error.sum() / len(chosen) * scale
         if options.lr_rounding > 0.0 and step >= options.rounding_warmup * steps:
             done = (step / steps - options.rounding_warmup) / (1.0 - options.rounding_warmup)
-            total = total + options.rounding_weight * scale * _rounding_penalty(
-                learner.linears, 20.0 - 18.0 * done
-            ) / len(x)
+            total = total + options.rounding_weight * scale * _rounding_penalty(learner.linears, 20.0 - 18.0 * done) / (
+                len(chosen) * parallel.size()
+            )
         learner.step(total)
     learner.finish()
     # Both ends by the same loss: that of the low-rank Fisher matrix has changed on the way.
     end, after = learner.state(), losses(module, x_sim, target, calibration.batch, loss, judges)
     learner.load(start)
-    if float(after.mean()) <= float(losses(module, x_sim, target, calibration.batch, loss, judges).mean()):
+    if parallel.same(
+        float(after.mean()) <= float(losses(module, x_sim, target, calibration.batch, loss, judges).mean())
+    ):
         learner.load(end)
