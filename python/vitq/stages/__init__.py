@@ -5,7 +5,19 @@ method first asks for it. Each stage of a recipe is a list of steps; a step name
 nothing of each other: what they share is the :class:`~vitq.stages.base.Calibration` they are called with.
 """
 
-from . import compensate, evolution, initialise, packs, pareto, rank_search, reconstruct, reparameterize
+from . import (
+    compensate,
+    evolution,
+    fisher,
+    greedy,
+    initialise,
+    packs,
+    pareto,
+    rank_search,
+    reconstruct,
+    relevance,
+    reparameterize,
+)
 from .base import STAGES, Calibration, Method, Options, find, method
 
 __all__ = [
@@ -16,11 +28,14 @@ __all__ = [
     "compensate",
     "evolution",
     "find",
+    "fisher",
+    "greedy",
     "initialise",
     "method",
     "packs",
     "pareto",
     "rank_search",
     "reconstruct",
+    "relevance",
     "reparameterize",
 ]
