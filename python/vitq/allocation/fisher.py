@@ -45,7 +45,7 @@ def scores(p: Tensor, signs: Tensor) -> Tensor:
     Args: p: probabilities; signs: independent ±1 of equal chance.
     """
     root = p.sqrt() * signs
-    return root - p * (p.sqrt() * root).sum(-1, keepdim=True)
+    return root - p * root.sum(-1, keepdim=True)
 
 
 def _squares(logits: Tensor, v: Tensor, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:

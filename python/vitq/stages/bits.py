@@ -58,6 +58,7 @@ class BitsOptions(Options):
         bits: candidates for weights.
         activation_bits: ``tied`` to the weight's, ``fixed`` at the recipe's, ``free`` among ``bits``.
         weights, activations: range searches, while probing and for the bits chosen.
+        weight_importance: what a weight's squared error counts: ``input`` E x_k² of its column, or ``none`` one.
     """
 
     budget: Budget | None = None
@@ -65,6 +66,7 @@ class BitsOptions(Options):
     activation_bits: Literal["tied", "fixed", "free"] = "tied"
     weights: Search = Search()
     activations: Search = Search()
+    weight_importance: Literal["input", "none"] = "input"
 
     @field_validator("bits")
     @classmethod
@@ -98,11 +100,14 @@ def set_bits(
     choice: Choice,
     weights: Search,
     activations: Search,
+    weight_importance: Literal["input", "none"] = "input",
     branch: bool = False,
 ) -> None:
     """Quantize a layer anew in the recipe's formats at ``choice``, with ``branch`` also start the recipe's branch.
 
-    Args: linear: of the model being quantized or of a probe; path: of the layer; weights, activations: range searches.
+    Args:
+        linear, path: the layer, of the model being quantized or of a probe.
+        weights, activations, weight_importance: range searches, as in BitsOptions.
     """
     recipe, stats = calibration.recipe, calibration.observations().inputs[path]
     kind, rank = recipe.low_rank.kind, calibration.rank(path) if branch else 0
@@ -113,7 +118,7 @@ def set_bits(
         down = lowrank.principal_directions(stats.second_moment(), rank).half().float()
         linear.set_low_rank(kind, down, linear.weight @ down.T)
         rows = rows - rows @ down.T @ down
-    importance = rows.square().mean(0)
+    importance = rows.square().mean(0) if weight_importance == "input" else None
     set_weight(linear, linear.weight, weight_spec, weights, importance, recipe.weight_levels == "table")
     set_activation(linear, rows, act_spec, activations, recipe.activation_levels == "table")
     if rank and kind == "error":
@@ -192,9 +197,8 @@ class Allocation:
     def setting(self, path: str, choice: Choice, branch: bool = False) -> Callable[[SimLinear], None]:
         """What gives a layer at ``path`` the bits of ``choice``."""
         options = self.options
-        return lambda linear: set_bits(
-            self.calibration, linear, path, choice, options.weights, options.activations, branch
-        )
+        searches = (options.weights, options.activations, options.weight_importance)
+        return lambda linear: set_bits(self.calibration, linear, path, choice, *searches, branch)
 
     def give(self, chosen: dict[str, int]) -> None:
         """Quantize the model being calibrated at ``chosen``: path -> index of its choice."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..allocation.fisher import fisher_traces
 from ..allocation.sensitivity import block_sensitivities, distance
+from ..quantizers import SimLinear
 from .base import Calibration, method
 from .bits import Allocation, ProbeOptions, blocks, float_logits, noted
 
@@ -48,16 +49,13 @@ def fisher(calibration: Calibration, options: FisherOptions) -> None:
     )
     chosen = _solve(allocation, _errors(allocation, traces))
     allocation.give(chosen)
-    measured = _measure(calibration, options, images)
-    history = [measured]
+    logits = float_logits(calibration, images)
+    history = [_measure(calibration, options, images, logits)]
     for index in range(options.rounds):
         calibration.progress(calibration.step, index, options.rounds)
-        offered = {
-            path: [k for k in (j - 1, j, j + 1) if 0 <= k < len(allocation.choices)] for path, j in chosen.items()
-        }
-        updated = _solve(allocation, _neighbours(allocation, chosen, offered, images), offered)
+        updated = _updated(allocation, chosen, history[-1], images, logits)
         allocation.give(updated)
-        measured = _measure(calibration, options, images)
+        measured = _measure(calibration, options, images, logits)
         if measured >= history[-1]:
             allocation.give(chosen)
             break
@@ -95,31 +93,32 @@ def _errors(allocation: Allocation, traces: dict[str, float]) -> dict[str, list[
     return {path: [e / mean[calibration.sim.sites[path].role] for e in own] for path, own in losses.items()}
 
 
-def _lost(linear) -> float:
+def _lost(linear: SimLinear) -> float:
     """‖Q(W) − W‖²/(N·K)"""
     with torch.no_grad():
         return float((linear.codes() * linear.quant.scale.unsqueeze(1) - linear.weight).square().mean())
 
 
-def _measure(calibration: Calibration, options: FisherOptions, images: Tensor) -> float:
-    """The error of the quantized model's logits."""
+def _measure(calibration: Calibration, options: FisherOptions, images: Tensor, logits: Tensor) -> float:
+    """The error of the quantized model against the float ``logits``."""
     with torch.no_grad():
-        logits = torch.cat([calibration.sim(part) for part in calibration.batches(images)])
-    return distance(float_logits(calibration, images), logits, options.metric)
+        found = torch.cat([calibration.sim(part) for part in calibration.batches(images)])
+    return distance(logits, found, options.metric)
 
 
-def _neighbours(
-    allocation: Allocation, chosen: dict[str, int], offered: dict[str, list[int]], images: Tensor
-) -> dict[str, list[float]]:
-    """The error of the logits with one layer at each of its ``offered`` choices, all others as ``chosen``."""
-    calibration, options = allocation.calibration, allocation.options
-    logits = float_logits(calibration, images)
-    out: dict[str, list[float]] = {}
+def _updated(
+    allocation: Allocation, chosen: dict[str, int], error: float, images: Tensor, logits: Tensor
+) -> dict[str, int]:
+    """The program's solution among ``chosen``, whose ``error`` is given, and each layer's neighbours of it."""
+    calibration, options, choices = allocation.calibration, allocation.options, allocation.choices
+    offered = {path: [k for k in (j, j - 1, j + 1) if 0 <= k < len(choices)] for path, j in chosen.items()}
+    errors: dict[str, list[float]] = {}
     for block in blocks(calibration):
         paths = [site.path for site in block.linears]
-        settings = {p: [allocation.setting(p, allocation.choices[j]) for j in offered[p]] for p in paths}
-        restore = {p: allocation.setting(p, allocation.choices[chosen[p]]) for p in paths}
-        out |= block_sensitivities(
+        settings = {p: [allocation.setting(p, choices[j]) for j in offered[p][1:]] for p in paths}
+        restore = {p: allocation.setting(p, choices[chosen[p]]) for p in paths}
+        moved = block_sensitivities(
             calibration.sim, block, images, logits, settings, options.metric, calibration.batch, restore
         )
-    return out
+        errors |= {path: [error, *own] for path, own in moved.items()}
+    return _solve(allocation, errors, offered)

@@ -52,7 +52,7 @@ def lower(components: Sequence[Component], limits: Sequence[int]) -> list[int] |
 
         def price(i: int, over: list[int] = over) -> float:
             c, j = components[i], at[i]
-            saved = sum((c.costs[j][a] - c.costs[j - 1][a]) / limits[a] for a in over)
+            saved = sum((c.costs[j][a] - c.costs[j - 1][a]) / max(limits[a], 1) for a in over)
             return (c.errors[j - 1] - c.errors[j]) / saved
 
         candidates = [i for i, j in enumerate(at) if j > 0]
