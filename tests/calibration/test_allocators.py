@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import log_softmax
-from vitq.allocation import fisher
 from vitq.allocation.frontier import Component, pareto_frontier
 from vitq.allocation.relevance import apply_rules, layer_relevance
 from vitq.allocation.sensitivity import block_sensitivities, distance
 from vitq.calibrate import calibrate
+from vitq.fisher import combined_loss, fisher_traces
 from vitq.jobs import average_bits
 from vitq.models import adapter_for
 from vitq.observers import InputStats
@@ -139,10 +139,17 @@ def test_shares_of_layers(build):
 # Fisher
 
 
-def test_scores_have_the_covariance_of_label_draws():
+def every_sign(monkeypatch, classes: int) -> None:
+    """Each combination of signs in turn, instead of random ones."""
+    signs = itertools.cycle(itertools.product((0, 1), repeat=classes))
+    monkeypatch.setattr(torch, "randint", lambda a, b, shape, generator: torch.tensor(next(signs)).expand(shape))
+
+
+def test_combined_losses_have_the_second_moment_of_label_draws(monkeypatch):
+    every_sign(monkeypatch, 3)
     p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=torch.float64)
-    v = fisher.scores(p.expand(8, 3), signs)
+    z = p.log().expand(1, 3).clone().requires_grad_()
+    v = torch.cat([torch.autograd.grad(combined_loss(z, None).sum(), z)[0] for _ in range(8)])
     wanted = sum(p[y] * torch.outer(torch.eye(3)[y] - p, torch.eye(3)[y] - p) for y in range(3))
     assert torch.allclose(v.T @ v / 8, wanted)
 
@@ -161,10 +168,8 @@ def test_fisher_traces_are_those_of_every_label_and_image(build, monkeypatch):
             for path, g in zip(paths, gradients):
                 want[path] += float(log_p[y].detach().exp() * g.square().sum()) / 3
     sim.requires_grad_(False)
-    # Every combination of signs once, in each batch.
-    signs = itertools.cycle(itertools.product((0, 1), repeat=3))
-    monkeypatch.setattr(torch, "randint", lambda a, b, shape, generator: torch.tensor(next(signs)).expand(shape))
-    got = fisher.fisher_traces(sim, paths, x, 2, 8, None)
+    every_sign(monkeypatch, 3)
+    got = fisher_traces(sim, x.split(2), paths, 8, None)
     assert list(got.values()) == pytest.approx(list(want.values()), rel=1e-4)
 
 
@@ -195,7 +200,7 @@ def test_types_count_alike_whatever_the_size_of_their_traces():
         path = f"blocks.{i}.attn.qkv"
         linear = c.reference.twin().linears[path]
         allocation.setting(path, (3, 3))(linear)
-        lost.append(float((linear.codes() * linear.quant.scale[:, None] - linear.weight).square().mean()))
+        lost.append(((linear.codes() * linear.quant.scale[:, None] - linear.weight).detach().square().mean()).item())
     assert ratio == pytest.approx(
         traces["blocks.0.attn.qkv"] * lost[0] / (traces["blocks.1.attn.qkv"] * lost[1]), rel=1e-5
     )
@@ -279,7 +284,7 @@ def test_bits_differ_and_take_no_more_than_the_recipes(name, build):
     assert spent > 0.9 * sum(l.codes.numel() // 2 for l in linears.values())
     weights = [l.codes.numel() for l in linears.values()]
     assert record["size"] == pytest.approx((spent + sum(4 * len(l.codes) for l in linears.values())) / 4 / sum(weights))
-    assert average_bits(done.state)[0] < 6
+    assert average_bits(done.sim)[0] < 6
 
 
 @pytest.mark.parametrize("name", ["relevance", "mix"])

@@ -3,7 +3,7 @@
 LampQ (arXiv 2511.10004, AAAI 2026) [P]: sensitivity Ω_l = α_type·tr(F_l), bits by an integer linear program under the
 budget, then iterative updates from what quantization does; its code leaves all three out. Reconstructed [R]:
 
-- F over the model's own predictions, no labels, see ``allocation.fisher``.
+- F over the model's own predictions, no labels, see ``vitq.fisher``.
 - error of b bits: Ω_l·‖Q_b(W_l) − W_l‖²/(N·K), the trace's share of the second-order loss.
 - types are qkv, proj, fc1, fc2. α_type makes the mean error of a type at the recipe's bits 1: the layers of a type
   compete by their traces, the types have the same weight.
@@ -18,8 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..allocation.fisher import fisher_traces
 from ..allocation.sensitivity import block_sensitivities, distance
+from ..fisher import fisher_traces
 from ..quantizers import SimLinear
 from .base import Calibration, method
 from .bits import Allocation, ProbeOptions, blocks, float_logits, noted
@@ -28,7 +28,7 @@ from .bits import Allocation, ProbeOptions, blocks, float_logits, noted
 class FisherOptions(ProbeOptions):
     """
     Args:
-        draws: random combinations of classes per image, for the traces.
+        draws: per image, for the traces.
         rounds: most updates; 0 keeps the program's bits.
     """
 
@@ -45,7 +45,7 @@ def fisher(calibration: Calibration, options: FisherOptions) -> None:
     traces = noted(
         calibration,
         "traces",
-        lambda: fisher_traces(calibration.reference, paths, images, calibration.batch, options.draws, generator),
+        lambda: fisher_traces(calibration.reference, calibration.batches(images), paths, options.draws, generator),
     )
     chosen = _solve(allocation, _errors(allocation, traces))
     allocation.give(chosen)

@@ -1,7 +1,7 @@
 """allocate.relevance: bits by how much of the logit a layer carries (LRP-QViT), and by what they cost it (Mix-QViT).
 
 LRP-QViT (arXiv 2401.11243) scores a layer by layer-wise relevance propagation, Mix-QViT (arXiv 2501.06357) by that and
-by the measured effect of quantizing the layer alone; both solve an integer program over the bits [P]. Their exact
+by the measured effect of quantizing the layer alone, in an integer quadratic program over the bits [P]. Their exact
 scores and objectives could not be read, so these are reconstructed [R]:
 
 - contribution Ω_l: share of the relevance of the winning logit, see ``allocation.relevance``.
