@@ -348,11 +348,15 @@ def test_what_is_refused():
         wanted = parse(BASE | {"allocate": [{"method": name, "budget": {"size": 0.05}, **QUICK}]})
         with pytest.raises(ValueError, match=r"budget is size=0\.05, expected at least size=0\.08"):
             calibrate(model, x, wanted)
+    twin = {"initialise": ["scales", "twin_uniform"], "allocate": ["relevance"]}
+    with pytest.raises(ValueError, match=r"input of blocks\.0\.mlp\.fc2 is quantized by Twin"):
+        calibrate(model, x, parse(BASE | twin))
 
 
 @pytest.mark.parametrize("name", ["lrp-qvit", "mix-qvit", "lampq", "mptq-vit"])
 def test_recipes(name):
-    recipe = load_recipe(name, bits={"weights": 3, "activations": 3})
+    recipe = load_recipe(f"{name}-w3a3")
+    assert recipe.bits.weights == recipe.bits.softmax == 3
     (step,) = recipe.allocate
     assert step.options.budget is None
     assert step.options.bits == (2, 3, 4, 5, 6, 7, 8)

@@ -108,7 +108,12 @@ def set_bits(
     Args:
         linear, path: the layer, of the model being quantized or of a probe.
         weights, activations, weight_importance: range searches, as in BitsOptions.
+
+    Raises: ValueError for a layer whose input is quantized in simulation only: such a quantizer has bits of its own.
     """
+    if linear.simulated is not None:
+        kind = type(linear.simulated).__name__
+        raise ValueError(f"the input of {path} is quantized by {kind}, expected a format whose bits can be changed")
     recipe, stats = calibration.recipe, calibration.observations().inputs[path]
     kind, rank = recipe.low_rank.kind, calibration.rank(path) if branch else 0
     weight_spec = replace(recipe.weight_spec(False), bits=choice[0])
