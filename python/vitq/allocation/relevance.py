@@ -52,7 +52,7 @@ def layer_relevance(
         shares = torch.stack(
             [(outputs[p].detach() * g).double().reshape(len(part), -1).abs().sum(1) for p, g in zip(paths, gradients)]
         )
-        total += (shares / shares.sum(0)).sum(1)
+        total += (shares / shares.sum(0)).sum(1).cpu()
     return dict(zip(paths, (total / len(images)).tolist()))
 
 
