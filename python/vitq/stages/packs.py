@@ -32,9 +32,10 @@ from torch import Tensor
 from ..losses import hooked, kl_gradient, log_probabilities
 from ..models.sites import BlockSite
 from ..quantizers import FocusQuantizer
-from ..scales import Search, set_activation, set_operands, set_weight
+from ..scales import Search, set_operands
 from ..simulate import recording
 from .base import Calibration, Options, Pack, method
+from .bits import set_bits
 
 CANDIDATES = {3: (2, 3, 4), 4: (3, 4, 6), 6: (4, 6, 8)}
 
@@ -273,17 +274,11 @@ def optimal(omegas: list[float], sizes: list[int], candidates: tuple[int, ...], 
 
 def _set_bits(calibration: Calibration, options: PackOptions, block: BlockSite, bits: int) -> None:
     """Quantize everything of a block anew at ``bits``."""
-    recipe, sim, seen = calibration.recipe, calibration.sim, calibration.observations()
-    weight, activation, operand = (
-        replace(spec, bits=bits)
-        for spec in (recipe.weight_spec(False), recipe.activation_spec(False), recipe.operand_spec())
-    )
+    sim = calibration.sim
     for path, linear in sim.linears_of(block).items():
-        rows = seen.inputs[path].rows
-        importance = rows.square().mean(0)
-        set_weight(linear, linear.weight, weight, options.weights, importance, recipe.weight_levels == "table")
-        set_activation(linear, rows, activation, options.activations, recipe.activation_levels == "table")
+        set_bits(calibration, linear, path, (bits, bits), options.weights, options.activations)
     attention = sim.attention_of(block)
     if attention is not None:
+        operand = replace(calibration.recipe.operand_spec(), bits=bits)
         attention.focus = FocusQuantizer(replace(attention.focus.spec, bits=bits))
-        set_operands(attention, seen.qkv[block.attention.path], operand, options.operands)
+        set_operands(attention, calibration.observations().qkv[block.attention.path], operand, options.operands)
