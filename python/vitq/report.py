@@ -18,7 +18,8 @@ from . import checkpoint, jobs
 from .allocation.plot import draw_frontier, draw_packs
 from .checkpoint import Config
 from .console import cell
-from .models import adapter_for
+from .restore import to_simulated
+from .simulate import SimModel
 from .state import ModelState
 
 FRONTIER = "frontier.json"
@@ -33,16 +34,16 @@ def render(folder: Path) -> str:
     """
     state, config = checkpoint.load_state(folder)
     frontier, packs = read_frontier(folder, state.metrics), state.metrics.get("packs")
-    order = [site.path for site in adapter_for(checkpoint.build_float(folder, config)).linears()]
-    linears = state.linears()
+    # Layers in execution order.
+    sim, linears = to_simulated(checkpoint.build_float(folder, config), state), state.linears()
     loader = PackageLoader("vitq", "assets")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["cell"] = cell
     return environment.get_template("report.html").render(
         architecture=config.architecture,
         recipe=config.recipe,
-        facts=_facts(state, config, checkpoint.disk_bytes(folder)),
-        linears=[_linear(path, linears[path]) for path in order if path in linears],
+        facts=_facts(sim, state, config, checkpoint.disk_bytes(folder)),
+        linears=[_linear(path, linears[path]) for path in sim.linears if path in linears],
         attentions=[_attention(p, site) for p, site in state.sites.items() if isinstance(site, AttentionState)],
         packs=_packs(packs or []),
         packs_picture=_picture(draw_packs, packs),
@@ -86,8 +87,8 @@ def _picture(draw: Callable, record: Any) -> str | None:
     return f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _facts(state: ModelState, config: Config, size: int) -> dict[str, str]:
-    weights, activations = jobs.average_bits(state)
+def _facts(sim: SimModel, state: ModelState, config: Config, size: int) -> dict[str, str]:
+    weights, activations = jobs.average_bits(sim)
     share = size / config.float_bytes
     facts = {
         "recipe": state.recipe.get("summary"),

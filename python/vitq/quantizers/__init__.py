@@ -4,15 +4,20 @@ from .activation import ActivationQuantizer
 from .attention import FocusQuantizer, SimAttention
 from .floats import SimGelu, SimLayerNorm
 from .linear import SimLinear, SimPatchConv
+from .simulated import LogLevels, ShiftedLog, SimulationOnly, TwinUniform
 from .weight import WeightQuantizer
 
 __all__ = [
     "ActivationQuantizer",
     "FocusQuantizer",
+    "LogLevels",
+    "ShiftedLog",
     "SimAttention",
     "SimGelu",
     "SimLayerNorm",
     "SimLinear",
     "SimPatchConv",
+    "SimulationOnly",
+    "TwinUniform",
     "WeightQuantizer",
 ]

@@ -64,7 +64,7 @@ def erq(calibration: Calibration, options: ErqOptions) -> None:
 def _solve(linear: SimLinear, reference: SimLinear, x: Tensor, options: ErqOptions) -> None:
     """Weight, scales and bias of one layer from rows x [T, K] of its float input."""
     weight, k = reference.weight.double(), x.shape[1]
-    seen = x if linear.act.spec is None else torch.mul(*linear.act(x))
+    seen = linear.decoded(x)
     if reference.bias is not None:
         weight = torch.cat([weight, reference.bias.double().unsqueeze(1)], 1)
         x, seen = (torch.cat([rows, rows.new_ones(len(rows), 1)], 1) for rows in (x, seen))
