@@ -147,7 +147,9 @@ def snapshot(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict]]:
 
 
 def apply_snapshot(module: nn.Module, tensors: dict[str, Tensor], meta: dict[str, dict]) -> None:
-    """Inverse of :func:`snapshot`."""
+    """Inverse of :func:`snapshot`; tensors go where the module is."""
+    device = next(module.parameters()).device
+    tensors = {key: t.to(device) for key, t in tensors.items()}
     for name, m in module.named_modules():
         own = {k.split("|")[1]: t for k, t in tensors.items() if k.split("|")[0] == name}
         if name in meta:
