@@ -1,7 +1,7 @@
 """Differentiable simulation of the integer layers."""
 
 from .activation import ActivationQuantizer
-from .attention import FocusQuantizer, SimAttention
+from .attention import FocusQuantizer, SimAttention, SimBlocks
 from .floats import SimGelu, SimLayerNorm
 from .linear import SimLinear, SimPatchConv
 from .weight import WeightQuantizer
@@ -10,6 +10,7 @@ __all__ = [
     "ActivationQuantizer",
     "FocusQuantizer",
     "SimAttention",
+    "SimBlocks",
     "SimGelu",
     "SimLayerNorm",
     "SimLinear",

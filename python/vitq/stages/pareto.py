@@ -16,16 +16,15 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from .. import lowrank
-from ..allocation.costs import Layer, latency
+from ..allocation.costs import Layer, latency, layers_of
 from ..allocation.frontier import MOST, Component, Frontier, pareto_frontier
 from ..allocation.sensitivity import Metric, block_sensitivities, make_float
 from ..models.sites import BlockSite
 from ..quantizers import SimLinear
 from ..scales import Search, set_activation, set_weight
-from ..simulate import SimModel, recording
+from ..simulate import SimModel
 from .base import Calibration, Options, method
 
 Choice = tuple[int, int]  # bits of weights, of activations
@@ -106,7 +105,9 @@ def pareto(calibration: Calibration, options: ParetoOptions) -> None:
     choices = options.choices(calibration.recipe.bits.activations)
     probe = calibration.reference.twin()
     omega = _sensitivities(calibration, options, probe, choices)
-    layers = _layers(calibration, list(omega))
+    merged = calibration.recipe.low_rank.kind == "merged"
+    ranks = {path: 0 if merged else calibration.rank(path) for path in omega}
+    layers = layers_of(calibration.reference, calibration.images[:1], ranks)
     costs = _costs(calibration, options, probe, choices, layers)
     spent = list(zip(*(costs[axis]["layers"].values() for axis in options.budget.axes)))
     components = [
@@ -188,23 +189,6 @@ def _quantize(
             lost = (linear.weight - linear.codes() * linear.quant.scale.unsqueeze(1)).double()
         up, down = lowrank.whitened(lost, lowrank.damped(stats.second_moment(), 0.01), rank)
         linear.set_low_rank(kind, down.float(), up.float())
-
-
-def _layers(calibration: Calibration, paths: list[str]) -> dict[str, Layer]:
-    """The work of each component on one image."""
-    rows: dict[str, int] = {}
-    linears = {path: calibration.reference.linears[path] for path in paths}
-
-    def record(path: str, inputs: tuple, output: Tensor) -> None:
-        rows[path] = linears[path].rows(inputs[0]).shape[0]
-
-    with torch.no_grad(), recording(linears, record):
-        calibration.reference(calibration.images[:1])
-    merged = calibration.recipe.low_rank.kind == "merged"
-    return {
-        path: Layer(*linear.shape, rows[path], 0 if merged else calibration.rank(path))
-        for path, linear in linears.items()
-    }
 
 
 def _costs(
