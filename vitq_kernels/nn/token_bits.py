@@ -1,9 +1,9 @@
 """Token-wise activation bits: which tokens an attention leaves their bits, and what that makes of a quantizer.
 
 Codes stay int8 in memory, so that the integer products need nothing new: a token of fewer bits has a coarser scale of
-its own, and takes as long. Hardware with int4 products would gain by groups: rows gathered by ``RowBits.high``, which is
-decided before they are quantized, run as two products of one width each, and their results scattered back as windows are
-(``gather`` and ``scatter`` of the ops); the number of rows in each group is fixed by share and resolution.
+its own, and takes as long. Hardware with int4 products would gain by groups: rows gathered by ``RowBits.high``, which
+is known before they are quantized, run as two products of one width each, and their results scattered back as windows
+are (``gather`` and ``scatter`` of the ops); share and resolution fix how many rows are in each group.
 
 Source: PMQ (arXiv 2305.06559), reconstructed from its abstract; what is decided is exactly what an integer and a
 simulated model share, so both call the functions here.
@@ -85,7 +85,7 @@ def decide(spec: TokenBits, scores: Tensor) -> RowBits:
 
 
 def _hashed(scores: Tensor, seed: int) -> Tensor:
-    """Pseudo-random int64 in [0, 2^32) of the bit patterns of float32 ``scores``: every image has an order of its own."""
+    """Pseudo-random int64 in [0, 2^32) of the bit patterns of float32 ``scores``: each image has its own order."""
     word = (1 << 32) - 1
     bits = scores.contiguous().view(torch.int32).to(torch.int64) + (seed * 0x85EBCA6B & word)
     bits = (bits * 0x9E3779B1) & word

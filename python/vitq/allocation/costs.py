@@ -47,7 +47,7 @@ class Layer:
 
 
 def layers_of(model: SimModel, image: Tensor, ranks: dict[str, int]) -> dict[str, Layer]:
-    """The work of ``model``'s linear layers on one image [1, C, H, W]: those that ``ranks`` names with a branch's rank."""
+    """The work of ``model``'s linear layers on one image [1, C, H, W]: those that ``ranks`` names, with their rank."""
     linears, rows = {path: model.linears[path] for path in ranks}, {}
 
     def record(path: str, inputs: tuple, output: Tensor) -> None:

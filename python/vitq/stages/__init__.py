@@ -5,7 +5,7 @@ method first asks for it. Each stage of a recipe is a list of steps; a step name
 nothing of each other: what they share is the :class:`~vitq.stages.base.Calibration` they are called with.
 """
 
-from . import compensate, evolution, initialise, packs, pareto, rank_search, reconstruct, reparameterize
+from . import compensate, evolution, initialise, packs, pareto, patchwise, rank_search, reconstruct, reparameterize
 from .base import STAGES, Calibration, Method, Options, find, method
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "method",
     "packs",
     "pareto",
+    "patchwise",
     "rank_search",
     "reconstruct",
     "reparameterize",
