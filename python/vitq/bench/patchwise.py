@@ -54,10 +54,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Patch-wise bits",
         "",
-        "Integer models on the shipped digits ViT: activations, queries and keys of 8 bits for some patches of each image",
-        "and of fewer for the others, decided by attention (`allocate.patchwise`, reconstructed from PMQ's abstract), and",
-        "controls at equal BitOps. Weights and all else at 8 bits. Top-1 in percent and logit SQNR in dB against the",
-        f"float model, mean ± deviation over {len(SEEDS)} seeds; BitOps in thousandths of float32's. Made by",
+        "Integer models on the shipped digits ViT: activations, queries and keys of 8 bits for some patches of each",
+        "image and of fewer for the others, decided by attention (`allocate.patchwise`, reconstructed from PMQ's",
+        "abstract), and controls at equal BitOps. Weights and all else at 8 bits. Top-1 in percent and logit SQNR in dB",
+        f"against the float model, mean ± deviation over {len(SEEDS)} seeds; BitOps in thousandths of float32's. Made by",
         "`python -m vitq.bench.patchwise --output bench/results/patchwise.json --markdown docs/patchwise.md`.",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):

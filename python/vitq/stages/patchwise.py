@@ -4,8 +4,8 @@ PMQ (arXiv 2305.06559), all of it reconstructed from the abstract [R]: patch j o
 of A[cls, j] (without a class token, as in Swin's windows, the mean over queries too), decided per image and without any
 training. Of each block's patches the best r_l keep the recipe's bits and the others get ``low``; prefix tokens always
 keep theirs. A of block l rules the inputs of its proj, fc1 and fc2, and qkv, Q and K of the block after; V keeps its
-bits, and so do qkv, Q and K of the first block of a resolution. Scales are per token, where a static form would have two
-per site. BitOps are MAC·b_w·b̄ of a linear layer and MAC·b̄² of q·kᵀ, b̄ the mean over tokens.
+bits, and so do qkv, Q and K of the first block of a resolution. Scales are per token, where a static form would have
+two per site. BitOps are MAC·b_w·b̄ of a linear layer and MAC·b̄² of q·kᵀ, b̄ the mean over tokens.
 """
 
 from __future__ import annotations
