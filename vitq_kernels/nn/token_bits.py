@@ -81,7 +81,8 @@ def decide(spec: TokenBits, scores: Tensor) -> RowBits:
         patches = _hashed(patches, spec.seed)
     order = patches.argsort(dim=1, descending=spec.rank_by != "inverted", stable=True)
     high = torch.zeros_like(patches, dtype=torch.bool).scatter(1, order[:, : spec.kept(patches.shape[1])], True)
-    return RowBits(torch.cat([high.new_ones(len(high), spec.prefix), high], 1), spec.low)
+    # Sizes by shape: len() would make a constant of the batch in a traced program.
+    return RowBits(torch.cat([high.new_ones(high.shape[0], spec.prefix), high], 1), spec.low)
 
 
 def _hashed(scores: Tensor, seed: int) -> Tensor:

@@ -56,8 +56,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         "Integer models on the shipped digits ViT: activations, queries and keys of 8 bits for some patches of each",
         "image and of fewer for the others, decided by attention (`allocate.patchwise`, reconstructed from PMQ's",
-        "abstract), and controls at equal BitOps. Weights and all else at 8 bits. Top-1 in percent and logit SQNR in dB",
-        f"against the float model, mean ± deviation over {len(SEEDS)} seeds; BitOps in thousandths of float32's. Made by",
+        "abstract), and controls at equal BitOps. Weights and all else at 8 bits. Top-1 in percent and logit SQNR in",
+        f"dB against the float model, mean ± deviation over {len(SEEDS)} seeds; BitOps in thousandths of float32's. By",
         "`python -m vitq.bench.patchwise --output bench/results/patchwise.json --markdown docs/patchwise.md`.",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
