@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,23 @@ class CalibratedModel:
 
     Attributes:
         sim: the simulated model; computes what the integer model of ``state`` computes.
-        state: everything that model is.
         seconds: wall time by step.
+        fields: of the state, besides what the model itself is.
     """
 
     sim: SimModel
-    state: ModelState
     seconds: dict[str, float]
+    fields: dict[str, Any]
+
+    @property
+    def refusals(self) -> dict[str, str]:
+        """Module path -> why there is no integer kernel; empty for a deployable model."""
+        return self.sim.refusals()
+
+    @cached_property
+    def state(self) -> ModelState:
+        """Everything that the integer model is. Raises: ValueError with the reason if there is none."""
+        return self.sim.export(**self.fields)
 
 
 def calibrate(
@@ -82,8 +93,8 @@ def calibrate(
     sim.requires_grad_(False)
     name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     metrics = calibration.metrics | fields.pop("metrics", {})
-    state = sim.export(name, recipe=recipe.plain(), metrics=metrics, **fields)
-    return CalibratedModel(sim, state, seconds)
+    fields |= {"architecture": name, "recipe": recipe.plain(), "metrics": metrics}
+    return CalibratedModel(sim, seconds, fields)
 
 
 def identity(model: nn.Module, images: Tensor, recipe: Recipe, seed: int) -> dict[str, Any]:

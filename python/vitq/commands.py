@@ -96,11 +96,21 @@ def _splits(data: str, model: nn.Module, limit: int | None) -> dict[str, Any]:
     return {name: load_data(data, name, model, limit) for name in names}
 
 
+def _refuse(recipe: recipes.Recipe) -> None:
+    """Before a calibration that ends in nothing. Raises: ValueError for a recipe without an integer form."""
+    if recipe.refusal:
+        raise ValueError(
+            f"recipe {recipe.name} exists in simulation only: {recipe.refusal}; vitq.calibrate.calibrate gives its "
+            "simulated model"
+        )
+
+
 def quantize(args: argparse.Namespace) -> None:
     out = console.make(args.json)
     recipe = recipes.load_recipe(args.recipe, fast=args.fast, **dict(args.overrides))
     if args.budget:
         recipe = recipe.with_budget(dict(args.budget))
+    _refuse(recipe)
     if args.images:
         recipe = recipe.model_copy(
             update={"calibration": recipe.calibration.model_copy(update={"images": args.images})}
@@ -237,6 +247,7 @@ def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
     with _progress() as progress:
         for name in args.recipe.split(","):
             recipe = recipes.load_recipe(name, fast=True)
+            _refuse(recipe)
             models[recipe.name] = jobs.quantize(model, source, recipe, images, progress=progress).integer
     return models
 

@@ -50,28 +50,32 @@ class Comparison:
 
     Attributes:
         top1_float, top1_simulated, top1_integer: percent.
-        agreement_simulated_integer, agreement_float_integer: fraction of images of the same top-1 class.
-        logit_sqnr_db: of the integer logits against the float ones.
+        agreement_simulated_integer, agreement_float_quantized: fraction of images of the same top-1 class.
+        logit_sqnr_db: of the quantized logits against the float ones.
         logit_difference_simulated_integer: the largest between any two logits; 0 where they are the same bits.
+
+    What is quantized is the integer model, or the simulated one where there is no integer one; figures that need an
+    integer model are None then.
     """
 
     top1_float: float
     top1_simulated: float
-    top1_integer: float
-    agreement_simulated_integer: float
-    agreement_float_integer: float
+    top1_integer: float | None
+    agreement_simulated_integer: float | None
+    agreement_float_quantized: float
     logit_sqnr_db: float
-    logit_difference_simulated_integer: float
+    logit_difference_simulated_integer: float | None
 
     @classmethod
-    def of(cls, labels: Tensor, floating: Tensor, simulated: Tensor, integer: Tensor) -> Comparison:
-        """From labels [N] and the three models' logits [N, C]."""
+    def of(cls, labels: Tensor, floating: Tensor, simulated: Tensor, integer: Tensor | None) -> Comparison:
+        """From labels [N] and the models' logits [N, C]."""
+        quantized = simulated if integer is None else integer
         return cls(
             top1(floating, labels),
             top1(simulated, labels),
-            top1(integer, labels),
-            agreement(simulated, integer),
-            agreement(floating, integer),
-            sqnr_db(floating, integer),
-            float((simulated - integer).abs().max()),
+            None if integer is None else top1(integer, labels),
+            None if integer is None else agreement(simulated, integer),
+            agreement(floating, quantized),
+            sqnr_db(floating, quantized),
+            None if integer is None else float((simulated - integer).abs().max()),
         )

@@ -19,6 +19,7 @@ from .data import load_calibration
 from .evaluate import Comparison, predict
 from .models import state_data
 from .recipes import Recipe
+from .simulate import SimModel
 from .sources import ModelSource
 from .state import ModelState
 
@@ -29,11 +30,12 @@ Prediction = tuple[Tensor, Tensor]  # logits [N, C], labels [N]
 class Quantized:
     """A finished job.
 
-    Attributes: calibrated: simulated model, state, seconds by step. integer: the model that runs. seconds: in all.
+    Attributes: calibrated: simulated model, state, seconds by step. integer: the model that runs, or None where the
+    recipe has quantizers that exist in simulation only. seconds: in all.
     """
 
     calibrated: CalibratedModel
-    integer: nn.Module
+    integer: nn.Module | None
     seconds: float
 
     @property
@@ -51,7 +53,7 @@ def quantize(
     work_dir: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Quantized:
-    """Calibrate ``model`` and build its integer form.
+    """Calibrate ``model`` and build its integer form, if it has one.
 
     Args:
         images: [B, C, H, W] preprocessed calibration images, or where to take the recipe's number of them from
@@ -75,19 +77,21 @@ def quantize(
         source=source.record(),
     )
     seconds = time.perf_counter() - start
-    return Quantized(calibrated, to_integer(model, calibrated.state), seconds)
+    return Quantized(calibrated, None if calibrated.refusals else to_integer(model, calibrated.state), seconds)
 
 
-def average_bits(state: ModelState) -> tuple[float, float]:
-    """Bits per weight and per activation of the linear layers, averaged over weights and over in-features.
+def average_bits(sim: SimModel) -> tuple[float, float]:
+    """Bits per weight and per activation of the quantized linear layers, averaged over weights and over in-features.
 
     Layers with float inputs count 16 bits for those.
     """
     weights = bits_w = inputs = bits_a = 0
-    for linear in state.linears().values():
-        n, k = linear.codes.shape
-        weights, bits_w = weights + n * k, bits_w + n * k * linear.weight.bits
-        inputs, bits_a = inputs + k, bits_a + k * (16 if linear.act is None else linear.act.bits)
+    for linear in sim.linears.values():
+        if linear.quant.spec is not None:
+            n, k = linear.shape
+            quantizer = linear.act.spec if linear.simulated is None else linear.simulated
+            weights, bits_w = weights + n * k, bits_w + n * k * linear.quant.spec.bits
+            inputs, bits_a = inputs + k, bits_a + k * (16 if quantizer is None else quantizer.bits)
     return bits_w / max(weights, 1), bits_a / max(inputs, 1)
 
 
@@ -99,18 +103,18 @@ def predict_splits(model: nn.Module, splits: dict[str, Dataset], batch_size: int
 def evaluate(
     floating: dict[str, Prediction],
     simulated: nn.Module,
-    integer: nn.Module,
+    integer: nn.Module | None,
     splits: dict[str, Dataset],
     batch_size: int = 64,
 ) -> list[dict[str, Any]]:
-    """One row per split: top-1 of the three models, their agreement, logit SQNR.
+    """One row per split: top-1 of the three models (two if there is no integer one), their agreement, logit SQNR.
 
     Args: floating: :func:`predict_splits` of the float model, which many quantized ones are compared with.
     """
     rows = []
     for name, data in splits.items():
         logits, labels = floating[name]
-        others = (predict(m, data, batch_size)[0] for m in (simulated, integer))
+        others = (None if m is None else predict(m, data, batch_size)[0] for m in (simulated, integer))
         comparison = Comparison.of(labels, logits, *others)
         rows.append({"split": name, "images": len(data), **asdict(comparison)})
     return rows
@@ -133,7 +137,7 @@ def summarize(recipe: Recipe, done: Quantized, floating: nn.Module, size: int, s
     Args: size: bytes of the checkpoint on disk; splits: rows of :func:`evaluate`; times: rows of :func:`time_models`
           for one batch size, float first.
     """
-    weight_bits, act_bits = average_bits(done.state)
+    weight_bits, act_bits = average_bits(done.calibrated.sim)
     base, integer = times
     common = {
         "recipe": recipe.name,

@@ -41,6 +41,12 @@ def optimal_levels(mass: Tensor, count: int) -> LevelTable:
     return LevelTable(tuple(_distinct(sorted(levels))))
 
 
+def snapped(values: Tensor) -> tuple[LevelTable, float]:
+    """The table nearest to ``values`` ([2^k], ascending) on the int8 grid up to the largest, and the grid's step."""
+    step = float(values.abs().max()) / 127
+    return LevelTable(tuple(_distinct([int(v) for v in (values / step).round()]))), step
+
+
 def _distinct(levels: list[int]) -> list[int]:
     """Levels moved apart where rounding made two of them meet."""
     for k in range(1, len(levels)):

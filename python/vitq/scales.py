@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +15,7 @@ from vitq_kernels.formats import FocusSpec, QuantSpec
 
 from .levels import activation_table, weight_table
 from .observers import Histogram, search_range, weight_scale
-from .quantizers import FocusQuantizer, SimAttention, SimLinear
+from .quantizers import FocusQuantizer, SimAttention, SimLinear, SimulationOnly
 
 SAMPLE = 1 << 19
 
@@ -83,27 +86,69 @@ def set_operands(attention: SimAttention, qkv: Tensor, spec: QuantSpec, search: 
     operands.set(spec, scale)
 
 
-@torch.no_grad()
+@contextmanager
+def attention_error(
+    attention: SimAttention, qkv: Tensor, mask: Tensor | None, importance: Tensor | None = None
+) -> Iterator[Callable[[], float]]:
+    """A function for the squared error of the attention's output over ``qkv`` [B, N, 3·H·d] under the quantizer of
+    probabilities that it then has; operands are float meanwhile, and all is as before at the end.
+
+    Args: importance [B, N, H·d]: what an output's squared error counts, or None for one.
+    """
+    before = attention.focus, attention.simulated, attention.operands.spec
+    attention.focus = attention.simulated = attention.operands.spec = None
+
+    @torch.no_grad()
+    def error() -> float:
+        square = (attention.attend(qkv, mask) - target).square()
+        return float((square if importance is None else square * importance).sum())
+
+    try:
+        with torch.no_grad():
+            target = attention.attend(qkv, mask)
+        yield error
+    finally:
+        attention.focus, attention.simulated, attention.operands.spec = before
+
+
 def search_focus(attention: SimAttention, spec: FocusSpec, qkv: Tensor, mask: Tensor | None, steps: int) -> FocusSpec:
     """b1 and b2 with the least squared error of the attention's output over ``qkv`` [B, N, 3·H·d] (float operands).
 
     A grid of ``steps`` upper ends, spaced evenly in the logarithm, then of lower ends below the best one. [R]
     """
-    focus, operands = attention.focus, attention.operands.spec
-    attention.operands.spec = attention.focus = None
-    target = attention.attend(qkv, mask)
+    with attention_error(attention, qkv, mask) as squared:
 
-    def error(b1: float, b2: float) -> float:
-        attention.focus = FocusQuantizer(_with(spec, b1, b2))
-        return float((attention.attend(qkv, mask) - target).square().sum())
+        def error(b1: float, b2: float) -> float:
+            attention.focus = FocusQuantizer(replace(spec, b1=b1, b2=b2))
+            return squared()
 
-    uppers = torch.logspace(-2, 0, steps).tolist()
-    b2 = min(uppers, key=lambda b: error(0.0, b))
-    lowers = [0.0, *(b2 * f for f in torch.logspace(-3, -0.5, steps // 2).tolist())]
-    b1 = min(lowers, key=lambda b: error(b, b2))
-    attention.focus, attention.operands.spec = focus, operands
-    return _with(spec, b1, b2)
+        uppers = torch.logspace(-2, 0, steps).tolist()
+        b2 = min(uppers, key=lambda b: error(0.0, b))
+        lowers = [0.0, *(b2 * f for f in torch.logspace(-3, -0.5, steps // 2).tolist())]
+        b1 = min(lowers, key=lambda b: error(b, b2))
+    return replace(spec, b1=b1, b2=b2)
 
 
-def _with(spec: FocusSpec, b1: float, b2: float) -> FocusSpec:
-    return FocusSpec(spec.bits, b1, b2, spec.power, spec.anchor, spec.below, spec.renormalize, spec.grid)
+def search_probabilities(
+    attention: SimAttention,
+    candidates: Iterable[SimulationOnly | FocusQuantizer],
+    qkv: Tensor,
+    mask: Tensor | None,
+    importance: Tensor | None = None,
+) -> SimulationOnly | FocusQuantizer:
+    """The quantizer of probabilities with the least (weighted) squared error of the attention's output."""
+    with attention_error(attention, qkv, mask, importance) as squared:
+
+        def error(quantizer: SimulationOnly | FocusQuantizer) -> float:
+            put_probabilities(attention, quantizer)
+            return squared()
+
+        return min(candidates, key=error)
+
+
+def put_probabilities(attention: SimAttention, quantizer: SimulationOnly | FocusQuantizer) -> None:
+    """Let ``attention`` quantize its probabilities by ``quantizer``."""
+    deployable = isinstance(quantizer, FocusQuantizer)
+    attention.simulated = None if deployable else quantizer
+    if deployable:
+        attention.focus = quantizer

@@ -110,13 +110,22 @@ class SimModel(nn.Module):
             return None
         return self.attentions[unit.attention.path]
 
+    def refusals(self) -> dict[str, str]:
+        """Module path -> why no integer kernel computes what is quantized there; empty for a deployable model."""
+        modules = {**self.linears, **self.attentions}
+        return {path: m.simulated.reason for path, m in modules.items() if m.simulated is not None}
+
     @torch.no_grad()
     def export(self, architecture: str, **rest: Any) -> ModelState:
         """The finished model; sites without a weight QuantSpec stay float.
 
         Args: architecture: timm model name; rest: the other fields of ModelState.
-        Raises: ValueError for an attention whose linear layers are quantized and whose operands are not.
+        Raises: ValueError for quantizers that exist in simulation only, or an attention whose linear layers are
+            quantized and whose operands are not.
         """
+        if refusals := self.refusals():
+            path, reason = next(iter(refusals.items()))
+            raise ValueError(f"the model has no integer form: {path}: {reason} ({len(refusals)} such sites)")
         inside = {p for site in self.attention_sites.values() for p in (site.qkv.path, site.proj.path)}
         sites = {
             path: linear.export()

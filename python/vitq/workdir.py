@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from vitq_kernels.formats import FocusSpec, LevelTable, LowRankSpec, QuantSpec
 
 from .quantizers import FocusQuantizer, SimAttention, SimLinear
+from .quantizers.simulated import from_plain
 from .simulate import SimModel
 
-FORMAT = 1
+FORMAT = 2
 
 
 def tensor_digest(tensors: dict[str, Tensor]) -> str:
@@ -139,6 +140,7 @@ def snapshot(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict]]:
             meta[name] = {"operands": _plain(m.operands.spec), "groups": m.operands.groups, "focus": focus}
         else:
             continue
+        meta[name]["simulated"] = None if m.simulated is None else m.simulated.plain()
         own = {f"{name}|{k}": t.detach().clone().contiguous() for k, t in m.state_dict().items()}
         tensors |= {k: t for k, t in own.items() if k.split("|")[1].count(".") <= 1}
     return tensors, meta
@@ -148,6 +150,9 @@ def apply_snapshot(module: nn.Module, tensors: dict[str, Tensor], meta: dict[str
     """Inverse of :func:`snapshot`."""
     for name, m in module.named_modules():
         own = {k.split("|")[1]: t for k, t in tensors.items() if k.split("|")[0] == name}
+        if name in meta:
+            simulated = meta[name]["simulated"]
+            m.simulated = None if simulated is None else from_plain(simulated)
         if isinstance(m, SimLinear):
             spec = _quant_spec(meta[name]["weight"])
             m.quant.set(spec, own.get("quant.scale"))

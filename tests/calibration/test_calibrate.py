@@ -171,6 +171,7 @@ def test_shipped_recipes_are_valid_and_survive_json(name):
     assert recipe.summary
     assert recipe.source
     assert parse(recipe.plain()) == recipe
+    assert (recipe.refusal is None) == ("exists in simulation only" not in recipe.summary)
     dynamic = load_recipe(f"{name}-dynamic")
     assert (dynamic.name, dynamic.activations, dynamic.operands) == (f"{name}-dynamic", "dynamic", "dynamic")
     static = load_recipe(f"{name}-static")
@@ -179,7 +180,7 @@ def test_shipped_recipes_are_valid_and_survive_json(name):
 
 
 def test_every_promised_recipe_ships():
-    promised = {f"aiqvit-{b}" for b in ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3")} | {"minmax-w4a4"}
+    promised = {f"aiqvit-{b}" for b in ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3")}
     promised |= {f"vitq-{b}" for b in ("w8a8", "w4a8", "w4a4", "w3a4")}
     assert promised <= set(names())
     for name in promised:
@@ -212,6 +213,16 @@ def test_bad_recipes_are_refused_in_one_line(change, reason):
     assert "\n" not in str(error.value)
 
 
+def test_bits_appended_to_a_name():
+    recipe = load_recipe("minmax-w3a6-dynamic", bits={"softmax": 8})
+    assert (recipe.name, recipe.activations) == ("minmax-w3a6-dynamic", "dynamic")
+    assert recipe.bits.model_dump() == {"weights": 3, "activations": 6, "operands": 6, "softmax": 8, "boundary": 8}
+    # A file of that name has its own bits.
+    assert load_recipe("vitq-w4a4").bits.operands == 8
+    with pytest.raises(ValueError, match="recipe is 'minmax-w9a4', expected"):
+        load_recipe("minmax-w9a4")
+
+
 def test_recipe_files(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: aiqvit-w4a4\nsummary: mine\nbits: {weights: 3}\n")
@@ -221,7 +232,7 @@ def test_recipe_files(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=reason):
             load_recipe(path)
-    with pytest.raises(ValueError, match=r"recipe is 'nope', expected a YAML file or one of aiqvit"):
+    with pytest.raises(ValueError, match=r"recipe is 'nope', expected a YAML file or one of .*aiqvit"):
         load_recipe("nope")
     with pytest.raises(ValueError, match="recipe is a list"):
         parse([1])

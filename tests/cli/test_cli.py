@@ -134,6 +134,7 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--set", "colour=3"], "colour is no field"),
         (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--budget", "size=1"], "no step of recipe minmax-w4a4"),
         (["quantize", NAME, "OUT", "--recipe", "pmq-mixed", "--budget", "weight=1"], "budget.weight is no field"),
+        (["quantize", NAME, "OUT", "--recipe", "adalog"], "recipe adalog exists in simulation only: its levels are"),
         (["quantize", NAME, "OUT", "--data", "/nowhere"], "/nowhere"),
         (["quantize", NAME, "OUT", "--images", "0"], "'0' is not a positive whole number"),
         (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--images", "100000"], "between 1 and 1097"),

@@ -18,6 +18,7 @@ from vitq_kernels.ops.qattention.ref import scattered
 from . import functional as fq
 from .activation import ActivationQuantizer
 from .linear import SimLinear
+from .simulated import SimulationOnly
 
 # Smallest learnable width of the focusing interval.
 MIN_WIDTH = 1e-3
@@ -81,6 +82,7 @@ class SimAttention(nn.Module):
         qkv, proj: SimLinear.
         operands: ActivationQuantizer of the fused [3, H, d] output of qkv; no spec leaves Q, K, V float.
         focus: FocusQuantizer, or None for float probabilities.
+        simulated: a quantizer of the probabilities that has no integer kernel, in place of ``focus``, or None.
         norm: float module between the product with V and proj (timm's scale_norm), nothing in most models.
         bias: [H, N, N] additive scores, or None.
         token_bits: TokenBits, or None where this attention decides nothing.
@@ -103,6 +105,7 @@ class SimAttention(nn.Module):
         self.norm = nn.Identity() if norm is None else norm
         self.operands = ActivationQuantizer(3 * heads)
         self.focus: FocusQuantizer | None = None
+        self.simulated: SimulationOnly | None = None
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.token_bits: TokenBits | None = None
         self.window, self.mlp = window, None
@@ -180,6 +183,11 @@ class SimAttention(nn.Module):
             scale = scale.reshape(b, n, 3, groups) if scale.shape[0] != 1 else scale.reshape(1, 1, 3, groups)
         return codes.reshape(b, n, 3, h, c // (3 * h)).permute(2, 0, 3, 1, 4), scale.permute(2, 0, 3, 1)
 
+    def probabilities(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, H, N, N] before their own quantizer, of fused outputs [B, N, 3·H·d]."""
+        (q, k, _), (qs, ks, _) = self.split(qkv)
+        return self.scores(self.product(q, k), qs, ks, mask).softmax(-1)
+
     def attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention between the two linear layers: [B, N, 3·H·d] to [B, N, H·d]."""
         (q, k, v), (qs, ks, vs) = self.split(qkv)
@@ -191,8 +199,9 @@ class SimAttention(nn.Module):
         product = self.product(q, k)
         if self.token_bits is not None:
             self._decide(q, k, qs, ks, mask)
-        if self.focus is None:
-            out = self.scores(product, qs, ks, mask).softmax(-1) @ v * v_top
+        if self.simulated is not None or self.focus is None:
+            p = self.scores(product, qs, ks, mask).softmax(-1)
+            out = (p if self.simulated is None else self.simulated(p)) @ v * v_top
         else:
             valid = None if mask is None else self._valid(mask, b)
             out = self._focused(*self._position(product, qs, ks, mask), v, v_top, valid)

@@ -11,6 +11,7 @@ from vitq_kernels.formats import LinearState, LowRankSpec
 
 from . import functional as fq
 from .activation import ActivationQuantizer
+from .simulated import SimulationOnly
 from .weight import WeightQuantizer
 
 
@@ -24,6 +25,7 @@ class SimLinear(nn.Module):
             model's weight.
         bias: [N] or None.
         act, quant: quantizers of the input and the weight.
+        simulated: a quantizer of the input that has no integer kernel, in place of ``act``, or None.
         lora: LowRankSpec; lora_down [R, K], lora_up [N, R] Parameters, or None. A side branch is computed with, and
             exported as, their float16 values.
     """
@@ -33,6 +35,7 @@ class SimLinear(nn.Module):
         self.weight = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
         self.act = ActivationQuantizer()
+        self.simulated: SimulationOnly | None = None
         self.quant = WeightQuantizer()
         self.lora = LowRankSpec()
         self.register_parameter("lora_down", None)
@@ -61,8 +64,14 @@ class SimLinear(nn.Module):
 
     @property
     def integer(self) -> bool:
-        """Both operands of the product are codes."""
-        return self.act.spec is not None and self.quant.spec is not None
+        """Both operands of the product are integer codes."""
+        return self.simulated is None and self.act.spec is not None and self.quant.spec is not None
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """What rows x [M, K] are to the product once quantized."""
+        if self.simulated is not None:
+            return self.simulated(x)
+        return x if self.act.spec is None else torch.mul(*self.act(x))
 
     def effective_weight(self) -> Tensor:
         """What is rounded: the latent weight, with a merged branch added."""
@@ -98,10 +107,8 @@ class SimLinear(nn.Module):
             q, scale = self.act(x)
             y = fq.integer_product(q, weight, self.act.limit, self.quant.limit)
             y = mul(y, scale * self.quant.scale)
-        elif self.act.spec is not None:
-            y = mul(*self.act(x)) @ weight.T
         else:
-            y = x @ weight.T
+            y = self.decoded(x) @ weight.T
             if self.quant.spec is not None:
                 y = mul(y, self.quant.scale)
         if t is not None:

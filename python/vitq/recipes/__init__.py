@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from ..stages import STAGES, find
 from ..stages.base import Method, Options
 
 FOLDER = Path(__file__).parent
+ACTIVATION_BITS = ("activations", "operands", "softmax")
 
 
 class _Model(BaseModel):
@@ -104,6 +106,11 @@ class Recipe(_Model):
     def steps(self) -> list[tuple[str, Method, Options]]:
         """(stage, method, options) in the order in which they run."""
         return [(s, find(s, step.method), step.options) for s in STAGES for step in getattr(self, s)]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why models by this recipe exist in simulation only; None if they become integer."""
+        return next((reason for *_, options in self.steps() if (reason := options.refusal)), None)
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain JSON values; :func:`parse` takes them back."""
@@ -217,19 +224,24 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     return data if parent is None else _merged(_read(_find(str(parent), path.parent), (*seen, path)), data)
 
 
-def _find(name: str, folder: Path | None = None) -> Path:
+def _candidate(name: str, folder: Path | None = None) -> Path | None:
     candidates = [Path(name)] + [f / f"{name}.yaml" for f in (folder, FOLDER) if f is not None]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise ValueError(f"recipe is {name!r}, expected a YAML file or one of {', '.join(names())}")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _find(name: str, folder: Path | None = None) -> Path:
+    path = _candidate(name, folder)
+    if path is None:
+        raise ValueError(f"recipe is {name!r}, expected a YAML file or one of {', '.join(names())}")
+    return path
 
 
 def load_recipe(name: str | Path, *, fast: bool = False, **overrides: Any) -> Recipe:
     """A shipped recipe by name, or a YAML file of your own.
 
     Args:
-        name: name of a shipped recipe, with ``-static`` or ``-dynamic`` appended at will, or a path.
+        name: name of a shipped recipe or a path. To a name may be appended ``-w<W>a<A>``, the bits of weights and of
+            everything else inside blocks where no file of that name has its own, then ``-static`` or ``-dynamic``.
         fast: scale iteration counts by the recipe's own ``fast_effort``.
         overrides: fields to replace; mappings are merged into theirs.
 
@@ -238,14 +250,16 @@ def load_recipe(name: str | Path, *, fast: bool = False, **overrides: Any) -> Re
 
     Raises: ValueError in one line for an unknown recipe, a file that is no YAML, or a field that does not fit.
     """
-    stem, form = str(name), {}
-    for suffix in ("static", "dynamic"):
-        if stem.endswith(f"-{suffix}") and not Path(stem).is_file():
-            stem, form = stem.removesuffix(f"-{suffix}"), {"activations": suffix, "operands": suffix}
+    stem, form, suffixes = str(name), {}, ""
+    if not Path(stem).is_file():
+        if found := re.fullmatch(r"(.*)-(static|dynamic)", stem):
+            stem, form = found[1], {"activations": found[2], "operands": found[2]}
+            suffixes = f"-{found[2]}"
+        if not _candidate(stem) and (found := re.fullmatch(r"(.*)-w([2-8])a([2-8])", stem)) and _candidate(found[1]):
+            stem, suffixes = found[1], f"-w{found[2]}a{found[3]}{suffixes}"
+            form["bits"] = {"weights": int(found[2])} | dict.fromkeys(ACTIVATION_BITS, int(found[3]))
     path = _find(stem)
-    data = {"name": path.stem, **_merged(_read(path), _merged(form, overrides))}
-    if form:
-        data["name"] = f"{data['name']}-{form['activations']}"
+    data = {"name": path.stem + suffixes, **_merged(_read(path), _merged(form, overrides))}
     if fast:
         data["effort"] = data.get("fast_effort", 1.0)
     return parse(data, f"recipe {data['name']}")

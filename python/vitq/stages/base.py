@@ -47,6 +47,11 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def refusal(self) -> str | None:
+        """Why a model that the method made cannot become integer; None if it can."""
+        return None
+
 
 @dataclass(frozen=True)
 class Method:

@@ -114,14 +114,14 @@ def _solve(
         side, residual = torch.cat([t, ones], 1), x - t @ down
         linear.set_low_rank(kind, down, reference.weight @ down.T)
     spec = linear.act.spec
-    if spec is not None and options.activations is not None:
+    if spec is not None and linear.simulated is None and options.activations is not None:
         sample = residual[:: max(1, residual.shape[0] // 4096)]
         table = recipe.activation_levels == "table" and not boundary
         # What was allocated to this layer, in the recipe's form.
         wanted = replace(recipe.activation_spec(boundary), bits=spec.bits)
         set_activation(linear, sample, wanted, options.activations, table)
     with torch.no_grad():
-        seen = residual if spec is None else torch.mul(*linear.act(residual))
+        seen = linear.decoded(residual)
     m = _Moments.of(seen, y, side)
     target = lowrank.regress(weight, m.yx, m.xx, options.damping) if options.ridge else weight
     if kind == "merged" and rank:
