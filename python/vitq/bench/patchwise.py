@@ -61,9 +61,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"dB against the float model, mean ± deviation over {len(SEEDS)} seeds; BitOps in thousandths of float32's. By",
         "`python -m vitq.bench.patchwise --output bench/results/patchwise.json --markdown docs/patchwise.md`.",
         "",
-        "What a ranking gains is the distance between attended, random and least attended patches. What it has to make",
-        "up for is that noise grows fourfold with every bit taken away: half the patches at 4 bits and half at 8 are as",
-        "noisy as all at 4.5, not as all at 6.",
+        "What a ranking gains is the distance between attended, random and least attended patches. What it has to",
+        "make up for is that noise grows fourfold with every bit taken away: half the patches at 4 bits and half at 8",
+        "are as noisy as all at 4.5, not as all at 6.",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         lines += ["", f"## {group}", "", "| high bits for | BitOps | clean top-1 | SQNR | hard top-1 | SQNR |"]
