@@ -70,15 +70,15 @@ class LevelTable:
 
     def indices(self) -> Tensor:
         """[256] uint8: index of the level nearest to each grid code −128..127 (ties towards zero)."""
-        grid = torch.arange(-128, 128).unsqueeze(1)
-        levels = torch.tensor(self.levels)
+        grid = torch.arange(-128, 128, device="cpu").unsqueeze(1)
+        levels = torch.tensor(self.levels, device="cpu")
         # The second term breaks ties towards zero without touching any non-tie (distances are integers).
         cost = (grid - levels).abs() * 512 + levels.abs()
         return cost.argmin(dim=1).to(torch.uint8)
 
     def lut(self) -> Tensor:
         """[256] int8: the level nearest to each grid code; entry ``q + 128`` serves code ``q``."""
-        return torch.tensor(self.levels)[self.indices().long()].to(torch.int8)
+        return torch.tensor(self.levels, device="cpu")[self.indices().long()].to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class FocusSpec:
             levels ([2^bits] int32, in [0, 255]), step (float), offset (float). Affine specs use their codes as levels;
             all others are snapped to ``grid`` steps of ``b2/grid``, offset 0.
         """
-        code = torch.arange(self.n + 1, dtype=torch.float64)
+        code = torch.arange(self.n + 1, dtype=torch.float64, device="cpu")
         step, offset = self.step_offset
         if self.affine:
             return code.to(torch.int32), step, offset

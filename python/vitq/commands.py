@@ -26,7 +26,7 @@ from vitq_kernels import _native, backends
 from vitq_kernels.triton import host
 from vitq_kernels.triton import warmup as warm
 
-from . import checkpoint, console, jobs, recipes
+from . import checkpoint, console, jobs, parallel, recipes
 from . import export as exporting
 from .allocation.plot import draw_frontier
 from .bench.environment import environment
@@ -124,8 +124,12 @@ def quantize(args: argparse.Namespace) -> None:
     adapter_for(model)
     splits = {} if args.no_eval else _splits(args.data, model, args.eval_images)
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
-    with _progress() as progress:
-        done = jobs.quantize(model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress)
+    with parallel.launched() as device, _progress() as progress:
+        done = jobs.quantize(
+            model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress, device=device
+        )
+        if parallel.rank():
+            return
     metrics = done.state.metrics | {"calibration_s": done.seconds}
     frontier = metrics.get("frontier")
     if frontier is not None:

@@ -22,6 +22,8 @@ from vitq.export import to_program
 from vitq.models import adapter_for, state_data
 from vitq.recipes import load_recipe, parse
 from vitq.restore import to_simulated
+from vitq.simulate import SimModel
+from vitq.workdir import apply_snapshot, snapshot
 
 from vitq_kernels import ActQuant, _native, backend
 from vitq_kernels.formats import LevelTable, QuantSpec, TokenBits
@@ -410,6 +412,17 @@ def test_uniform_bits_come_as_close_as_whole_bits_do():
     widths = [{path: b["low"] for path, b in got["blocks"].items()}]
     assert all(4 <= low <= 6 for low in widths[0].values())
     assert got["bitops"] == pytest.approx(wanted["bitops"], rel=0.03)
+
+
+def test_snapshots_hold_decisions():
+    model = minmax.vit()
+    deciding_model, other = calibrated(model).sim, SimModel(adapter_for(model))
+    for block in ("blocks.0", "blocks.1"):
+        tensors, meta = snapshot(deciding_model.model.get_submodule(block))
+        apply_snapshot(other.model.get_submodule(block), tensors, json.loads(json.dumps(meta)))
+        found = other.attentions[f"{block}.attn"].token_bits
+        assert found == deciding_model.attentions[f"{block}.attn"].token_bits
+        assert found.share == 0.5
 
 
 def test_a_budget_buys_the_best_shares():

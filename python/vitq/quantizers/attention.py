@@ -28,6 +28,7 @@ class FocusQuantizer(nn.Module):
     """Learnable form of a FocusSpec: b1 and b2 are float64 scalars (the kernels' arguments are doubles).
 
     Attributes: bits, power, anchor, below, renormalize, grid as in FocusSpec; b1, b2 Parameters.
+    drop: as in ActivationQuantizer, of affine specs.
     """
 
     def __init__(self, spec: FocusSpec) -> None:
@@ -35,8 +36,10 @@ class FocusQuantizer(nn.Module):
         self.bits, self.power, self.grid, self.renormalize = spec.bits, spec.power, spec.grid, spec.renormalize
         self.anchor: Literal["absolute", "row"] = spec.anchor
         self.below: Literal["floor", "zero"] = spec.below
-        self.b1 = nn.Parameter(torch.tensor(spec.b1, dtype=torch.float64))
-        self.b2 = nn.Parameter(torch.tensor(spec.b2, dtype=torch.float64))
+        # Scalars that are read on the CPU in every forward; operators of any device take them.
+        self.b1 = nn.Parameter(torch.tensor(spec.b1, dtype=torch.float64, device="cpu"))
+        self.b2 = nn.Parameter(torch.tensor(spec.b2, dtype=torch.float64, device="cpu"))
+        self.drop: fq.Drop | None = None
 
     @property
     def spec(self) -> FocusSpec:
@@ -59,6 +62,8 @@ class FocusQuantizer(nn.Module):
         code = fq.round_ste(position)
         width = self.b2 - self.b1
         if spec.affine:
+            if self.drop is not None and torch.is_grad_enabled():
+                code = self.drop(code, position)
             return code, width / spec.n, self.b1
         levels, _, _ = spec.decode()
         step = self.b2 / self.grid

@@ -45,16 +45,17 @@ class _Snap(torch.autograd.Function):
 
 
 def integer_product(a: Tensor, b: Tensor, limit_a: float, limit_b: float) -> Tensor:
-    """Σ_k a[..., m, k]·b[..., n, k] of integer-valued floats, exact; float32.
+    """Σ_k a[..., m, k]·b[..., n, k] of integer-valued floats, exact in float32 but for gradients.
 
     Args:
         limit_a, limit_b: largest magnitudes that the formats of a and b allow.
 
     Numerics: every partial sum is bounded by K·limit_a·limit_b and by the product of the rows' norms
         (Cauchy-Schwarz); where one of these is below 2^24 float32 is exact in any order of summation, else the sum
-        runs in float64.
+        runs in float64. Where it is differentiated, an error of one part in 2^24 matters to nobody.
     """
     exact = a.shape[-1] * limit_a * limit_b <= EXACT_IN_FLOAT32
+    exact |= torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     if not exact and a.numel() and b.numel():
         with torch.no_grad():
             norms = a.norm(dim=-1).amax() * b.norm(dim=-1).amax()
@@ -130,6 +131,21 @@ def quantize(
     else:
         code = round_ste(ratio.clamp(low, high))
     return code if lut is None else _Snap.apply(code + zero_point, lut) - zero_point
+
+
+class Drop:
+    """QDrop (Wei et al. 2022): elements stay float at random while something is learned.
+
+    Args: rate: chance of each element; generator: on the CPU.
+    """
+
+    def __init__(self, rate: float, generator: torch.Generator) -> None:
+        self.rate, self.generator = rate, generator
+
+    def __call__(self, code: Tensor, exact: Tensor) -> Tensor:
+        """``exact`` (what is rounded and clamped to ``code``) in its place, where drawn."""
+        drawn = torch.rand(code.shape, generator=self.generator, device="cpu").to(code.device) < self.rate
+        return torch.where(drawn, exact, code)
 
 
 def focus_position(u: Tensor, b1: Tensor, b2: Tensor, power: float, n: int) -> Tensor:

@@ -77,9 +77,9 @@ class LogLevels(SimulationOnly):
         return torch.where(code < 2**self.bits - 1, value, torch.zeros_like(value)) - shift
 
     def levels(self) -> Tensor:
-        code = torch.arange(2**self.bits - 1, dtype=torch.float64)
+        code = torch.arange(2**self.bits - 1, dtype=torch.float64, device="cpu")
         powers = self.values["scale"] * self.values["base"] ** -code
-        return torch.cat([torch.zeros(1, dtype=torch.float64), powers.flip(0)]) - self.values["shift"]
+        return torch.cat([powers.new_zeros(1), powers.flip(0)]) - self.values["shift"]
 
 
 class ShiftedLog(SimulationOnly):
@@ -108,7 +108,7 @@ class ShiftedLog(SimulationOnly):
     def levels(self) -> Tensor:
         eta, n = self.values["eta"], 2**self.bits - 1
         low, high = math.log2(eta), math.log2(self.values["high"] + eta)
-        return torch.exp2(torch.linspace(low, high, n + 1, dtype=torch.float64)) - eta
+        return torch.exp2(torch.linspace(low, high, n + 1, dtype=torch.float64, device="cpu")) - eta
 
 
 class TwinUniform(SimulationOnly):
@@ -139,6 +139,6 @@ class TwinUniform(SimulationOnly):
 
     def levels(self) -> Tensor:
         count = 2 ** (self.bits - 1)
-        code = torch.arange(count, dtype=torch.float64)
+        code = torch.arange(count, dtype=torch.float64, device="cpu")
         small = -self.values["fine"] * (code + 1) if self.values["signed"] else self.values["fine"] * code
         return torch.cat([small, self.values["coarse"] * code]).sort().values

@@ -39,4 +39,4 @@ def mean_output(calibration: Calibration, model: SimModel, unit: Unit, path: str
 
     with recording({path: model.linears[path]}, record):
         calibration.run(model, unit, x)
-    return torch.stack(means).T @ torch.tensor(counts, dtype=means[0].dtype) / sum(counts)
+    return torch.stack(means).T @ means[0].new_tensor(counts) / sum(counts)

@@ -29,6 +29,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from ..losses import hooked, kl_gradient, log_probabilities
 from ..models.sites import BlockSite
 from ..quantizers import FocusQuantizer
 from ..scales import Search, set_activation, set_operands, set_weight
@@ -163,8 +164,8 @@ class _Sums:
 
     def add(self, loss: Tensor, gradient: Tensor, difference: Tensor) -> None:
         """Args: loss [B]; gradient, difference [B, ...]."""
-        d = difference.detach().double()
-        self.loss += float(loss.detach().double().sum())
+        d = difference.double()
+        self.loss += float(loss.double().sum())
         self.product += float((gradient.double() * d).sum())
         self.square += float(d.square().sum())
         self.absolute += float(d.abs().sum())
@@ -191,30 +192,14 @@ def score_block(calibration: Calibration, block: BlockSite, normalise: bool) -> 
         z: list[Tensor] = []
 
         def through(module, inputs: tuple, output: Tensor, z=z) -> Tensor:
-            z.extend((quantized(*inputs), output.detach()))
+            z.extend((quantized(*inputs), output))
             return z[0]
 
-        def leaf(module, inputs: tuple, output: Tensor, z=z) -> Tensor:
-            # Records the tail of the model only.
-            return z[1].requires_grad_()
-
         with torch.no_grad():
-            wanted = _logits(reference, exact, through, images).double().log_softmax(-1)
-        with torch.enable_grad():
-            found = _logits(reference, exact, leaf, images).double().log_softmax(-1)
-            loss = (wanted.exp() * (wanted - found)).sum(-1)
-            (gradient,) = torch.autograd.grad(loss.sum(), z[1])
-        sums.add(loss, gradient, z[1].detach() - z[0])
+            wanted = log_probabilities(hooked(reference, exact, through, images))
+        loss, gradient = kl_gradient(reference, exact, z[1], images, wanted)
+        sums.add(loss, gradient, z[1] - z[0])
     return sums.score(normalise)
-
-
-def _logits(model, module, hook, images: Tensor) -> Tensor:
-    """[B, classes] with the output of ``module`` replaced by what ``hook`` returns."""
-    handle = module.register_forward_hook(hook)
-    try:
-        return model(images)
-    finally:
-        handle.remove()
 
 
 def pack(scores: list[float], cap: int = 0) -> list[tuple[int, int]]:

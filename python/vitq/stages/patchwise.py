@@ -155,7 +155,7 @@ def _decisions(calibration: Calibration) -> tuple[list[_Decision], list[_Item]]:
         entering = fixed if previous != parent else decisions[-1].items
         entering += [product(site.qkv.path), scores]
         tokens = rows if window is None else window.resolution[0] * window.resolution[1]
-        seed = int(torch.randint(1 << 31, (), generator=calibration.generator(site.path)))
+        seed = int(torch.randint(1 << 31, (), generator=calibration.generator(site.path), device="cpu"))
         decision = _Decision(sim.attentions[site.path], site, tokens, seed)
         ruled = {site.proj.path} | ({block.mlp.fc1.path, block.mlp.fc2.path} if block.mlp is not None else set())
         for linear in block.linears:
