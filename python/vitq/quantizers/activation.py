@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.formats import QuantSpec
+from vitq_kernels.nn.token_bits import RowBits
 
 from . import functional as fq
 
@@ -20,6 +21,7 @@ class ActivationQuantizer(nn.Module):
         spec: QuantSpec, or None for operands that stay float.
         scale: Parameter float32 [groups] for static specs, else None.
         zero_point: Parameter float32 [1] in code units, rounded where it is used; 0 unless the spec is asymmetric.
+        bits: RowBits of the next rows (of M, or of M·groups, elements), taken once; None for the spec's own.
         drop: what leaves elements float where gradients are recorded, or None.
     """
 
@@ -27,6 +29,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.groups = groups
         self.spec: QuantSpec | None = None
+        self.bits: RowBits | None = None
         self.drop: fq.Drop | None = None
         self.register_parameter("scale", None)
         self.register_parameter("zero_point", None)
@@ -68,10 +71,12 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[M, K] floats to centred codes [M, K] and scales [M or 1, groups]."""
         spec, (m, k) = self.spec, x.shape
+        bits, self.bits = self.bits, None
         grouped = x.reshape(m, self.groups, k // self.groups)
         if spec.dynamic:
-            scale = fq.dynamic_scale(grouped, spec.qmax)
-            code = fq.quantize(grouped, scale, 0.0, spec.qmin, spec.qmax, self.lut)
+            qmax = spec.qmax if bits is None else bits.qmax(spec.qmax).reshape(m, -1, 1).to(x.dtype)
+            scale = fq.dynamic_scale(grouped, qmax)
+            code = fq.quantize(grouped, scale, 0.0, -qmax, qmax, self.lut)
         else:
             scale = self.scale.reshape(1, self.groups, 1)
             zero_point = 0.0 if spec.symmetric else self._zero_point()

@@ -96,21 +96,28 @@ def expand(t: Tensor, basis: Tensor) -> Tensor:
     return t @ basis if torch.is_grad_enabled() else float_stages.expand(t, basis)
 
 
-def dynamic_scale(x: Tensor, qmax: float) -> Tensor:
+def dynamic_scale(x: Tensor, qmax: Tensor | float) -> Tensor:
     """absmax/qmax over the last dimension (kept), 1 for rows of zeros; not differentiated.
 
     Not differentiated: with straight-through rounding the scale's gradient is the mean of rounding errors, noise.
     """
     low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
     absmax = torch.maximum(-low, high)
-    scale = absmax / float(qmax)
+    scale = absmax / qmax
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qmax: int, lut: Tensor | None) -> Tensor:
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | float,
+    qmin: Tensor | int,
+    qmax: Tensor | int,
+    lut: Tensor | None,
+) -> Tensor:
     """Centred codes: clamp(rne(x·(1/scale)), qmin − z, qmax − z), through the level table if any.
 
-    Args: x, scale broadcast against each other; zero_point an integer (float tensor or number).
+    Args: x, scale, qmin, qmax broadcast against each other; zero_point an integer (float tensor or number).
     Gradients: straight through the rounding, zero to x and ±1 to scale·code outside the clamp: with the scale
         multiplied back this is LSQ (Esser et al. 2020), without its heuristic gradient factor.
     """

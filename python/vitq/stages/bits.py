@@ -14,13 +14,13 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from .. import lowrank
-from ..allocation.costs import Layer
+from ..allocation.costs import Layer, layers_of
 from ..allocation.frontier import MOST, Component, Frontier, pareto_frontier
 from ..allocation.sensitivity import Metric, block_sensitivities
 from ..models.sites import BlockSite
 from ..quantizers import SimLinear
 from ..scales import Search, set_activation, set_weight
-from ..simulate import SimModel, recording
+from ..simulate import SimModel
 from .base import Calibration, Options
 
 Choice = tuple[int, int]  # bits of weights, of activations
@@ -226,19 +226,10 @@ def blocks(calibration: Calibration) -> list[BlockSite]:
 
 def _layers(calibration: Calibration) -> dict[str, Layer]:
     """The work of each linear layer inside blocks on one image."""
-    rows: dict[str, int] = {}
-    linears = {s.path: calibration.reference.linears[s.path] for block in blocks(calibration) for s in block.linears}
-
-    def record(path: str, inputs: tuple, output: Tensor) -> None:
-        rows[path] = linears[path].rows(inputs[0]).shape[0]
-
-    with torch.no_grad(), recording(linears, record):
-        calibration.reference(calibration.images[:1])
     merged = calibration.recipe.low_rank.kind == "merged"
-    return {
-        path: Layer(*linear.shape, rows[path], 0 if merged else calibration.rank(path))
-        for path, linear in linears.items()
-    }
+    paths = [site.path for block in blocks(calibration) for site in block.linears]
+    ranks = {path: 0 if merged else calibration.rank(path) for path in paths}
+    return layers_of(calibration.reference, calibration.images[:1], ranks)
 
 
 def float_logits(calibration: Calibration, images: Tensor) -> Tensor:
