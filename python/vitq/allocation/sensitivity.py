@@ -71,6 +71,7 @@ def block_sensitivities(
 def make_float(linear: SimLinear) -> None:
     """Take quantizers and branch away again."""
     linear.act.set(None)
+    linear.simulated = None
     linear.quant.set(None)
     linear.set_low_rank("error")
 

@@ -39,6 +39,10 @@ class SimulationOnly(nn.Module):
         """[2^bits] float64, ascending: what the codes decode to."""
         raise NotImplementedError
 
+    def at(self, bits: int) -> SimulationOnly:
+        """The quantizer over the same range at other bits. Raises: ValueError for a kind that cannot tell how."""
+        raise ValueError(f"bits of {type(self).__name__} is {self.bits} once and for all, expected a uniform format")
+
     def plain(self) -> dict[str, Any]:
         """The quantizer as plain JSON values; :func:`from_plain` takes them back."""
         return {"kind": type(self).__name__, "bits": self.bits, **self.values}
@@ -136,6 +140,10 @@ class TwinUniform(SimulationOnly):
             in_small = x < count * fine
         large = fq.round_ste((x / coarse).clamp(0.0, count - 1)) * coarse
         return torch.where(in_small, small, large)
+
+    def at(self, bits: int) -> TwinUniform:
+        shift = 2.0 ** (self.bits - bits)
+        return TwinUniform(bits, self.values["fine"] * shift, self.values["coarse"] * shift, self.values["signed"])
 
     def levels(self) -> Tensor:
         count = 2 ** (self.bits - 1)

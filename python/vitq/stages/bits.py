@@ -109,11 +109,9 @@ def set_bits(
         linear, path: the layer, of the model being quantized or of a probe.
         weights, activations, weight_importance: range searches, as in BitsOptions.
 
-    Raises: ValueError for a layer whose input is quantized in simulation only: such a quantizer has bits of its own.
+    Raises: ValueError for a layer whose input has a quantizer, of the simulation only, without other bits.
     """
-    if linear.simulated is not None:
-        kind = type(linear.simulated).__name__
-        raise ValueError(f"the input of {path} is quantized by {kind}, expected a format whose bits can be changed")
+    simulated = calibration.sim.linears[path].simulated
     recipe, stats = calibration.recipe, calibration.observations().inputs[path]
     kind, rank = recipe.low_rank.kind, calibration.rank(path) if branch else 0
     weight_spec = replace(recipe.weight_spec(False), bits=choice[0])
@@ -126,6 +124,7 @@ def set_bits(
     importance = rows.square().mean(0) if weight_importance == "input" else None
     set_weight(linear, linear.weight, weight_spec, weights, importance, recipe.weight_levels == "table")
     set_activation(linear, rows, act_spec, activations, recipe.activation_levels == "table")
+    linear.simulated = None if simulated is None else simulated.at(choice[1])
     if rank and kind == "error":
         with torch.no_grad():
             lost = (linear.weight - linear.codes() * linear.quant.scale.unsqueeze(1)).double()
