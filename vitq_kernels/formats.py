@@ -70,15 +70,15 @@ class LevelTable:
 
     def indices(self) -> Tensor:
         """[256] uint8: index of the level nearest to each grid code −128..127 (ties towards zero)."""
-        grid = torch.arange(-128, 128).unsqueeze(1)
-        levels = torch.tensor(self.levels)
+        grid = torch.arange(-128, 128, device="cpu").unsqueeze(1)
+        levels = torch.tensor(self.levels, device="cpu")
         # The second term breaks ties towards zero without touching any non-tie (distances are integers).
         cost = (grid - levels).abs() * 512 + levels.abs()
         return cost.argmin(dim=1).to(torch.uint8)
 
     def lut(self) -> Tensor:
         """[256] int8: the level nearest to each grid code; entry ``q + 128`` serves code ``q``."""
-        return torch.tensor(self.levels)[self.indices().long()].to(torch.int8)
+        return torch.tensor(self.levels, device="cpu")[self.indices().long()].to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class FocusSpec:
             levels ([2^bits] int32, in [0, 255]), step (float), offset (float). Affine specs use their codes as levels;
             all others are snapped to ``grid`` steps of ``b2/grid``, offset 0.
         """
-        code = torch.arange(self.n + 1, dtype=torch.float64)
+        code = torch.arange(self.n + 1, dtype=torch.float64, device="cpu")
         step, offset = self.step_offset
         if self.affine:
             return code.to(torch.int32), step, offset
@@ -312,6 +312,41 @@ class ActQuant:
 
 
 @dataclass(frozen=True)
+class TokenBits:
+    """Token-wise activation bits that one attention decides: its most attended patches keep their layers' own bits.
+
+    Args:
+        share: r in [0, 1]: of P patches ⌊r·P + ½⌋ keep their bits (the earlier one of equal scores).
+        low: 2..8, the bits of all other patches, where a layer's own are not fewer still.
+        prefix: leading tokens that are no patches; they keep their bits.
+        class_token: score the attention of the first token; without one, the mean over all queries.
+        rank_by: ``attention``, or a control: ``inverted`` keeps the least attended, ``random`` ranks by a hash of
+            score and ``seed``.
+
+    Source: PMQ (arXiv 2305.06559), reconstructed from its abstract.
+    """
+
+    share: float
+    low: int
+    prefix: int = 0
+    class_token: bool = False
+    rank_by: Literal["attention", "inverted", "random"] = "attention"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"share is {self.share}, expected a number in [0, 1]")
+        _int_in("low", self.low, 2, 8)
+        _int_in("prefix", self.prefix, 0, 1 << 16)
+        _int_in("seed", self.seed, 0, (1 << 31) - 1)
+        _one_of("rank_by", self.rank_by, ("attention", "inverted", "random"))
+
+    def kept(self, patches: int) -> int:
+        """How many of ``patches`` keep their bits."""
+        return int(self.share * patches + 0.5)
+
+
+@dataclass(frozen=True)
 class LowRankSpec:
     """The low-rank branch of one linear layer.
 
@@ -410,6 +445,8 @@ class AttentionState:
         operand_scale: float32 [3] (per_tensor) or [3·H] (per_head) for static operands, else None.
         focus: FocusSpec of the probabilities.
         bias: [H, N, N] float32 additive scores (relative position), or None.
+        token_bits: what this attention decides about the inputs of proj, of the block's MLP and of the next block's
+            qkv, and about the next block's Q and K; None leaves every token its bits. Needs dynamic quantizers there.
     """
 
     qkv: LinearState
@@ -420,6 +457,7 @@ class AttentionState:
     operand_scale: Tensor | None
     focus: FocusSpec
     bias: Tensor | None = None
+    token_bits: TokenBits | None = None
 
     def __post_init__(self) -> None:
         _int_in("heads", self.heads, 1, 1 << 16)

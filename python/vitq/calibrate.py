@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .models import adapter_for
 from .recipes import Recipe, load_recipe
 from .simulate import SimModel
@@ -52,6 +54,7 @@ def calibrate(
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
     architecture: str | None = None,
+    device: torch.device | str | None = None,
     **fields: Any,
 ) -> CalibratedModel:
     """Quantize ``model`` by ``recipe``.
@@ -64,6 +67,8 @@ def calibrate(
         work_dir: keep finished units here; a later call with the same arguments goes on where this one stopped and
             gives the identical result.
         progress: called with (step, units done, units in all).
+        device: where to calibrate, default where the model is. Random choices are drawn on the CPU; sim and state end
+            up there.
         architecture: timm name for the state; default the model's own.
         fields: further fields of ModelState (kwargs, data, metrics).
 
@@ -76,9 +81,13 @@ def calibrate(
         raise ValueError(f"images is {images.dtype} {tuple(images.shape)}, expected a float batch [B, C, H, W]")
     if not bool(images.isfinite().all()):
         raise ValueError("images has NaN or Inf, expected finite values")
-    sim = SimModel(adapter_for(model))
-    work = None if work_dir is None else WorkDir(work_dir, identity(model, images, recipe, seed))
-    calibration = Calibration(sim, images.float(), recipe, seed, work, progress or (lambda what, done, total: None))
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    sim = SimModel(adapter_for(model)).to(device)
+    kept = work_dir is not None and parallel.rank() == 0
+    work = WorkDir(work_dir, identity(model, images, recipe, seed)) if kept else None
+    calibration = Calibration(
+        sim, images.float().to(device), recipe, seed, work, progress or (lambda what, done, total: None)
+    )
     seconds: dict[str, float] = {}
     for index, (stage, method, options) in enumerate(recipe.steps()):
         if stage != "transform" and calibration.reference is None:
@@ -88,9 +97,10 @@ def calibrate(
         calibration.progress(calibration.step, 0, 1)
         start = time.perf_counter()
         method.run(calibration, options)
+        calibration.agree()
         seconds[calibration.step] = time.perf_counter() - start
         calibration.progress(calibration.step, 1, 1)
-    sim.requires_grad_(False)
+    sim.requires_grad_(False).cpu()
     name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     metrics = calibration.metrics | fields.pop("metrics", {})
     fields |= {"architecture": name, "recipe": recipe.plain(), "metrics": metrics}

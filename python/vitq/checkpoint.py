@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vitq_kernels.formats import AttentionState, FocusSpec, LinearState, LowRankSpec, QuantSpec
+from vitq_kernels.formats import AttentionState, FocusSpec, LinearState, LowRankSpec, QuantSpec, TokenBits
 from vitq_kernels.packing import pack_bits, table_indices, unpack_bits
 
 from .convert import check_state, to_integer
@@ -56,7 +56,10 @@ class LinearConfig(_Strict):
 
 
 class AttentionConfig(_Strict):
-    """An AttentionState without its tensors; ``tokens`` is N of the additive bias [H, N, N], or None."""
+    """An AttentionState without its tensors; ``tokens`` is N of the additive bias [H, N, N], or None.
+
+    Without ``token_bits`` the field is left out, so that such a config is what a vitq without them writes and reads.
+    """
 
     kind: Literal["attention"] = "attention"
     qkv: LinearConfig
@@ -66,6 +69,11 @@ class AttentionConfig(_Strict):
     operands: QuantSpec
     focus: FocusSpec
     tokens: int | None
+    token_bits: TokenBits | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_absent(self, plain: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in plain(self).items() if k != "token_bits" or v is not None}
 
 
 class DataConfig(_Strict):
@@ -369,6 +377,7 @@ def _disassemble(state: ModelState) -> tuple[dict[str, Tensor], dict[str, Linear
             operands=site.operands,
             focus=site.focus,
             tokens=None if site.bias is None else site.bias.shape[-1],
+            token_bits=site.token_bits,
         )
     tensors |= {f"float.{name}": tensor for name, tensor in state.floats.items()}
     return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, sites
@@ -438,4 +447,4 @@ class _Reader:
             bias = table[index].T.reshape(config.heads, n, n).contiguous()
         qkv, proj = self.linear(f"{path}.qkv", config.qkv), self.linear(f"{path}.proj", config.proj)
         fixed = (config.heads, config.softmax_scale, config.operands)
-        return AttentionState(qkv, proj, *fixed, scale, config.focus, bias)
+        return AttentionState(qkv, proj, *fixed, scale, config.focus, bias, config.token_bits)

@@ -1,4 +1,4 @@
-"""The ``vitq`` command: quantize, eval, bench, warmup, export, info, demo."""
+"""The ``vitq`` command: quantize, eval, bench, warmup, export, report, info, demo."""
 
 from __future__ import annotations
 
@@ -122,6 +122,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_positive, help="fix the batch size (default: any)")
     p.add_argument("--dtype", default="float32", help=f"of the images: {', '.join(run.DTYPES)} (default: float32)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    p.add_argument("--force", action="store_true", help="replace an existing file")
+
+    p = command("report", run.report, "Write what a checkpoint is as one HTML page without references.")
+    p.add_argument("checkpoint")
+    p.add_argument("-o", "--output", required=True, metavar="FILE", help="page to write, *.html")
     p.add_argument("--force", action="store_true", help="replace an existing file")
 
     p = command("info", run.info, "What is built, what is live, and why not; or what a checkpoint holds.")

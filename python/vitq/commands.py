@@ -26,9 +26,10 @@ from vitq_kernels import _native, backends
 from vitq_kernels.triton import host
 from vitq_kernels.triton import warmup as warm
 
-from . import checkpoint, console, jobs, recipes
+from . import checkpoint, console, jobs, parallel, recipes
 from . import export as exporting
-from .allocation.plot import draw_frontier
+from . import report as reporting
+from .allocation.plot import draw_frontier, draw_packs
 from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
@@ -76,6 +77,11 @@ def _emit(args: argparse.Namespace, record: dict[str, Any]) -> None:
         print(json.dumps(record, indent=2))
 
 
+def _refuse_existing(target: Path, args: argparse.Namespace) -> None:
+    if target.exists() and not args.force:
+        raise ValueError(f"'{target}' exists already; give --force to replace it")
+
+
 def _source(args: argparse.Namespace) -> ModelSource:
     if args.weights and args.random_weights:
         raise ValueError("--weights and --random-weights are both given, expected at most one")
@@ -115,23 +121,26 @@ def quantize(args: argparse.Namespace) -> None:
             update={"calibration": recipe.calibration.model_copy(update={"images": args.images})}
         )
     target = Path(args.output)
-    if target.exists() and not args.force:
-        raise ValueError(f"'{target}' exists already; give --force to replace it")
+    _refuse_existing(target, args)
     source = _source(args)
     model = load_float(source)
     # Before hours of calibration rather than after them.
     adapter_for(model)
     splits = {} if args.no_eval else _splits(args.data, model, args.eval_images)
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
-    with _progress() as progress:
-        done = jobs.quantize(model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress)
+    with parallel.launched() as device, _progress() as progress:
+        done = jobs.quantize(
+            model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress, device=device
+        )
+        if parallel.rank():
+            return
     metrics = done.state.metrics | {"calibration_s": done.seconds}
     frontier = metrics.get("frontier")
     if frontier is not None:
         # The other points, hundreds to thousands, are a file beside the checkpoint's own.
         metrics["frontier"] = frontier | {"points": [frontier["points"][frontier["picked"]]], "picked": 0}
     checkpoint.save(target, replace(done.state, metrics=metrics), overwrite=args.force)
-    _write_frontier(target, frontier, f"{source.name}, {recipe.name}")
+    _write_allocation(target, frontier, metrics.get("packs"), f"{source.name}, {recipe.name}")
     if not args.work_dir:
         shutil.rmtree(work, ignore_errors=True)
     record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}
@@ -150,15 +159,16 @@ def quantize(args: argparse.Namespace) -> None:
     _emit(args, record)
 
 
-def _write_frontier(folder: Path, frontier: dict[str, Any] | None, title: str) -> None:
-    """``frontier.json`` and, where matplotlib is there, ``frontier.png``; those of an earlier checkpoint go."""
-    data, picture = folder / "frontier.json", folder / "frontier.png"
+def _write_allocation(folder: Path, frontier: dict[str, Any] | None, packs: list[Any] | None, title: str) -> None:
+    """``frontier.json`` and, where matplotlib is there, the pictures; those of an earlier checkpoint go."""
+    data = folder / reporting.FRONTIER
     data.unlink(missing_ok=True)
-    picture.unlink(missing_ok=True)
     if frontier is not None:
         data.write_text(json.dumps(frontier, indent=1) + "\n")
-        if importlib.util.find_spec("matplotlib"):
-            draw_frontier(frontier, picture, title)
+    for name, draw, record in (("frontier.png", draw_frontier, frontier), ("packs.png", draw_packs, packs)):
+        (folder / name).unlink(missing_ok=True)
+        if record is not None and importlib.util.find_spec("matplotlib"):
+            draw(record, title).savefig(folder / name, dpi=130)
 
 
 def _reasons(integer: nn.Module) -> str:
@@ -302,8 +312,7 @@ def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
 def export(args: argparse.Namespace) -> None:
     out = console.make(args.json)
     target = Path(args.output)
-    if target.exists() and not args.force:
-        raise ValueError(f"'{target}' exists already; give --force to replace it")
+    _refuse_existing(target, args)
     dtype, device = _dtype(args.dtype), _device(args.device)
     exporting.check_target(target, args.format, overwrite=True)
     model = checkpoint.load(args.checkpoint, device).to(dtype)
@@ -313,6 +322,17 @@ def export(args: argparse.Namespace) -> None:
     seconds, size = time.perf_counter() - start, target.stat().st_size
     out.print(f"{target}: {args.format}, {size / 1e6:.2f} MB, in {seconds:.1f} s")
     _emit(args, {"output": str(target), "format": args.format, "bytes": size, "seconds": seconds})
+
+
+def report(args: argparse.Namespace) -> None:
+    out = console.make(args.json)
+    target = Path(args.output)
+    _refuse_existing(target, args)
+    page = reporting.render(Path(args.checkpoint))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    out.print(f"{target}: {target.stat().st_size / 1e3:.0f} kB")
+    _emit(args, {"output": str(target), "bytes": target.stat().st_size})
 
 
 def info(args: argparse.Namespace) -> None:

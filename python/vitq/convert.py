@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from vitq_kernels.formats import AttentionState, LinearState, QuantSpec
-from vitq_kernels.nn import FloatBranch, QAttention, QBlock, QLinear, QMlp, QModule, QPatchEmbed, prepack
+from vitq_kernels.nn import FloatBranch, QAttention, QBlock, QBlocks, QLinear, QMlp, QModule, QPatchEmbed, prepack
 
 from .models.sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite
 from .models.timm_family import adapter_for
@@ -62,6 +63,8 @@ def to_integer(model: nn.Module, state: ModelState, backend: str | None = None) 
             swap.block(site)
         else:
             swap.linear(site)
+    for path in {site.path.rpartition(".")[0] for site in family.blocks() if _decides(site, state)}:
+        out.set_submodule(path, QBlocks(OrderedDict(out.get_submodule(path).named_children())))
     for name, module in list(out.named_modules()):
         if isinstance(module, family.training_only):
             out.set_submodule(name, nn.Identity())
@@ -73,6 +76,7 @@ def check_state(family: Family, state: ModelState) -> None:
     """Raises ValueError or TypeError unless ``state`` fits the model of ``family``, naming what does not."""
     for path, site_state in state.sites.items():
         _check_site(family.find(path), site_state)
+    _check_token_bits(family, state)
     inside = {
         linear.path for site in family.attentions() if site.path in state.sites for linear in (site.qkv, site.proj)
     }
@@ -109,6 +113,40 @@ def _check_site(site: LinearSite | AttentionSite, state: SiteState) -> None:
         raise ValueError(f"bias of {site.path!r} has shape {got}, expected {want}")
 
 
+def _decides(block: BlockSite, state: ModelState) -> bool:
+    """Whether the block's attention decides token-wise bits."""
+    attention = None if block.attention is None else state.sites.get(block.attention.path)
+    return attention is not None and attention.token_bits is not None
+
+
+def _mlp_fused(block: BlockSite, sites: dict[str, SiteState]) -> bool:
+    return block.mlp is not None and {block.mlp.fc1.path, block.mlp.fc2.path} <= sites.keys()
+
+
+def _check_token_bits(family: Family, state: ModelState) -> None:
+    """ValueError where bits are decided for a quantizer whose scales are not dynamic, or cannot be handed on."""
+    blocks = family.blocks()
+    for block, after in zip(blocks, (*blocks[1:], None)):
+        if not _decides(block, state):
+            continue
+        parent = block.path.rpartition(".")[0]
+        if type(family.model.get_submodule(parent)) is not nn.Sequential:
+            raise ValueError(f"token_bits of {block.attention.path!r} is given, expected None outside a Sequential")
+        ruled = {block.attention.proj.path: state.sites[block.attention.path].proj.act}
+        if _mlp_fused(block, state.sites):
+            ruled |= {site.path: state.sites[site.path].act for site in (block.mlp.fc1, block.mlp.fc2)}
+        if after is not None and after.path.rpartition(".")[0] == parent and after.attention is not None:
+            attention = state.sites.get(after.attention.path)
+            if attention is not None:
+                ruled |= {after.attention.qkv.path: attention.qkv.act, after.attention.path: attention.operands}
+        for path, spec in ruled.items():
+            if spec is not None and (not spec.dynamic or spec.table is not None):
+                raise ValueError(
+                    f"token_bits of {block.attention.path!r} rules {path!r}, whose codes are {_how(spec)}, expected "
+                    "dynamic scales and no table"
+                )
+
+
 class _Swap:
     """Swaps modules of ``model`` in place, each linear layer together with the LayerNorm that only it reads."""
 
@@ -137,7 +175,7 @@ class _Swap:
 
     def block(self, site: BlockSite) -> None:
         fused_attention = site.attention is not None and site.attention.path in self.sites
-        fused_mlp = site.mlp is not None and {site.mlp.fc1.path, site.mlp.fc2.path} <= self.sites.keys()
+        fused_mlp = _mlp_fused(site, self.sites)
         fused = {site.mlp.fc1.path, site.mlp.fc2.path} if fused_mlp else set()
         for linear in site.linears:
             if linear.path not in fused:
@@ -185,9 +223,10 @@ def _how(spec: QuantSpec) -> str:
 def _describe(state: SiteState) -> str:
     if isinstance(state, AttentionState):
         focus = state.focus
+        bits = state.token_bits
         return (
             f"q, k, v {_how(state.operands)}; softmax {focus.bits} bits, {focus.anchor} anchor, power {focus.power:g}"
-        )
+        ) + ("" if bits is None else f"; leaves {bits.share:.0%} of the patches their bits, {bits.low} to the others")
     act = "float input" if state.act is None else f"input {_how(state.act)}"
     rank = f", rank {state.lora.rank} {state.lora.kind}" if state.lora.rank else ""
     return f"weight {state.weight.bits} bits{'' if state.weight.table is None else ' table'}, {act}{rank}"

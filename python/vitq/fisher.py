@@ -6,7 +6,7 @@ z, and that is the Hessian of KL(p ‖ p_q) at p_q = p, to which the model's own
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -21,12 +21,28 @@ def sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     return -log_p.gather(1, y).squeeze(1)
 
 
+def combined_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """[B] losses of logits [B, C] whose gradients v have the second moment of :func:`sampled_loss`'s, e_y − p.
+
+    v = √p⊙ε − p·Σ√p⊙ε with independent signs ε: E vvᵀ = diag(p) − ppᵀ. Every draw weighs all labels, where nearly all
+    labels that a confident model draws are the same.
+    """
+    p = logits.detach().softmax(-1)
+    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+    root = p.sqrt() * signs
+    return (logits * (root - p * root.sum(-1, keepdim=True))).sum(-1)
+
+
 def output_gradients(
-    model: SimModel, batches: Iterable[Tensor], paths: Iterable[str], generator: torch.Generator
+    model: SimModel,
+    batches: Iterable[Tensor],
+    paths: Iterable[str],
+    generator: torch.Generator,
+    loss: Callable[[Tensor, torch.Generator], Tensor] = sampled_loss,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Linear path -> rows [T, K] that enter it and gradients [T, N] at its output, of one image's loss each.
 
-    Args: model: float; batches: of images; generator: draws the labels.
+    Args: model: float; batches: of images; generator: of what ``loss`` draws for logits.
     """
     linears = {path: model.linears[path] for path in paths}
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {path: ([], []) for path in linears}
@@ -39,11 +55,28 @@ def output_gradients(
 
     with torch.enable_grad(), recording(linears, record):
         for images in batches:
-            loss = sampled_loss(model(images), generator).sum()
-            found = torch.autograd.grad(loss, [outputs[path] for path in linears])
+            total = loss(model(images), generator).sum()
+            found = torch.autograd.grad(total, [outputs[path] for path in linears])
             for path, gradient in zip(linears, found):
                 n = linears[path].shape[0]
                 # Patches come as [B, N, h, w], everything else has its features last.
                 rows = gradient if gradient.shape[-1] == n else gradient.flatten(2).transpose(1, 2)
                 seen[path][1].append(rows.reshape(-1, n))
     return {path: (torch.cat(x), torch.cat(g)) for path, (x, g) in seen.items()}
+
+
+def fisher_traces(
+    model: SimModel, batches: Iterable[Tensor], paths: list[str], draws: int, generator: torch.Generator
+) -> dict[str, float]:
+    """tr(F) of the weight of every layer, F = E_x E_y g·gᵀ with g = ∂(−log p_y)/∂W; ``draws`` per image estimate E_y.
+
+    Args: model: float; batches: of images.
+    """
+    traces, count = dict.fromkeys(paths, 0.0), 0
+    for images in batches:
+        count += len(images)
+        for _ in range(draws):
+            for path, rows in output_gradients(model, [images], paths, generator, combined_loss).items():
+                x, g = (of_images.unflatten(0, (len(images), -1)) for of_images in rows)
+                traces[path] += float(torch.bmm(g.mT, x).square().sum()) / draws
+    return {path: value / count for path, value in traces.items()}

@@ -52,6 +52,7 @@ def quantize(
     seed: int = 0,
     work_dir: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    device: torch.device | None = None,
 ) -> Quantized:
     """Calibrate ``model`` and build its integer form, if it has one.
 
@@ -59,6 +60,7 @@ def quantize(
         images: [B, C, H, W] preprocessed calibration images, or where to take the recipe's number of them from
             ("digits", "contours" or an image folder).
         work_dir: keeps progress for resuming.
+        device: where to calibrate, default where the model is.
     """
     if isinstance(images, str):
         wanted = recipe.calibration
@@ -71,6 +73,7 @@ def quantize(
         seed=seed,
         work_dir=work_dir,
         progress=progress,
+        device=device,
         architecture=source.name,
         kwargs=dict(source.kwargs),
         data=state_data(model),

@@ -19,7 +19,7 @@ def optimal_levels(mass: Tensor, count: int) -> LevelTable:
     Args: mass [255], how often (or how costly) each code −127..127 is; count: a power of two, 2..128.
     Numerics: exact but for the levels' own rounding to the grid; unused levels fill the gaps.
     """
-    m = mass.double().numpy() + 1e-12 * float(mass.sum())
+    m = mass.double().cpu().numpy() + 1e-12 * float(mass.sum())
     s0, s1, s2 = (np.concatenate([[0.0], np.cumsum(m * _GRID.astype(float) ** p)]) for p in (0, 1, 2))
     n = len(_GRID)
     i, j = np.triu_indices(n + 1, 1)

@@ -80,7 +80,7 @@ def compensated_rounding(
     order = c.diagonal().argsort(descending=True)
     w, c = weight[:, order].clone(), damped(c[order][:, order], damping)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(c)), upper=True)
-    lut = None if spec.table is None else spec.table.lut().to(w.dtype)
+    lut = None if spec.table is None else spec.table.lut().to(w)
     codes = torch.empty_like(w)
     for k in range(w.shape[1]):
         code = (w[:, k] / scale).round().clamp(spec.qmin, spec.qmax)

@@ -30,8 +30,8 @@ class Histogram:
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         width = ((high - low) / bins).clamp_min(1e-12)
         index = ((x - low) / width).long().clamp_(0, bins - 1)
-        weights = torch.zeros(*x.shape[:-1], bins).scatter_add_(-1, index, torch.ones_like(x))
-        centres = low + width * (torch.arange(bins, dtype=x.dtype) + 0.5)
+        weights = x.new_zeros(*x.shape[:-1], bins).scatter_add_(-1, index, torch.ones_like(x))
+        centres = low + width * (torch.arange(bins, dtype=x.dtype, device=x.device) + 0.5)
         # The outermost bins keep the exact extremes, so that min-max ranges are what min-max observers report.
         centres[..., :1], centres[..., -1:] = low, high
         return cls(centres, weights)
@@ -128,7 +128,7 @@ def _error(h: Histogram, scale: Tensor, zero: Tensor, spec: QuantSpec, norm: flo
     scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
     code = torch.clamp((h.values / scale).round() + zero, spec.qmin, spec.qmax)
     if spec.table is not None:
-        code = spec.table.lut()[code.long() + 128].to(scale.dtype)
+        code = spec.table.lut().to(code.device)[code.long() + 128].to(scale.dtype)
     error = ((code - zero) * scale - h.values).abs()
     error = error.square() if norm == 2.0 else error**norm
     return (error * h.weights).sum(-1)
@@ -149,7 +149,7 @@ def search_range(h: Histogram, spec: QuantSpec, method: str, *, percentile: floa
         last = (mass < percentile).sum(-1, keepdim=True).clamp(max=h.values.shape[-1] - 1)
         low, high = h.values.gather(-1, first)[..., 0], h.values.gather(-1, last)[..., 0]
     elif method == "mse":
-        factors = torch.linspace(1.0 / steps, 1.0, steps)
+        factors = torch.linspace(1.0 / steps, 1.0, steps, device=low.device)
         best = [torch.ones_like(low), torch.ones_like(high)]
         for end in (0, 1, 0, 1) if not spec.symmetric else (None,):
             trial = [f.unsqueeze(-1).expand(*f.shape, steps) for f in best]
@@ -176,9 +176,9 @@ def weight_scale(
     if method == "minmax":
         return absmax
     best, chosen = torch.full_like(absmax, torch.inf), absmax.clone()
-    lut = None if spec.table is None else spec.table.lut()
+    lut = None if spec.table is None else spec.table.lut().to(weight.device)
     lowest = 0.35 if spec.grid_bits > 2 else 0.2
-    for factor in torch.linspace(lowest, 1.15 if spec.table is None else 1.0, steps):
+    for factor in torch.linspace(lowest, 1.15 if spec.table is None else 1.0, steps, device="cpu"):
         scale = (absmax * factor).unsqueeze(1)
         code = (weight / scale).round().clamp(spec.qmin, spec.qmax)
         if lut is not None:

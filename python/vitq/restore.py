@@ -49,3 +49,4 @@ def _restore_attention(sim: SimAttention, state: AttentionState) -> None:
     sim.operands.set(state.operands, state.operand_scale)
     sim.focus = FocusQuantizer(state.focus)
     sim.bias = state.bias
+    sim.token_bits = state.token_bits

@@ -69,6 +69,7 @@ def set_activation(
         spec = activation_table(rows, spec)
     if spec is None or spec.dynamic:
         linear.act.set(spec)
+        linear.act.to(linear.weight.device)  # a table of levels
         return
     scale, zero = search.range(Histogram.of(_sample(rows.reshape(1, -1))), spec)
     linear.act.set(spec, scale, float(zero))
@@ -122,9 +123,9 @@ def search_focus(attention: SimAttention, spec: FocusSpec, qkv: Tensor, mask: Te
             attention.focus = FocusQuantizer(replace(spec, b1=b1, b2=b2))
             return squared()
 
-        uppers = torch.logspace(-2, 0, steps).tolist()
+        uppers = torch.logspace(-2, 0, steps, device="cpu").tolist()
         b2 = min(uppers, key=lambda b: error(0.0, b))
-        lowers = [0.0, *(b2 * f for f in torch.logspace(-3, -0.5, steps // 2).tolist())]
+        lowers = [0.0, *(b2 * f for f in torch.logspace(-3, -0.5, steps // 2, device="cpu").tolist())]
         b1 = min(lowers, key=lambda b: error(b, b2))
     return replace(spec, b1=b1, b2=b2)
 

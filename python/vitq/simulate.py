@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .models.sites import AttentionSite, BlockSite, Family, LinearSite
-from .quantizers import SimAttention, SimGelu, SimLayerNorm, SimLinear, SimPatchConv
+from .quantizers import SimAttention, SimBlocks, SimGelu, SimLayerNorm, SimLinear, SimPatchConv
 from .state import ModelState
 
 
@@ -42,12 +42,14 @@ class SimModel(nn.Module):
             qkv, proj = linears[site.qkv.path], linears[site.proj.path]
             inner = site.proj.norm
             norm = None if inner is None else self.model.get_submodule(inner.path)
-            self.model.set_submodule(path, SimAttention(qkv, proj, site.heads, site.softmax_scale, bias, norm))
+            attention = SimAttention(qkv, proj, site.heads, site.softmax_scale, bias, norm, site.window)
+            self.model.set_submodule(path, attention)
         inside = {p for site in self.attention_sites.values() for p in (site.qkv.path, site.proj.path)}
         for path, linear in linears.items():
             if path not in inside:
                 self.model.set_submodule(path, linear)
         self.bind()
+        self._chain()
 
     def bind(self) -> None:
         """Point ``linears`` and ``attentions`` at the modules of ``model``."""
@@ -79,6 +81,20 @@ class SimModel(nn.Module):
             if mlp is not None and mlp.activation != "module":
                 approximate = "tanh" if mlp.activation == "gelu_tanh" else "none"
                 self.model.set_submodule(mlp.act_path, SimGelu(approximate, linears[mlp.fc1.path]))
+
+    def _chain(self) -> None:
+        """Let attentions rule the bits of the MLP behind them and of the block after theirs."""
+        stages: dict[str, list[SimAttention | None]] = {}
+        for block in self.family.blocks():
+            attention = self.attention_of(block)
+            stages.setdefault(block.path.rpartition(".")[0], []).append(attention)
+            if attention is not None and block.mlp is not None:
+                # Not submodules: the layers have their own place in the model.
+                attention.__dict__["mlp"] = (self.linears[block.mlp.fc1.path], self.linears[block.mlp.fc2.path])
+        for path, attentions in stages.items():
+            blocks = self.model.get_submodule(path)
+            if type(blocks) is nn.Sequential:
+                self.model.set_submodule(path, SimBlocks(blocks, attentions))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)

@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vitq_kernels.formats import FocusSpec, LevelTable, LowRankSpec, QuantSpec
+from vitq_kernels.formats import FocusSpec, LevelTable, LowRankSpec, QuantSpec, TokenBits
 
 from .quantizers import FocusQuantizer, SimAttention, SimLinear
 from .quantizers.simulated import from_plain
 from .simulate import SimModel
 
-FORMAT = 2
+FORMAT = 3
 
 
 def tensor_digest(tensors: dict[str, Tensor]) -> str:
@@ -117,7 +117,7 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def _plain(spec: QuantSpec | FocusSpec | LowRankSpec | None) -> dict | None:
+def _plain(spec: QuantSpec | FocusSpec | LowRankSpec | TokenBits | None) -> dict | None:
     return None if spec is None else dataclasses.asdict(spec)
 
 
@@ -138,6 +138,7 @@ def snapshot(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict]]:
         elif isinstance(m, SimAttention):
             focus = None if m.focus is None else _plain(m.focus.spec)
             meta[name] = {"operands": _plain(m.operands.spec), "groups": m.operands.groups, "focus": focus}
+            meta[name]["token_bits"] = _plain(m.token_bits)
         else:
             continue
         meta[name]["simulated"] = None if m.simulated is None else m.simulated.plain()
@@ -147,7 +148,9 @@ def snapshot(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict]]:
 
 
 def apply_snapshot(module: nn.Module, tensors: dict[str, Tensor], meta: dict[str, dict]) -> None:
-    """Inverse of :func:`snapshot`."""
+    """Inverse of :func:`snapshot`; tensors go where the module is."""
+    device = next(module.parameters()).device
+    tensors = {key: t.to(device) for key, t in tensors.items()}
     for name, m in module.named_modules():
         own = {k.split("|")[1]: t for k, t in tensors.items() if k.split("|")[0] == name}
         if name in meta:
@@ -167,6 +170,8 @@ def apply_snapshot(module: nn.Module, tensors: dict[str, Tensor], meta: dict[str
             _set_activation(m.operands, meta[name]["operands"], own, "operands")
             focus = meta[name]["focus"]
             m.focus = None if focus is None else FocusQuantizer(FocusSpec(**focus))
+            token_bits = meta[name]["token_bits"]
+            m.token_bits = None if token_bits is None else TokenBits(**token_bits)
 
 
 def _like(old: nn.Parameter | None, new: Tensor | None) -> nn.Parameter | None:

@@ -3,7 +3,7 @@
 import minmax
 import pytest
 import torch
-from minmax import minmax_state, sqnr, swin, vit
+from minmax import deciding, minmax_state, sqnr, swin, vit
 from test_convert import STATES
 from torch.utils._python_dispatch import TorchDispatchMode
 from vitq.convert import to_integer
@@ -43,6 +43,14 @@ def test_logits(name, state):
     assert sqnr(to_simulated(model, s)(x), logits) > 25
     with vk.backend("ref"):
         assert sqnr(to_integer(model, s)(x), logits) > 18
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_token_wise_bits(name):
+    model, s, x = made(name, "dynamic")
+    s = deciding(model, s, share=0.5, low=4)
+    logits = to_integer(model, s)(x)
+    assert sqnr(to_simulated(model, s)(x), logits) > 25
 
 
 class Work(TorchDispatchMode):

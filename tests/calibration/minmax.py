@@ -1,6 +1,7 @@
 """For tests only: states from plain ranges over a model's sites, and an independent float64 simulation of them."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from vitq.models import adapter_for
 from vitq.state import ModelState
 
-from vitq_kernels.formats import AttentionState, FocusSpec, LinearState, LowRankSpec, QuantSpec
+from vitq_kernels.formats import AttentionState, FocusSpec, LinearState, LowRankSpec, QuantSpec, TokenBits
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7, "mlp_ratio": 2}
 FOCUS = FocusSpec(8, power=2.0, anchor="row")
@@ -124,6 +125,15 @@ def minmax_state(
             sites[site.path] = linear(site)
     floats = {name: t.clone() for name, t in family.float_tensors(sites).items()}
     return ModelState("test", sites, floats)
+
+
+def deciding(model, state: ModelState, **bits) -> ModelState:
+    """``state`` with attentions that all decide token-wise bits."""
+    sites = dict(state.sites)
+    for site in adapter_for(model).attentions():
+        own = TokenBits(prefix=site.prefix, class_token=site.class_token, **bits)
+        sites[site.path] = replace(sites[site.path], token_bits=own)
+    return replace(state, sites=sites)
 
 
 # The oracle: timm's own float64 modules with the quantizers put between them. It shares no code with the package's

@@ -1,10 +1,13 @@
 """The whole of calibration: parity with the integer model, determinism, resuming, recipes and what they refuse."""
 
 import re
+import sys
 
 import minmax
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from vitq.calibrate import calibrate
 from vitq.convert import to_integer
 from vitq.recipes import load_recipe, names, parse
@@ -236,3 +239,50 @@ def test_recipe_files(tmp_path):
         load_recipe("nope")
     with pytest.raises(ValueError, match="recipe is a list"):
         parse([1])
+
+
+class ExplicitDevices(TorchFunctionMode):
+    """Refuses to make a tensor for the package without being told where."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _device_constructors() and kwargs.get("device") is None:
+            file = sys._getframe(1).f_code.co_filename
+            assert not re.search("/python/vitq/|/vitq_kernels/formats", file), f"{function.__name__} in {file}"
+        return function(*args, **kwargs)
+
+
+TWIN = {"method": "twin_uniform", "rounds": 1, "steps": 4, "images": 4, "softmax": False, "tables": True}
+SIMULATED = SMALL | {
+    "low_rank": {"kind": "none"},
+    "initialise": ["scales", {"method": "log_levels", "softmax": "adaptive"}, TWIN],
+    "allocate": [],
+    "reconstruct": [],
+    "refine": ["bias_correction"],
+}
+QDROP = {"method": "blocks", "iterations": 2, "batch": 4, "lr_rounding": 0.01, "mixing": 0.5, "dropping": 0.5}
+REFINED = SMALL | {
+    "low_rank": {"kind": "none"},
+    "allocate": [{"method": "packs", "cap": 1}],
+    "reconstruct": [QDROP | {"loss": loss} for loss in ("fisher_diagonal", "perturbation", "fisher_low_rank")],
+    "refine": [{"method": "evolution", "passes": 1, "population": 2, "cycles": 1, "sample": 1, "batch": 4}],
+}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [SMALL, DYNAMIC, MERGED, REFINED, SIMULATED],
+    ids=["small", "dynamic", "merged", "refined", "simulated"],
+)
+def test_tensors_are_made_where_the_model_is(recipe, tmp_path):
+    """Without a second device at hand: no factory of the package relies on torch's default one."""
+    model = minmax.swin()
+    with ExplicitDevices():
+        sim = calibrate(model, minmax.images(model, 4), parse(recipe), device="cpu", work_dir=tmp_path).sim
+        assert {t.device.type for t in (*sim.parameters(), *sim.buffers())} == {"cpu"}
+
+
+def test_a_tensor_made_anywhere_is_found():
+    made = compile("torch.zeros(2)", "/somewhere/python/vitq/stages/planted.py", "eval")
+    with ExplicitDevices(), pytest.raises(AssertionError, match="zeros in"):
+        eval(made)

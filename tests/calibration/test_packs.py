@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch.nn.functional import kl_div, log_softmax
 from vitq.calibrate import calibrate
+from vitq.losses import UnitLoss
 from vitq.models import adapter_for
 from vitq.recipes import parse
 from vitq.simulate import SimModel, inputs_of
@@ -324,7 +325,7 @@ def test_elementwise_mixing_draws_every_element():
     for mixing in (0.5, 1.0):
         seen.clear()
         given_options = options(iterations=2, batch=8, holdout=0.0, mixing=mixing, mixing_unit="element")
-        reconstruct(c, [block], x_ref, x_sim, target, given_options)
+        reconstruct(c, block, x_ref, x_sim, target, given_options, UnitLoss())
         share = [float((x.sort(0).values == x_ref.sort(0).values).float().mean()) for x in seen if len(x) == 8]
         assert share == [1.0] * 2 if mixing == 1.0 else all(s < 0.5 for s in share)
     handle.remove()

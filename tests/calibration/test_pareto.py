@@ -13,7 +13,6 @@ from scipy.special import rel_entr, softmax
 from vitq.allocation import frontier
 from vitq.allocation.costs import Layer
 from vitq.allocation.frontier import Component, pareto_frontier
-from vitq.allocation.plot import draw_frontier
 from vitq.allocation.sensitivity import block_sensitivities, distance
 from vitq.calibrate import calibrate
 from vitq.convert import to_integer
@@ -315,11 +314,3 @@ def test_bad_budgets_are_refused():
     assert load_recipe("pmq-mixed").with_budget({"size": 0.2}).allocate[0].options.budget.size == 0.2
     with pytest.raises(ValueError, match="no step of recipe minmax-w4a4 has one"):
         load_recipe("minmax-w4a4").with_budget({"size": 0.2})
-
-
-def test_the_picture(tmp_path):
-    model = minmax.vit()
-    x = minmax.images(model, 4)
-    record = calibrate(model, x, recipe({"size": 0.2, "bitops": 0.04})).state.metrics["frontier"]
-    draw_frontier(record, tmp_path / "frontier.png", "title")
-    assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"

@@ -73,6 +73,13 @@ def test_gradients_pass_and_plain_values_come_back(quantizer):
     assert torch.equal(other(x), quantizer(x))
 
 
+def test_other_bits_keep_the_range():
+    twin = TwinUniform(4, 0.01, 0.2, signed=1).at(6)
+    assert (twin.bits, twin.values["fine"], twin.values["coarse"]) == (6, 0.0025, 0.05)
+    with pytest.raises(ValueError, match="bits of LogLevels is 4 once and for all"):
+        LogLevels(4, 2.0).at(3)
+
+
 @pytest.mark.parametrize("wrong", [{"bits": 9}, {"base": 1.0}, {"scale": 0.0}])
 def test_bad_quantizers(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

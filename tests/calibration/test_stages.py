@@ -93,9 +93,12 @@ BASE = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"curriculum": 1.0, "lr_weight_scale": 0.001, "mixing": 0.2}])
-def test_reconstruction_lowers_every_blocks_loss(options):
-    c = calibration(minmax.vit(), BASE)
+@pytest.mark.parametrize(
+    ("options", "learning"),
+    [({}, "float32"), ({"curriculum": 1.0, "lr_weight_scale": 0.001, "mixing": 0.2}, "float32"), ({}, "bfloat16")],
+)
+def test_reconstruction_lowers_every_blocks_loss(options, learning):
+    c = calibration(minmax.vit(), BASE | {"learning": learning})
     step(c, "initialise", "scales")
     step(c, "compensate", "closed_form", start="whitened")
     before = block_losses(c)

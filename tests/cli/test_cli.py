@@ -74,8 +74,15 @@ def test_a_budget_picks_a_point_of_the_frontier(tmp_path, capsys):
     assert len(whole["points"]) > 20
     assert whole["points"][whole["picked"]] == frontier["points"][0]
     assert Image.open(tmp_path / "c" / "frontier.png").size[0] > 800
-    figures(capsys, *argv, "--force", "--recipe", "minmax-w4a4")
+    page = tmp_path / "new" / "report.html"
+    assert figures(capsys, "report", str(tmp_path / "c"), "-o", str(page))["bytes"] == page.stat().st_size
+    assert f"{len(whole['points'])} points" in page.read_text()
+    assert "exists already" in failure(capsys, "report", str(tmp_path / "c"), "-o", str(page))
+    figures(capsys, *argv, "--force", "--recipe", "pack-ptq-w4a4", "--set", "reconstruct=[]")
+    assert Image.open(tmp_path / "c" / "packs.png").size[0] > 800
     assert not list((tmp_path / "c").glob("frontier.*"))
+    figures(capsys, *argv, "--force", "--recipe", "minmax-w4a4")
+    assert not list((tmp_path / "c").glob("*.png"))
 
 
 def test_eval_of_a_checkpoint(quantized, capsys):
@@ -147,6 +154,7 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["bench", "/nowhere"], "model is '/nowhere'"),
         (["bench", NAME, "--batch", "1,x"], "'x' is not a positive whole number"),
         (["info", "/nowhere"], "no such folder"),
+        (["report", "/nowhere", "-o", "OUT"], "no such folder"),
         (["warmup", "/nowhere", "--gpu", "h200"], "/nowhere: no such folder"),
         (["warmup", "/nowhere", "--gpu", "tpu"], "gpu is 'tpu', expected one of sm_80, "),
         (["warmup", "/nowhere", "--gpu", "h100"], "fits several GPUs, expected one of NVIDIA H100"),

@@ -135,7 +135,7 @@ def test_windows_inside_the_kernels_are_windows_between_them(
     codes = maps.partition(qkv.encode(x), 0 if qkv.input is None else qkv.input.zero_code)
     coded = qkv.multiply(codes, out=attn.operands)
     heads = coded.q.reshape(-1, n, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    scales = attn._scales(coded.scale, len(coded.q), n)
+    _, scales = attn._split(coded, 3)
     out = {"mask": maps.mask, "out_dtype": torch.float32 if attn.proj.takes else dtype}
     y = maps.reverse(attn.prepared()[0].qattention(*heads, *scales, **out))
     y = y if attn.proj.takes is None else attn.proj.takes(y)

@@ -3,13 +3,14 @@
 from .attention import QAttention
 from .base import QModule, Quantizer, prepack
 from .linear import QLinear, QPatchEmbed
-from .mlp import FloatBranch, QBlock, QMlp
+from .mlp import FloatBranch, QBlock, QBlocks, QMlp
 from .window import Window, WindowMap
 
 __all__ = [
     "FloatBranch",
     "QAttention",
     "QBlock",
+    "QBlocks",
     "QLinear",
     "QMlp",
     "QModule",

@@ -7,9 +7,13 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..formats import AttentionState, QTensor
+from ..ops._schema import Epilogue
 from ..ops.qattention import PreparedAttention, focus_levels
+from ..ops.qattention.ref import scattered
+from ..ops.quantize import run_quantize
 from .base import QModule, Quantizer
 from .linear import QLinear
+from .token_bits import RowBits, decide, received
 from .window import Window, WindowMap
 
 
@@ -25,6 +29,7 @@ class QAttention(QModule):
         qkv, proj: QLinear; qkv holds the absorbed LayerNorm, proj γ.
         operands: Quantizer of q, k and v.
         window: WindowMap, or None for attention among all tokens.
+        token_bits: TokenBits, or None where this attention decides nothing.
     """
 
     def __init__(self, qkv: QLinear, proj: QLinear, state: AttentionState, window: Window | None, backend: str | None):
@@ -32,7 +37,7 @@ class QAttention(QModule):
         self.backend = backend
         self.qkv, self.proj = qkv, proj
         self.heads, self.softmax_scale = state.heads, float(state.softmax_scale)
-        self.operand_spec, self.focus = state.operands, state.focus
+        self.operand_spec, self.focus, self.token_bits = state.operands, state.focus, state.token_bits
         self.operands = Quantizer(state.operand_quant).to(qkv.weight.device)
         self.operands.backend = backend
         self.register_buffer("bias", state.bias)
@@ -71,6 +76,7 @@ class QAttention(QModule):
             self.operands.scale,
             self.focus,
             self.bias,
+            self.token_bits,
         )
 
     def prepare(self) -> tuple[PreparedAttention, QLinear, Quantizer, WindowMap | None, QLinear]:
@@ -83,41 +89,71 @@ class QAttention(QModule):
         residual: Tensor | None = None,
         mask: Tensor | None = None,
         then: QLinear | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor | QTensor]:
+        bits: RowBits | None = None,
+        decides: bool = False,
+    ) -> Tensor | tuple:
         """[B, N, C] float (windows: [B, H, W, C]) to the same shape.
 
         Args:    residual: added last, in the epilogue of proj. mask ([G, 1 or N, N]): additive scores, image b uses
                  mask[b mod G]; None with windows, which bring their own.
                  then: the layer that follows, whose LayerNorm and quantization the epilogue of proj takes along.
-        Returns: y, or with ``then`` (y, what ``then`` takes of it): see :meth:`QLinear.forward`.
+                 bits: of the tokens as qkv, Q and K see them ([B, T]); V keeps its bits: it meets the probabilities on
+                 the scale of its coarsest token.
+                 decides: return also the RowBits that this attention decides (None without ``token_bits``).
+        Returns: y, or with ``then`` (y, what ``then`` takes of it): see :meth:`QLinear.forward`. With ``decides``,
+                 (that, RowBits or None).
         """
         layer, qkv, operands, window, proj = self.prepared()
         options = {"mask": mask, "backend": self.backend}
         if window is None:
-            codes = qkv.encode(x)
+            codes = qkv.encode(x, bits=bits)
         else:
             if mask is not None:
                 raise ValueError("mask is given to attention within windows, expected None")
-            codes = _in_windows(x, qkv, window)
+            in_slots = None if bits is None else bits.in_windows(window.token_of_slot)
+            codes = _in_windows(x, qkv, window, bits, in_slots)
+            bits = in_slots
             options |= {"mask": window.mask, "scatter": window.token_of_slot, "tokens": x.shape[1] * x.shape[2]}
-        coded = qkv.multiply(codes, out=operands)
-        b, n, width = coded.q.shape
-        heads = coded.q.reshape(b, n, 3, self.heads, width // (3 * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        scales = self._scales(coded.scale, b, n)
+        if bits is None:
+            heads, scales = self._split(qkv.multiply(codes, out=operands), 3)
+        else:
+            heads, scales = self._split_at(bits, qkv.multiply(codes), operands)
+        decided = None if self.token_bits is None else self._decide(heads, scales, options)
         out = proj.takes
         if out is None:
             y = layer.qattention(*heads, *scales, out_dtype=x.dtype, **options)
         else:
-            y = layer.qattention_quantize(*heads, *scales, out=out.prepared(), **options)
+            y = layer.qattention_quantize(*heads, *scales, out=out.at(decided), **options)
         if window is not None:
-            y = _shaped(y, *x.shape[:-1], width // 3)
-        return proj(y, residual=residual, out_dtype=x.dtype, then=then)
+            y = _shaped(y, *x.shape[:-1], proj.in_features)
+        y = proj(y, residual=residual, out_dtype=x.dtype, then=then, bits=decided)
+        return (y, decided) if decides else y
 
-    def _scales(self, scale: Tensor, b: int, n: int) -> tuple[Tensor, ...]:
-        """Scales of q, k, v: [1] or [H] static, [B, H, N] dynamic."""
+    def _split(self, coded: QTensor, parts: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Codes [B, H, N, d] and scales ([1] or [H] static, [B, H, N] dynamic) of some of q, k and v."""
+        (b, n, width), scale = coded.q.shape, coded.scale
+        codes = coded.q.reshape(b, n, parts, self.heads, width // (parts * self.heads)).permute(2, 0, 3, 1, 4)
         if scale.dim() == 1:
-            return scale.chunk(3)
-        return scale.reshape(b, n, 3, scale.shape[1] // 3).permute(2, 0, 3, 1).expand(3, b, self.heads, n).unbind(0)
+            return codes.unbind(0), scale.chunk(parts)
+        scale = scale.reshape(b, n, parts, scale.shape[1] // parts).permute(2, 0, 3, 1)
+        return codes.unbind(0), scale.expand(parts, b, self.heads, n).unbind(0)
+
+    def _split_at(self, bits: RowBits, y: Tensor, operands: Quantizer) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """:meth:`_split` of floats [B, N, 3·H·d], q and k at ``bits``: two widths in a row take two passes."""
+        quant, width = operands.quant, y.shape[-1] // 3
+        epilogues = bits.quant(replace(quant, groups=quant.groups // 3 * 2)), replace(quant, groups=quant.groups // 3)
+        parts = (y[..., : 2 * width], y[..., 2 * width :])
+        coded = [run_quantize(part, Epilogue(q), self.backend) for part, q in zip(parts, epilogues)]
+        (qk, qk_scales), (v, v_scales) = self._split(coded[0], 2), self._split(coded[1], 1)
+        return qk + v, qk_scales + v_scales
+
+    def _decide(self, heads: tuple[Tensor, ...], scales: tuple[Tensor, ...], options: dict) -> RowBits:
+        (q, k, _), (q_scale, k_scale, _) = heads, scales
+        spec, scale, mask = self.token_bits, self.softmax_scale, options["mask"]
+        scores = received(q, k, q_scale, k_scale, scale, self.bias, mask, spec.class_token)
+        if (scatter := options.get("scatter")) is not None:
+            scores = scattered(scores.unsqueeze(-1), scatter, options["tokens"]).squeeze(-1)
+        return decide(spec, scores)
 
     def extra_repr(self) -> str:
         spec, focus = self.operand_spec, self.focus
@@ -128,13 +164,15 @@ class QAttention(QModule):
         )
 
 
-def _in_windows(x: Tensor, qkv: QLinear, window: WindowMap) -> Tensor | QTensor:
-    """What ``qkv`` multiplies: [B, H, W, C] floats as [B·nW, N, C]."""
+def _in_windows(
+    x: Tensor, qkv: QLinear, window: WindowMap, bits: RowBits | None, in_slots: RowBits | None
+) -> Tensor | QTensor:
+    """What ``qkv`` multiplies: [B, H, W, C] floats as [B·nW, N, C]; ``bits`` of tokens, the same ``in_slots``."""
     if not qkv.gathers:
         zero_code = 0 if qkv.input is None else qkv.input.zero_code
-        return window.partition(qkv.encode(x), zero_code)
+        return window.partition(qkv.encode(x, bits=bits), zero_code)
     window.check(x)
-    codes = qkv.encode(x, window.token_of_slot)
+    codes = qkv.encode(x, window.token_of_slot, in_slots)
     return _shaped(codes, x.shape[0] * window.window.count, window.window.tokens, x.shape[-1])
 
 

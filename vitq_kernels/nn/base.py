@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from ..formats import ActQuant, QTensor
 from ..ops._schema import Epilogue
 from ..ops.quantize import run_quantize
+from .token_bits import RowBits
 
 _WATCHED = ("_buffers", "_modules")
 _QUANT_TENSORS = ("scale", "lut", "lora_down")
@@ -149,6 +150,10 @@ class Quantizer(QModule):
             subspace=self.subspace,
         )
         return Epilogue(quant)
+
+    def at(self, bits: RowBits | None) -> Epilogue:
+        """The prepared epilogue, with token-wise ``bits`` one of this call."""
+        return self.prepared() if bits is None else Epilogue(bits.quant(self.quant))
 
     def forward(self, x: Tensor) -> QTensor:
         return run_quantize(x, self.prepared(), self.backend)

@@ -15,6 +15,7 @@ from ..ops.qlinear import PreparedLinear
 from ..ops.quantize import run_quantize
 from ..packing import pack_weight, unpack_weight
 from .base import QModule, Quantizer, choose_layout
+from .token_bits import RowBits
 
 
 def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
@@ -135,22 +136,27 @@ class QLinear(QModule):
             self.repack()
         return self
 
-    def encode(self, x: Tensor | QTensor, gather: Tensor | None = None) -> Tensor | QTensor:
+    def encode(
+        self, x: Tensor | QTensor, gather: Tensor | None = None, bits: RowBits | None = None
+    ) -> Tensor | QTensor:
         """What the product consumes: norm(x) quantized, or float for a weight-only layer; a QTensor as it is.
 
         Args: gather: as :func:`vitq_kernels.layer_norm_quantize`, for floats where the layer :attr:`gathers`.
+              bits: of the rows of the result; None for the layer's own.
         """
-        return self._encode(x, self.prepared(), gather)
+        return self._encode(x, self.prepared(), gather, bits)
 
-    def _encode(self, x: Tensor | QTensor, prepared: tuple, gather: Tensor | None = None) -> Tensor | QTensor:
+    def _encode(
+        self, x: Tensor | QTensor, prepared: tuple, gather: Tensor | None = None, bits: RowBits | None = None
+    ) -> Tensor | QTensor:
         norm, quantizer, _ = prepared
         if isinstance(x, QTensor):
             return x
         if quantizer is None:
             return x if norm is None else norm(x)
         if norm is None:
-            return run_quantize(x, quantizer.prepared(), self.backend)
-        return run_layer_norm_quantize(x, *_affine(norm), norm.eps, quantizer.prepared(), gather, self.backend)
+            return run_quantize(x, quantizer.at(bits), self.backend)
+        return run_layer_norm_quantize(x, *_affine(norm), norm.eps, quantizer.at(bits), gather, self.backend)
 
     def forward(
         self,
@@ -161,6 +167,7 @@ class QLinear(QModule):
         out: ActQuant | Quantizer | None = None,
         out_dtype: torch.dtype | None = None,
         then: QLinear | None = None,
+        bits: RowBits | None = None,
     ) -> Tensor | QTensor | tuple[Tensor, Tensor | QTensor]:
         """Floats or a QTensor of [..., K] to [..., N] floats, or to a QTensor under the next layer's epilogue ``out``.
 
@@ -168,6 +175,7 @@ class QLinear(QModule):
                   out: an ActQuant, or the next layer's ``input``.
                   out_dtype: default that of residual, else of x, else float32 (for a QTensor).
                   then: the layer that takes the float result behind its LayerNorm; without activation and ``out``.
+                  bits: of the rows of everything that this call quantizes, x and the result; None for the layers' own.
         Returns:  y, or with ``then`` (y, what ``then`` takes): ``then.encode(y)`` out of the same op where both layers
                   take integers and ``then`` has absorbed a LayerNorm, else y itself.
         Raises:   as :func:`vitq_kernels.qlinear`.
@@ -175,7 +183,7 @@ class QLinear(QModule):
         if out_dtype is None:
             out_dtype = residual.dtype if residual is not None else torch.float32 if isinstance(x, QTensor) else x.dtype
         prepared = self.prepared()
-        coded, layer = self._encode(x, prepared), prepared[2]
+        coded, layer = self._encode(x, prepared, None, bits), prepared[2]
         if then is not None:
             if activation != "none" or out is not None:
                 raise ValueError(f"then is given with activation {activation!r} and out {out}, expected none of both")
@@ -186,9 +194,9 @@ class QLinear(QModule):
                 and isinstance(coded, QTensor)
                 and self.backend == then.backend
             ):
-                own, quant = (*_affine(norm), norm.eps), quantizer.prepared()
+                own, quant = (*_affine(norm), norm.eps), quantizer.at(bits)
                 return layer.qlinear_norm_quantize(coded, *own, quant, residual, out_dtype, self.backend)
-        y = self._multiply(coded, layer, activation, residual, out, out_dtype)
+        y = self._multiply(coded, layer, activation, residual, out, out_dtype, bits)
         return y if then is None else (y, y)
 
     def multiply(self, x: Tensor | QTensor, out: ActQuant | Quantizer | None = None) -> Tensor | QTensor:
@@ -203,10 +211,11 @@ class QLinear(QModule):
         residual: Tensor | None,
         out: ActQuant | Quantizer | None,
         out_dtype: torch.dtype,
+        bits: RowBits | None = None,
     ) -> Tensor | QTensor:
         backend = self.backend
         if out is not None:
-            out = out.prepared() if isinstance(out, Quantizer) else Epilogue(out)
+            out = out.at(bits) if isinstance(out, Quantizer) else Epilogue(out if bits is None else bits.quant(out))
         if isinstance(x, QTensor):
             if out is not None:
                 return layer.qlinear_quantize(x, out, activation, residual, backend)

@@ -9,6 +9,7 @@ from ..formats import LinearState, QTensor
 from .attention import QAttention
 from .base import QModule
 from .linear import QLinear
+from .token_bits import RowBits
 
 
 class QMlp(QModule):
@@ -47,10 +48,11 @@ class QMlp(QModule):
     def prepare(self) -> tuple[QLinear, QLinear, str | nn.Module]:
         return self.fc1, self.fc2, self.activation
 
-    def forward(self, x: Tensor | QTensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | QTensor, residual: Tensor | None = None, bits: RowBits | None = None) -> Tensor:
         """[..., C] float, or what fc1 makes of it, to [..., C']; ``residual`` is added last, in the epilogue of fc2.
 
         The result has the dtype of x, or, where that is a QTensor, of ``residual`` (float32 without one).
+        ``bits``: of the rows as both layers see them; None for the layers' own.
         """
         fc1, fc2, activation = self.prepared()
         if isinstance(x, QTensor):
@@ -58,10 +60,10 @@ class QMlp(QModule):
         else:
             dtype = x.dtype
         if not isinstance(activation, str):
-            hidden = activation(fc1(x, out_dtype=dtype))
+            hidden = activation(fc1(x, out_dtype=dtype, bits=bits))
         else:
-            hidden = fc1(x, activation=activation, out=fc2.takes, out_dtype=dtype)
-        return fc2(hidden, residual=residual, out_dtype=dtype)
+            hidden = fc1(x, activation=activation, out=fc2.takes, out_dtype=dtype, bits=bits)
+        return fc2(hidden, residual=residual, out_dtype=dtype, bits=bits)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}" if isinstance(self.activation, str) else ""
@@ -100,12 +102,29 @@ class QBlock(nn.Module):
         """
         if is_causal:
             raise ValueError("is_causal is True, expected False: pass the mask as attn_mask")
-        mask, mlp = None if attn_mask is None else _additive(attn_mask), self.mlp
+        return self.step(x, None, None if attn_mask is None else _additive(attn_mask))[0]
+
+    def step(self, x: Tensor, bits: RowBits | None, mask: Tensor | None = None) -> tuple[Tensor, RowBits | None]:
+        """:meth:`forward` with the bits that the block before decided; returns also those that this one decides."""
+        mlp = self.mlp
         if not isinstance(mlp, QMlp):
-            x = self.attn(x, residual=x, mask=mask)
-            return mlp(x, residual=x)
-        x, taken = self.attn(x, residual=x, mask=mask, then=mlp.prepared()[0])
-        return mlp(taken, residual=x)
+            x, decided = self.attn(x, residual=x, mask=mask, bits=bits, decides=True)
+            return mlp(x, residual=x), decided
+        (x, taken), decided = self.attn(x, residual=x, mask=mask, then=mlp.prepared()[0], bits=bits, decides=True)
+        return mlp(taken, residual=x, bits=decided), decided
+
+
+class QBlocks(nn.Sequential):
+    """Blocks one after another, of which each hands the token-wise bits that it decides to the next.
+
+    Blocks that a caller runs one by one decide for themselves only: their qkv, Q and K keep the layers' own bits.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bits = None
+        for block in self:
+            x, bits = block.step(x, bits) if isinstance(block, QBlock) else (block(x), None)
+        return x
 
 
 def _additive(mask: Tensor) -> Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from vitq_kernels.formats import LinearState
 from vitq_kernels.nn import QLinear
 
 from ..bench.latency import compare
+from ..simulate import SimModel, recording
 
 # What the float model is counted at, and what a low-rank branch is stored and multiplied in.
 FLOAT_BITS, BRANCH_BITS = 32, 16
@@ -29,10 +32,10 @@ class Layer:
         """Bytes: codes at their true width, float32 scales, float16 branch."""
         return -(-self.n * self.k * weight_bits // 8) + 4 * self.n + self.rank * (self.n + self.k) * BRANCH_BITS // 8
 
-    def bitops(self, weight_bits: int, act_bits: int) -> int:
-        """Bit operations per image: MAC·b_w·b_a, the branch at 16 x 16 bits."""
+    def bitops(self, weight_bits: int, act_bits: int | Fraction) -> int:
+        """Bit operations per image: MAC·b_w·b_a, the branch at 16 x 16 bits; ``act_bits``: the mean over rows."""
         branch = self.rank * (self.n + self.k) * BRANCH_BITS**2
-        return self.rows * (self.n * self.k * weight_bits * act_bits + branch)
+        return int(self.rows * (self.n * self.k * weight_bits * act_bits + branch))
 
     @property
     def float_size(self) -> int:
@@ -41,6 +44,18 @@ class Layer:
     @property
     def float_bitops(self) -> int:
         return self.rows * self.n * self.k * FLOAT_BITS**2
+
+
+def layers_of(model: SimModel, image: Tensor, ranks: dict[str, int]) -> dict[str, Layer]:
+    """The work of ``model``'s linear layers on one image [1, C, H, W]: those that ``ranks`` names, with their rank."""
+    linears, rows = {path: model.linears[path] for path in ranks}, {}
+
+    def record(path: str, inputs: tuple, output: Tensor) -> None:
+        rows[path] = linears[path].rows(inputs[0]).shape[0]
+
+    with torch.no_grad(), recording(linears, record):
+        model(image)
+    return {path: Layer(*linear.shape, rows[path], ranks[path]) for path, linear in linears.items()}
 
 
 def latency(layer: Layer, states: list[LinearState], batch: int, seconds: float) -> tuple[list[int], int]:

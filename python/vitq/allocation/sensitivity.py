@@ -39,16 +39,18 @@ def block_sensitivities(
     settings: dict[str, Sequence[Setting]],
     metric: Metric = "l2",
     batch: int = 32,
+    restore: dict[str, Setting] | None = None,
 ) -> dict[str, list[float]]:
     """Ω of every component of one block under every setting.
 
     The prefix runs once per block; each setting runs the block and what follows.
 
     Args:
-        model: a float SimModel; as it was afterwards.
-        logits: [B, C] of ``images`` [B, C, H, W] in ``model``.
-        settings: path of a linear layer of the block -> what to do to it, one per choice: each gives the float layer
-            its quantizers.
+        model: as it was afterwards; float, or quantized with ``restore``.
+        logits: [B, C] of ``images`` [B, C, H, W], that Ω is measured against.
+        settings: path of a linear layer of the block -> what to do to it, one per choice: each gives the layer its
+            quantizers.
+        restore: path -> what makes the layer what it was; None takes its quantizers away.
     """
     entering = inputs_of(model.model, block.path, images, batch)
     module = model.model.get_submodule(block.path)
@@ -61,7 +63,7 @@ def block_sensitivities(
             for x, part in zip(entering.split(batch), images.split(batch)):
                 with _given(model, block, module(x)):
                     parts.append(model(part))
-            make_float(linear)
+            (make_float if restore is None else restore[path])(linear)
             out[path].append(distance(logits, torch.cat(parts), metric))
     return out
 
@@ -69,6 +71,7 @@ def block_sensitivities(
 def make_float(linear: SimLinear) -> None:
     """Take quantizers and branch away again."""
     linear.act.set(None)
+    linear.simulated = None
     linear.quant.set(None)
     linear.set_low_rank("error")
 

@@ -32,6 +32,7 @@ class Case:
     label: str
     recipe: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
 
 def _bits(weights: int, activations: int, operands: int = 8, softmax: int = 8) -> dict[str, int]:
@@ -137,8 +138,10 @@ def run(cases: list[Case], limit: int | None = None, progress: Callable[[str, in
         if progress is not None:
             progress(f"{case.group}: {case.label}", i, len(cases))
         recipe = load_recipe(case.recipe, fast=True, **case.overrides)
-        done = jobs.quantize(model, source, recipe, "digits")
+        done = jobs.quantize(model, source, recipe, "digits", seed=case.seed)
         row: dict[str, Any] = {"group": case.group, "case": case.label, "calibration_s": done.seconds}
+        if "token_bits" in done.state.metrics:
+            row["bitops"] = done.state.metrics["token_bits"]["bitops"]
         for name, data in splits.items():
             floats, labels = reference[name]
             logits, _ = predict(done.integer, data)

@@ -69,6 +69,7 @@ class AttentionSite:
         layer_scale: state-dict name of γ [C], the factor on the branch, or None.
         bias_table: state-dict name of the relative position bias, or None (see ``Family.attention_bias``).
         window: the windows that attention stays within, or None for all tokens.
+        prefix, class_token: how many leading tokens are no patches, and whether the first of them is the class token.
     """
 
     path: str
@@ -80,6 +81,8 @@ class AttentionSite:
     layer_scale: str | None = None
     bias_table: str | None = None
     window: Window | None = None
+    prefix: int = 0
+    class_token: bool = False
 
     @property
     def norm(self) -> NormSite | None:

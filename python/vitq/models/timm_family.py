@@ -189,7 +189,8 @@ class TimmViT(_TimmFamily):
                 qkv = self._linear(f"{path}.qkv", "qkv", norm1)
                 proj = self._linear(f"{path}.proj", "proj", inner)
                 heads, head_dim = module.num_heads, module.head_dim
-                return AttentionSite(path, qkv, proj, heads, head_dim, module.scale, branch.layer_scale)
+                tokens = {"prefix": self.model.num_prefix_tokens, "class_token": self.model.has_class_token}
+                return AttentionSite(path, qkv, proj, heads, head_dim, module.scale, branch.layer_scale, **tokens)
             reason = "is surrounded by norms that are no LayerNorm"
         self._refuse(path, f"{reason}: it runs in float, its linear layers can be integer")
         return None

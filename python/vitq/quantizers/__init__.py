@@ -1,7 +1,7 @@
 """Differentiable simulation of the integer layers."""
 
 from .activation import ActivationQuantizer
-from .attention import FocusQuantizer, SimAttention
+from .attention import FocusQuantizer, SimAttention, SimBlocks
 from .floats import SimGelu, SimLayerNorm
 from .linear import SimLinear, SimPatchConv
 from .simulated import LogLevels, ShiftedLog, SimulationOnly, TwinUniform
@@ -13,6 +13,7 @@ __all__ = [
     "LogLevels",
     "ShiftedLog",
     "SimAttention",
+    "SimBlocks",
     "SimGelu",
     "SimLayerNorm",
     "SimLinear",

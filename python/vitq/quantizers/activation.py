@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vitq_kernels.formats import QuantSpec
+from vitq_kernels.nn.token_bits import RowBits
 
 from . import functional as fq
 
@@ -19,12 +21,16 @@ class ActivationQuantizer(nn.Module):
         spec: QuantSpec, or None for operands that stay float.
         scale: Parameter float32 [groups] for static specs, else None.
         zero_point: Parameter float32 [1] in code units, rounded where it is used; 0 unless the spec is asymmetric.
+        bits: RowBits of the next rows (of M, or of M·groups, elements), taken once; None for the spec's own.
+        drop: what leaves elements float where gradients are recorded, or None.
     """
 
     def __init__(self, groups: int = 1) -> None:
         super().__init__()
         self.groups = groups
         self.spec: QuantSpec | None = None
+        self.bits: RowBits | None = None
+        self.drop: fq.Drop | None = None
         self.register_parameter("scale", None)
         self.register_parameter("zero_point", None)
         self.register_buffer("lut", None, persistent=False)
@@ -46,7 +52,8 @@ class ActivationQuantizer(nn.Module):
             self.scale = nn.Parameter(scale.detach().float().clone())
             self.zero_point = nn.Parameter(scale.new_full((1,), float(zero_point)), requires_grad=not spec.symmetric)
         self.spec = spec
-        self.lut = None if spec is None or spec.table is None else spec.table.lut()
+        lut = None if spec is None or spec.table is None else spec.table.lut()
+        self.lut = lut if lut is None or scale is None else lut.to(scale.device)
 
     @property
     def integer_zero_point(self) -> int:
@@ -64,12 +71,16 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[M, K] floats to centred codes [M, K] and scales [M or 1, groups]."""
         spec, (m, k) = self.spec, x.shape
+        bits, self.bits = self.bits, None
         grouped = x.reshape(m, self.groups, k // self.groups)
         if spec.dynamic:
-            scale = fq.dynamic_scale(grouped, spec.qmax)
-            code = fq.quantize(grouped, scale, 0.0, spec.qmin, spec.qmax, self.lut)
+            qmax = spec.qmax if bits is None else bits.qmax(spec.qmax).reshape(m, -1, 1).to(x.dtype)
+            scale = fq.dynamic_scale(grouped, qmax)
+            code = fq.quantize(grouped, scale, 0.0, -qmax, qmax, self.lut)
         else:
             scale = self.scale.reshape(1, self.groups, 1)
             zero_point = 0.0 if spec.symmetric else self._zero_point()
             code = fq.quantize(grouped, scale, zero_point, spec.qmin, spec.qmax, self.lut)
+        if self.drop is not None and torch.is_grad_enabled():
+            code = self.drop(code, grouped * (1.0 / scale))
         return code.reshape(m, k), scale.squeeze(-1)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from vitq_kernels.formats import AttentionState, FocusSpec
+from vitq_kernels.formats import AttentionState, FocusSpec, TokenBits
+from vitq_kernels.nn import Window, WindowMap
+from vitq_kernels.nn.token_bits import RowBits, decide, received
 from vitq_kernels.ops import float_stages
+from vitq_kernels.ops.qattention.ref import scattered
 
 from . import functional as fq
 from .activation import ActivationQuantizer
@@ -23,6 +28,7 @@ class FocusQuantizer(nn.Module):
     """Learnable form of a FocusSpec: b1 and b2 are float64 scalars (the kernels' arguments are doubles).
 
     Attributes: bits, power, anchor, below, renormalize, grid as in FocusSpec; b1, b2 Parameters.
+    drop: as in ActivationQuantizer, of affine specs.
     """
 
     def __init__(self, spec: FocusSpec) -> None:
@@ -30,8 +36,10 @@ class FocusQuantizer(nn.Module):
         self.bits, self.power, self.grid, self.renormalize = spec.bits, spec.power, spec.grid, spec.renormalize
         self.anchor: Literal["absolute", "row"] = spec.anchor
         self.below: Literal["floor", "zero"] = spec.below
-        self.b1 = nn.Parameter(torch.tensor(spec.b1, dtype=torch.float64))
-        self.b2 = nn.Parameter(torch.tensor(spec.b2, dtype=torch.float64))
+        # Scalars that are read on the CPU in every forward; operators of any device take them.
+        self.b1 = nn.Parameter(torch.tensor(spec.b1, dtype=torch.float64, device="cpu"))
+        self.b2 = nn.Parameter(torch.tensor(spec.b2, dtype=torch.float64, device="cpu"))
+        self.drop: fq.Drop | None = None
 
     @property
     def spec(self) -> FocusSpec:
@@ -54,6 +62,8 @@ class FocusQuantizer(nn.Module):
         code = fq.round_ste(position)
         width = self.b2 - self.b1
         if spec.affine:
+            if self.drop is not None and torch.is_grad_enabled():
+                code = self.drop(code, position)
             return code, width / spec.n, self.b1
         levels, _, _ = spec.decode()
         step = self.b2 / self.grid
@@ -80,6 +90,9 @@ class SimAttention(nn.Module):
         simulated: a quantizer of the probabilities that has no integer kernel, in place of ``focus``, or None.
         norm: float module between the product with V and proj (timm's scale_norm), nothing in most models.
         bias: [H, N, N] additive scores, or None.
+        token_bits: TokenBits, or None where this attention decides nothing.
+        window: the windows whose tokens the rows are, or None; mlp: (fc1, fc2) behind this attention, or None.
+        entering, decided: RowBits of the block before, which ``SimBlocks`` hands over, and of this one's last call.
     """
 
     def __init__(
@@ -90,6 +103,7 @@ class SimAttention(nn.Module):
         softmax_scale: float,
         bias: Tensor | None = None,
         norm: nn.Module | None = None,
+        window: Window | None = None,
     ) -> None:
         super().__init__()
         self.qkv, self.proj, self.heads, self.softmax_scale = qkv, proj, heads, float(softmax_scale)
@@ -98,6 +112,12 @@ class SimAttention(nn.Module):
         self.focus: FocusQuantizer | None = None
         self.simulated: SimulationOnly | None = None
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self.token_bits: TokenBits | None = None
+        self.window, self.mlp = window, None
+        self.entering: RowBits | None = None
+        self.decided: RowBits | None = None
+        slots = None if window is None else WindowMap(window).token_of_slot
+        self.register_buffer("token_of_slot", slots, persistent=False)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -113,7 +133,31 @@ class SimAttention(nn.Module):
             raise ValueError("attn_mask or is_causal is given, the integer attention takes neither")
         if mask is not None:
             mask = mask.masked_fill(mask <= _EXCLUDED, -torch.inf)
+        if self.entering is not None:
+            bits = self._rows(self.entering)
+            high = bits.high.reshape(-1, 1, 1).expand(-1, 3, self.operands.groups // 3).clone()
+            high[:, 2] = True
+            self.qkv.act.bits, self.operands.bits = bits, replace(bits, high=high)
         return self.proj(self.norm(self.attend(self.qkv(x), mask)))
+
+    def _rows(self, bits: RowBits) -> RowBits:
+        """Bits in token order as bits of this attention's rows."""
+        return bits if self.token_of_slot is None else bits.in_windows(self.token_of_slot)
+
+    @torch.no_grad()
+    def _decide(self, q: Tensor, k: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> None:
+        """Decide the bits of what follows in this block, and leave them in ``decided``."""
+        spec, (b, h, n, _) = self.token_bits, q.shape
+        qs, ks = (s.expand(b, h, n) for s in (qs, ks))
+        scores = received(q, k, qs, ks, self.softmax_scale, self.bias, mask, spec.class_token)
+        if self.window is not None:
+            height, width = self.window.resolution
+            scores = scattered(scores.unsqueeze(-1), self.token_of_slot, height * width).squeeze(-1)
+        self.decided = decide(spec, scores)
+        self.proj.act.bits = self._rows(self.decided)
+        if self.mlp is not None and all(layer.quant.spec is not None for layer in self.mlp):
+            for layer in self.mlp:
+                layer.act.bits = self.decided
 
     def product(self, q: Tensor, k: Tensor) -> Tensor:
         """[B, H, N, N] q·kᵀ, of codes exactly."""
@@ -158,6 +202,8 @@ class SimAttention(nn.Module):
             v = fq.round_ste(v * (vs / v_top).unsqueeze(-1))
         v_top = v_top.unsqueeze(-1)
         product = self.product(q, k)
+        if self.token_bits is not None:
+            self._decide(q, k, qs, ks, mask)
         if self.simulated is not None or self.focus is None:
             p = self.scores(product, qs, ks, mask).softmax(-1)
             out = (p if self.simulated is None else self.simulated(p)) @ v * v_top
@@ -231,4 +277,31 @@ class SimAttention(nn.Module):
             operand_scale=None if scale is None else scale.detach().clone(),
             focus=self.focus.spec,
             bias=self.bias,
+            token_bits=self.token_bits,
         )
+
+
+class SimBlocks(nn.Sequential):
+    """Blocks one after another, of which each hands the token-wise bits that it decides to the next.
+
+    Attributes:
+        attentions: the SimAttention of each block, or None. A block that is run by itself gets no bits.
+    """
+
+    def __init__(self, blocks: nn.Sequential, attentions: list[SimAttention | None]) -> None:
+        super().__init__(OrderedDict(blocks.named_children()))
+        # Not submodules: they have their places in the blocks.
+        self.__dict__["attentions"] = attentions
+
+    def forward(self, x: Tensor) -> Tensor:
+        bits = None
+        for block, attention in zip(self, self.attentions, strict=True):
+            if attention is None:
+                x, bits = block(x), None
+                continue
+            attention.entering = bits
+            try:
+                x = block(x)
+            finally:
+                bits, attention.entering, attention.decided = attention.decided, None, None
+        return x

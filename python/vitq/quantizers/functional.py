@@ -45,16 +45,17 @@ class _Snap(torch.autograd.Function):
 
 
 def integer_product(a: Tensor, b: Tensor, limit_a: float, limit_b: float) -> Tensor:
-    """Σ_k a[..., m, k]·b[..., n, k] of integer-valued floats, exact; float32.
+    """Σ_k a[..., m, k]·b[..., n, k] of integer-valued floats, exact in float32 but for gradients.
 
     Args:
         limit_a, limit_b: largest magnitudes that the formats of a and b allow.
 
     Numerics: every partial sum is bounded by K·limit_a·limit_b and by the product of the rows' norms
         (Cauchy-Schwarz); where one of these is below 2^24 float32 is exact in any order of summation, else the sum
-        runs in float64.
+        runs in float64. Where it is differentiated, an error of one part in 2^24 matters to nobody.
     """
     exact = a.shape[-1] * limit_a * limit_b <= EXACT_IN_FLOAT32
+    exact |= torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     if not exact and a.numel() and b.numel():
         with torch.no_grad():
             norms = a.norm(dim=-1).amax() * b.norm(dim=-1).amax()
@@ -95,21 +96,28 @@ def expand(t: Tensor, basis: Tensor) -> Tensor:
     return t @ basis if torch.is_grad_enabled() else float_stages.expand(t, basis)
 
 
-def dynamic_scale(x: Tensor, qmax: float) -> Tensor:
+def dynamic_scale(x: Tensor, qmax: Tensor | float) -> Tensor:
     """absmax/qmax over the last dimension (kept), 1 for rows of zeros; not differentiated.
 
     Not differentiated: with straight-through rounding the scale's gradient is the mean of rounding errors, noise.
     """
     low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
     absmax = torch.maximum(-low, high)
-    scale = absmax / float(qmax)
+    scale = absmax / qmax
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qmax: int, lut: Tensor | None) -> Tensor:
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | float,
+    qmin: Tensor | int,
+    qmax: Tensor | int,
+    lut: Tensor | None,
+) -> Tensor:
     """Centred codes: clamp(rne(x·(1/scale)), qmin − z, qmax − z), through the level table if any.
 
-    Args: x, scale broadcast against each other; zero_point an integer (float tensor or number).
+    Args: x, scale, qmin, qmax broadcast against each other; zero_point an integer (float tensor or number).
     Gradients: straight through the rounding, zero to x and ±1 to scale·code outside the clamp: with the scale
         multiplied back this is LSQ (Esser et al. 2020), without its heuristic gradient factor.
     """
@@ -123,6 +131,21 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qm
     else:
         code = round_ste(ratio.clamp(low, high))
     return code if lut is None else _Snap.apply(code + zero_point, lut) - zero_point
+
+
+class Drop:
+    """QDrop (Wei et al. 2022): elements stay float at random while something is learned.
+
+    Args: rate: chance of each element; generator: on the CPU.
+    """
+
+    def __init__(self, rate: float, generator: torch.Generator) -> None:
+        self.rate, self.generator = rate, generator
+
+    def __call__(self, code: Tensor, exact: Tensor) -> Tensor:
+        """``exact`` (what is rounded and clamped to ``code``) in its place, where drawn."""
+        drawn = torch.rand(code.shape, generator=self.generator, device="cpu").to(code.device) < self.rate
+        return torch.where(drawn, exact, code)
 
 
 def focus_position(u: Tensor, b1: Tensor, b2: Tensor, power: float, n: int) -> Tensor:

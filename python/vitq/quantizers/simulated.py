@@ -39,6 +39,10 @@ class SimulationOnly(nn.Module):
         """[2^bits] float64, ascending: what the codes decode to."""
         raise NotImplementedError
 
+    def at(self, bits: int) -> SimulationOnly:
+        """The quantizer over the same range at other bits. Raises: ValueError for a kind that cannot tell how."""
+        raise ValueError(f"bits of {type(self).__name__} is {self.bits} once and for all, expected a uniform format")
+
     def plain(self) -> dict[str, Any]:
         """The quantizer as plain JSON values; :func:`from_plain` takes them back."""
         return {"kind": type(self).__name__, "bits": self.bits, **self.values}
@@ -77,9 +81,9 @@ class LogLevels(SimulationOnly):
         return torch.where(code < 2**self.bits - 1, value, torch.zeros_like(value)) - shift
 
     def levels(self) -> Tensor:
-        code = torch.arange(2**self.bits - 1, dtype=torch.float64)
+        code = torch.arange(2**self.bits - 1, dtype=torch.float64, device="cpu")
         powers = self.values["scale"] * self.values["base"] ** -code
-        return torch.cat([torch.zeros(1, dtype=torch.float64), powers.flip(0)]) - self.values["shift"]
+        return torch.cat([powers.new_zeros(1), powers.flip(0)]) - self.values["shift"]
 
 
 class ShiftedLog(SimulationOnly):
@@ -108,7 +112,7 @@ class ShiftedLog(SimulationOnly):
     def levels(self) -> Tensor:
         eta, n = self.values["eta"], 2**self.bits - 1
         low, high = math.log2(eta), math.log2(self.values["high"] + eta)
-        return torch.exp2(torch.linspace(low, high, n + 1, dtype=torch.float64)) - eta
+        return torch.exp2(torch.linspace(low, high, n + 1, dtype=torch.float64, device="cpu")) - eta
 
 
 class TwinUniform(SimulationOnly):
@@ -137,8 +141,12 @@ class TwinUniform(SimulationOnly):
         large = fq.round_ste((x / coarse).clamp(0.0, count - 1)) * coarse
         return torch.where(in_small, small, large)
 
+    def at(self, bits: int) -> TwinUniform:
+        shift = 2.0 ** (self.bits - bits)
+        return TwinUniform(bits, self.values["fine"] * shift, self.values["coarse"] * shift, self.values["signed"])
+
     def levels(self) -> Tensor:
         count = 2 ** (self.bits - 1)
-        code = torch.arange(count, dtype=torch.float64)
+        code = torch.arange(count, dtype=torch.float64, device="cpu")
         small = -self.values["fine"] * (code + 1) if self.values["signed"] else self.values["fine"] * code
         return torch.cat([small, self.values["coarse"] * code]).sort().values

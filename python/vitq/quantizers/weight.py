@@ -41,7 +41,7 @@ class WeightQuantizer(nn.Module):
         self.spec = spec
         self.scale = None if scale is None else nn.Parameter(scale.detach().float().clone())
         self.alpha = None
-        self.lut = None if spec is None or spec.table is None else spec.table.lut()
+        self.lut = None if spec is None or spec.table is None else spec.table.lut().to(scale.device)
 
     @property
     def limit(self) -> float:

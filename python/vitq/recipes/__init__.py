@@ -72,7 +72,8 @@ class Recipe(_Model):
     """What is quantized to what, and by which methods.
 
     Attributes: one list of steps per stage; ``effort`` scales every iteration count, ``fast_effort`` is what demos
-    take for it.
+    take for it. ``learning``: arithmetic of forward passes that are differentiated (bfloat16 holds 8-bit codes exactly;
+    on a GPU it takes the tensor cores); whatever decides or is kept is computed in float32.
     """
 
     name: str = Field(min_length=1)
@@ -87,6 +88,7 @@ class Recipe(_Model):
     operand_scales: Literal["per_tensor", "per_head"] = "per_head"
     focus: Focus = Focus()
     low_rank: LowRank = LowRank()
+    learning: Literal["float32", "bfloat16"] = "float32"
     effort: float = Field(1.0, gt=0.0)
     fast_effort: float = Field(1.0, gt=0.0)
     transform: tuple[Step, ...] = ()

@@ -2,38 +2,16 @@
 
 ``transform -> initialise -> allocate -> compensate -> reconstruct -> refine``, then export; observation happens when a
 method first asks for it. Each stage of a recipe is a list of steps; a step names a method and its options. Methods see
-nothing of each other: what they share is the :class:`~vitq.stages.base.Calibration` they are called with.
+nothing of each other: what they share is the :class:`~vitq.stages.base.Calibration` they are called with. A module in
+this folder is found by being there.
 """
 
-from . import (
-    compensate,
-    evolution,
-    initialise,
-    logarithmic,
-    packs,
-    pareto,
-    rank_search,
-    reconstruct,
-    reparameterize,
-    twin,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .base import STAGES, Calibration, Method, Options, find, method
 
-__all__ = [
-    "STAGES",
-    "Calibration",
-    "Method",
-    "Options",
-    "compensate",
-    "evolution",
-    "find",
-    "initialise",
-    "logarithmic",
-    "method",
-    "packs",
-    "pareto",
-    "rank_search",
-    "reconstruct",
-    "reparameterize",
-    "twin",
-]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["STAGES", "Calibration", "Method", "Options", "find", "method"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -13,12 +13,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from .. import parallel
 from ..lowrank import kernel_rank
 from ..models.sites import BlockSite, LinearSite
 from ..observers import Observations, observe
 from ..quantizers import SimLinear
 from ..simulate import SimModel, inputs_of
-from ..workdir import WorkDir
+from ..workdir import WorkDir, apply_snapshot, snapshot
 
 if TYPE_CHECKING:
     from ..recipes import Recipe
@@ -128,6 +129,11 @@ class Calibration:
         """``full`` scaled by the recipe's effort, at least 1 (0 stays 0)."""
         return 0 if full == 0 else max(1, round(full * self.recipe.effort))
 
+    def learning(self) -> torch.autocast:
+        """The arithmetic of what is learned: forward passes at the recipe's precision."""
+        mixed = self.recipe.learning == "bfloat16"
+        return torch.autocast(self.images.device.type, torch.bfloat16, enabled=mixed)
+
     def observations(self) -> Observations:
         """What the calibration images do in the float model, taken once; transforms discard it."""
         if self._observed is None:
@@ -155,6 +161,11 @@ class Calibration:
     def batches(self, x: Tensor) -> tuple[Tensor, ...]:
         """Inputs [B, ...] of a unit in the recipe's batches."""
         return x.split(self.batch)
+
+    def attention_mask(self, path: str) -> Tensor | None:
+        """Additive mask of the windows of the attention at ``path``, or None."""
+        mask = self.sim.family.attention_mask(self.sim.attention_sites[path])
+        return None if mask is None else mask.to(self.images)
 
     def run(self, model: SimModel, unit: Unit, x: Tensor) -> Tensor:
         """The unit's module on inputs [B, ...], in batches, without gradients."""
@@ -205,14 +216,34 @@ class Calibration:
         total = len(self.sim.sequence if units is None else units)
         for index, (unit, x_ref, x_sim) in enumerate(self.walk(units)):
             self.progress(self.step, index, total)
-            if self._restore(unit):
-                continue
-            yield unit, x_ref, x_sim
-            if self.work is not None:
+            restored = parallel.same(self._restore(unit))
+            if not restored:
+                yield unit, x_ref, x_sim
+            self._agree(members(unit))
+            if self.work is not None and not restored:
                 for member in members(unit):
                     ranks = {path: r for path, r in self.ranks.items() if path in self.sim.linears_of(member)}
                     self.work.keep(self.step, member.path, self.sim, ranks)
         self.progress(self.step, total, total)
+
+    def agree(self) -> None:
+        """Take over what the first of several processes has."""
+        self._agree(self.sim.sequence)
+        packs = parallel.same([[block.path for block in pack.blocks] for pack in self.packs])
+        blocks = {site.path: site for site in self.sim.family.blocks()}
+        self.packs = [Pack(tuple(blocks[path] for path in paths)) for paths in packs]
+        self.metrics = parallel.same(self.metrics)
+
+    def _agree(self, sites: Iterable[LinearSite | BlockSite]) -> None:
+        if parallel.size() == 1:
+            return
+        self.ranks = parallel.same(self.ranks)
+        for site in sites:
+            module = self.sim.model.get_submodule(site.path)
+            tensors, meta = snapshot(module)
+            tensors, meta = parallel.same(({name: t.cpu() for name, t in tensors.items()}, meta))
+            if parallel.rank():
+                apply_snapshot(module, tensors, meta)
 
     def _restore(self, unit: Unit) -> bool:
         """Take a unit that was finished earlier: its last member is kept last, so it tells whether all were."""

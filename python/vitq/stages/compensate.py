@@ -151,7 +151,9 @@ def _merged(delta: Tensor, c: Tensor, rank: int, damping: float) -> tuple[Tensor
         return lowrank.whitened(delta, lowrank.damped(c, damping), rank)
     n, k = delta.shape
     generator = torch.Generator().manual_seed(0)
-    return delta.new_zeros(n, rank), torch.randn(rank, k, dtype=delta.dtype, generator=generator) * k**-0.5
+    return delta.new_zeros(n, rank), torch.randn(rank, k, generator=generator, dtype=delta.dtype, device="cpu").to(
+        delta
+    ) * k**-0.5
 
 
 def _round(recipe, options: ClosedFormOptions, linear: SimLinear, target: Tensor, c: Tensor, boundary: bool) -> None:

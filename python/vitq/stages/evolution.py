@@ -77,7 +77,7 @@ def evolution(calibration: Calibration, options: EvolutionOptions) -> None:
     if not blocks:
         raise ValueError(f"no {' or '.join(roles)} layer of a block is quantized, expected a finished calibration")
     # Neither transforms nor compensation have touched the family's own model.
-    target = _logits(SimModel(sim.family), calibration)
+    target = _logits(SimModel(sim.family).to(images.device), calibration)
     passes = calibration.iterations(options.passes)
     known: float | None = None
     for index in range(passes):
@@ -218,7 +218,7 @@ def evolve(
     """
     members = [(known, start)] * options.population
     for _ in range(options.cycles):
-        drawn = torch.randint(len(members), (options.sample,), generator=generator).tolist()
+        drawn = torch.randint(len(members), (options.sample,), generator=generator, device="cpu").tolist()
         _, parent = min((members[i] for i in drawn), key=itemgetter(0))
         child = mutate(parent)
         members.append((evaluate(child), child))
@@ -234,7 +234,7 @@ def default_epsilon(bits: int) -> float:
 
 
 def _moved(scale: Tensor, epsilon: float, relative: bool, generator: torch.Generator) -> Tensor:
-    step = (2.0 * torch.rand(scale.shape, generator=generator).to(scale) - 1.0) * epsilon
+    step = (2.0 * torch.rand(scale.shape, generator=generator, device="cpu").to(scale) - 1.0) * epsilon
     moved = scale + (scale * step if relative else step)
     # A scale must be positive, and its reciprocal finite.
     return moved.abs().clamp_min(torch.finfo(scale.dtype).tiny)

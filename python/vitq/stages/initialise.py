@@ -41,7 +41,7 @@ def scales(calibration: Calibration, options: ScalesOptions) -> None:
     for path, attention in sim.attentions.items():
         focus = recipe.focus_spec()
         if options.focus_search:
-            mask = sim.family.attention_mask(sim.attention_sites[path])
+            mask = calibration.attention_mask(path)
             focus = search_focus(attention, focus, seen.qkv[path], mask, options.focus_search)
         attention.focus = FocusQuantizer(focus)
         set_operands(attention, seen.qkv[path], recipe.operand_spec(), options.operands)

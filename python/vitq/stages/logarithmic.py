@@ -63,7 +63,7 @@ def log_levels(calibration: Calibration, options: LogOptions) -> None:
     sim, recipe = calibration.sim, calibration.recipe
     if options.softmax is not None:
         for path, attention in sim.attentions.items():
-            qkv, mask = calibration.observations().qkv[path], sim.family.attention_mask(sim.attention_sites[path])
+            qkv, mask = calibration.observations().qkv[path], calibration.attention_mask(path)
             if options.tables:
                 candidates = _powers(recipe.focus_spec())
             else:
@@ -80,8 +80,8 @@ def log_levels(calibration: Calibration, options: LogOptions) -> None:
 @torch.no_grad()
 def _largest(attention, qkv: Tensor, mask: Tensor | None) -> list[float]:
     """The percentiles of the float probabilities."""
-    p = attention.probabilities(qkv[:8], mask).flatten()
-    return torch.quantile(p[:: max(1, len(p) // (1 << 20))], torch.tensor(PERCENTILES)).clamp_min(1e-6).tolist()
+    p = attention.probabilities(qkv, mask).flatten()
+    return torch.quantile(p[:: max(1, len(p) // (1 << 20))], p.new_tensor(PERCENTILES)).clamp_min(1e-6).tolist()
 
 
 def _probabilities(kind: str, bits: int, largest: list[float]) -> Iterator[SimulationOnly]:
@@ -111,6 +111,6 @@ def _behind_gelu(linear: SimLinear, x: Tensor, options: LogOptions) -> None:
             least = min(least, (error, candidate), key=lambda pair: pair[0])
     if options.tables:
         table, step = snapped(least[1].levels())
-        linear.act.set(replace(spec, symmetric=True, table=table), torch.tensor([step]))
+        linear.act.set(replace(spec, symmetric=True, table=table), x.new_tensor([step]))
     else:
         linear.simulated = least[1]

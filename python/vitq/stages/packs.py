@@ -29,11 +29,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from ..losses import hooked, kl_gradient, log_probabilities
 from ..models.sites import BlockSite
 from ..quantizers import FocusQuantizer
-from ..scales import Search, set_activation, set_operands, set_weight
+from ..scales import Search, set_operands
 from ..simulate import recording
 from .base import Calibration, Options, Pack, method
+from .bits import set_bits
 
 CANDIDATES = {3: (2, 3, 4), 4: (3, 4, 6), 6: (4, 6, 8)}
 
@@ -163,8 +165,8 @@ class _Sums:
 
     def add(self, loss: Tensor, gradient: Tensor, difference: Tensor) -> None:
         """Args: loss [B]; gradient, difference [B, ...]."""
-        d = difference.detach().double()
-        self.loss += float(loss.detach().double().sum())
+        d = difference.double()
+        self.loss += float(loss.double().sum())
         self.product += float((gradient.double() * d).sum())
         self.square += float(d.square().sum())
         self.absolute += float(d.abs().sum())
@@ -191,30 +193,14 @@ def score_block(calibration: Calibration, block: BlockSite, normalise: bool) -> 
         z: list[Tensor] = []
 
         def through(module, inputs: tuple, output: Tensor, z=z) -> Tensor:
-            z.extend((quantized(*inputs), output.detach()))
+            z.extend((quantized(*inputs), output))
             return z[0]
 
-        def leaf(module, inputs: tuple, output: Tensor, z=z) -> Tensor:
-            # Records the tail of the model only.
-            return z[1].requires_grad_()
-
         with torch.no_grad():
-            wanted = _logits(reference, exact, through, images).double().log_softmax(-1)
-        with torch.enable_grad():
-            found = _logits(reference, exact, leaf, images).double().log_softmax(-1)
-            loss = (wanted.exp() * (wanted - found)).sum(-1)
-            (gradient,) = torch.autograd.grad(loss.sum(), z[1])
-        sums.add(loss, gradient, z[1].detach() - z[0])
+            wanted = log_probabilities(hooked(reference, exact, through, images))
+        loss, gradient = kl_gradient(reference, exact, z[1], images, wanted)
+        sums.add(loss, gradient, z[1] - z[0])
     return sums.score(normalise)
-
-
-def _logits(model, module, hook, images: Tensor) -> Tensor:
-    """[B, classes] with the output of ``module`` replaced by what ``hook`` returns."""
-    handle = module.register_forward_hook(hook)
-    try:
-        return model(images)
-    finally:
-        handle.remove()
 
 
 def pack(scores: list[float], cap: int = 0) -> list[tuple[int, int]]:
@@ -288,17 +274,11 @@ def optimal(omegas: list[float], sizes: list[int], candidates: tuple[int, ...], 
 
 def _set_bits(calibration: Calibration, options: PackOptions, block: BlockSite, bits: int) -> None:
     """Quantize everything of a block anew at ``bits``."""
-    recipe, sim, seen = calibration.recipe, calibration.sim, calibration.observations()
-    weight, activation, operand = (
-        replace(spec, bits=bits)
-        for spec in (recipe.weight_spec(False), recipe.activation_spec(False), recipe.operand_spec())
-    )
+    sim = calibration.sim
     for path, linear in sim.linears_of(block).items():
-        rows = seen.inputs[path].rows
-        importance = rows.square().mean(0)
-        set_weight(linear, linear.weight, weight, options.weights, importance, recipe.weight_levels == "table")
-        set_activation(linear, rows, activation, options.activations, recipe.activation_levels == "table")
+        set_bits(calibration, linear, path, (bits, bits), options.weights, options.activations)
     attention = sim.attention_of(block)
     if attention is not None:
+        operand = replace(calibration.recipe.operand_spec(), bits=bits)
         attention.focus = FocusQuantizer(replace(attention.focus.spec, bits=bits))
-        set_operands(attention, seen.qkv[block.attention.path], operand, options.operands)
+        set_operands(attention, calibration.observations().qkv[block.attention.path], operand, options.operands)

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from .. import lowrank
+from .. import lowrank, parallel
 from ..models.sites import BlockSite
 from ..observers import InputStats
 from ..quantizers import SimLinear
@@ -53,10 +53,10 @@ class RankMixture(nn.Module):
     def __init__(self, ranks: list[int], up: Tensor, down: Tensor) -> None:
         super().__init__()
         self.ranks = ranks
-        self.alpha = nn.Parameter(torch.zeros(len(ranks)))
+        self.alpha = nn.Parameter(up.new_zeros(len(ranks), dtype=torch.float32))
         self.up = nn.ParameterList([up[:, :r].float().clone() for r in ranks])
         self.down = nn.ParameterList([down[:r].float().clone() for r in ranks])
-        self.keep = torch.ones(len(ranks))
+        self.keep = torch.ones_like(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         share = self.alpha.softmax(0) * self.keep
@@ -68,7 +68,7 @@ class RankMixture(nn.Module):
 
     def cost(self, n: int, k: int) -> Tensor:
         """Expected work of the branch in units of the layer's."""
-        return (self.alpha.softmax(0) * torch.tensor([float(r) for r in self.ranks])).sum() * (n + k) / (n * k)
+        return (self.alpha.softmax(0) * self.alpha.new_tensor(self.ranks)).sum() * (n + k) / (n * k)
 
     @property
     def best(self) -> int:
@@ -123,21 +123,27 @@ def search(
         torch.optim.Adam(alphas, lr=options.lr_alpha),
     )
     generator = calibration.generator(unit.path)
-    order = torch.randperm(len(x), generator=generator)
+    order = torch.randperm(len(x), generator=generator, device="cpu")
     halves = order.split(-(-len(x) // 2))
     scale = 1.0 / float(target.square().mean())
     try:
         for _ in range(steps):
-            for half, optimizer in zip(halves, optimizers):
-                chosen = half[torch.randperm(len(half), generator=generator)[: options.batch]]
+            for half, optimizer, learned in zip(halves, optimizers, (branches, alphas)):
+                drawn = torch.randperm(len(half), generator=generator, device="cpu")[: options.batch]
+                chosen = parallel.share(half[drawn].to(x.device))
                 for m in mixtures.values():
-                    m.keep = (torch.rand(len(m.ranks), generator=generator) >= options.drop).float()
-                loss = (module(x[chosen]) - target[chosen]).square().mean() * scale
+                    m.keep = (torch.rand(len(m.ranks), generator=generator, device="cpu") >= options.drop).to(m.alpha)
+                with calibration.learning():
+                    output = module(x[chosen])
+                error = (output - target[chosen]).square().flatten(1).mean(1)
+                loss = error.sum() / len(drawn) * scale
                 if optimizer is optimizers[1] and options.cost_weight:
-                    loss = loss + options.cost_weight * sum(m.cost(*linears[p].shape) for p, m in mixtures.items())
+                    price = sum(m.cost(*linears[p].shape) for p, m in mixtures.items())
+                    loss = loss + options.cost_weight * price / parallel.size()
                 for each in optimizers:
                     each.zero_grad(set_to_none=True)
                 loss.backward()
+                parallel.add_gradients(learned)
                 optimizer.step()
     finally:
         for handle in handles:

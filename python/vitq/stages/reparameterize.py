@@ -24,12 +24,15 @@ class ReparameterizeOptions(Options):
     Args:
         strength: see the module; 0 only shifts.
         width: half width of a channel: ``range`` (max − min)/2, or ``deviation`` its standard deviation.
+        clip: share of a channel's values left outside its ``range``, half at each end: outliers neither widen nor
+            shift their channel (LRP-QViT).
         shift: take the centre out (where windows are not padded, since padding must stay 0).
         keys: take the mean key of each head out of the keys' bias: softmax does not see it.
     """
 
     strength: float = Field(1.0, ge=0.0, le=1.0)
     width: Literal["range", "deviation"] = "range"
+    clip: float = Field(0.0, ge=0.0, lt=1.0)
     shift: bool = True
     keys: bool = False
 
@@ -61,7 +64,10 @@ def channel_map(stats: InputStats, options: ReparameterizeOptions) -> tuple[Tens
     """shift m and factor r ([K] each)."""
     rows = stats.rows
     if options.width == "range":
-        centre, half = (stats.high + stats.low) / 2, (stats.high - stats.low) / 2
+        low, high = stats.low, stats.high
+        if options.clip:
+            low, high = (rows.quantile(q, 0) for q in (options.clip / 2, 1 - options.clip / 2))
+        centre, half = (high + low) / 2, (high - low) / 2
     else:
         centre, half = rows.mean(0), rows.std(0)
     half = half.clamp_min(1e-5 * float(half.max()) + 1e-12)

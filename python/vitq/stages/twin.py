@@ -77,7 +77,7 @@ def twin_uniform(calibration: Calibration, options: TwinOptions) -> None:
                 attention,
                 [TwinUniform(bits, coarse * 2.0**-m, coarse) for m in SHIFTS],
                 qkv[:count],
-                sim.family.attention_mask(site),
+                calibration.attention_mask(path),
                 importance[: count * qkv.shape[1]].reshape(count, qkv.shape[1], -1),
             )
             put_probabilities(attention, best)
@@ -88,7 +88,7 @@ def _search(linear: SimLinear, x: Tensor, importance: Tensor, options: TwinOptio
     """Scales of one layer, rows x [T, K], for the least Σ importance [T, N]·(Δ output)²."""
     wanted = x @ linear.weight.T
     spec, absmax = linear.quant.spec, linear.weight.abs().amax(1).clamp_min(1e-8)
-    factors = torch.linspace(0.0, 1.2, options.steps + 1)[1:].tolist()
+    factors = torch.linspace(0.0, 1.2, options.steps + 1, device="cpu")[1:].tolist()
 
     def error(seen: Tensor) -> Tensor:
         """[N]"""
@@ -140,7 +140,7 @@ def _twins(linear: SimLinear, x: Tensor, options: TwinOptions, factors: list[flo
         quantizer = TwinUniform(bits, fine, coarse, signed=1)
         if options.tables:
             table, step = snapped(quantizer.levels())
-            linear.act.set(replace(spec, symmetric=True, table=table), torch.tensor([step]))
+            linear.act.set(replace(spec, symmetric=True, table=table), x.new_tensor([step]))
         else:
             linear.simulated = quantizer
 

@@ -1,0 +1,61 @@
+"""allocate.greedy: bits lowered one layer at a time, by what the logits lose for what is saved (MPTQ-ViT).
+
+MPTQ-ViT (arXiv 2401.14895): greedy mixed precision that weighs the model's performance against its compression [P].
+Reconstructed [R]: all layers start at the most bits; while the budget is exceeded, the layer whose next lower
+candidate loses least error of the logits per cost saved takes it. Errors are those of each layer quantized alone, as
+in ``allocate.pareto``, whose exact optimum bounds what greed can reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..allocation.frontier import Component
+from .base import Calibration, method
+from .bits import Allocation, ProbeOptions, sensitivities
+
+
+class GreedyOptions(ProbeOptions):
+    """As in ProbeOptions; ``activation_bits`` is ``tied`` or ``fixed``: steps go down one ladder of candidates."""
+
+
+@method("allocate", "greedy")
+def greedy(calibration: Calibration, options: GreedyOptions) -> None:
+    """Leaves the bits in the layers' formats, with the measured errors as ``metrics["allocation"]``."""
+    if options.activation_bits == "free":
+        raise ValueError("allocate.greedy has activation_bits 'free', expected 'tied' or 'fixed'")
+    allocation = Allocation(calibration, options)
+    omega = sensitivities(allocation, calibration.reference.twin())
+    components = allocation.components(omega)
+    chosen = lower(components, [int(limit) for limit in allocation.limits().values()])
+    if chosen is None:
+        raise allocation.too_small([sum(c.costs[0][a] for c in components) for a in range(len(allocation.limits()))])
+    chosen = dict(zip(omega, chosen))
+    allocation.give(chosen)
+    allocation.note(chosen, sensitivity=omega)
+
+
+def lower(components: Sequence[Component], limits: Sequence[int]) -> list[int] | None:
+    """Indices of the components' choices, from the last ones down until the costs fit; None if they never do.
+
+    Each step: the least (error gained)/(cost saved), the first of equals; a cost counts as a fraction of its limit, and
+    only where that is exceeded.
+
+    Args: components: choices by rising cost.
+    """
+    at = [len(c.errors) - 1 for c in components]
+    while True:
+        spent = [sum(c.costs[j][a] for c, j in zip(components, at)) for a in range(len(limits))]
+        over = [a for a, limit in enumerate(limits) if spent[a] > limit]
+        if not over:
+            return at
+
+        def price(i: int, over: list[int] = over) -> float:
+            c, j = components[i], at[i]
+            saved = sum((c.costs[j][a] - c.costs[j - 1][a]) / max(limits[a], 1) for a in over)
+            return (c.errors[j - 1] - c.errors[j]) / saved
+
+        candidates = [i for i, j in enumerate(at) if j > 0]
+        if not candidates:
+            return None
+        at[min(candidates, key=price)] -= 1
