@@ -33,8 +33,8 @@ class Trained:
 
 
 def _contours(name: str, architecture: str, images: int, learning_rate: float = 1e-3, **kwargs) -> Trained:
-    format = {"input_size": [3, SIZE, SIZE], "mean": list(MEAN), "std": list(STD), "crop_pct": 1.0}
-    kwargs |= {"img_size": SIZE, "num_classes": CLASSES, "pretrained_cfg_overlay": format}
+    overlay = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD, "crop_pct": 1.0}
+    kwargs |= {"img_size": SIZE, "num_classes": CLASSES, "pretrained_cfg_overlay": overlay}
     source = ModelSource(architecture, pretrained=False, weights=str(ASSETS / f"{name}.safetensors"), kwargs=kwargs)
     return Trained(source, "contours", images, batch=32, learning_rate=learning_rate)
 
@@ -45,7 +45,7 @@ MODELS = {
     "vit": _contours(
         "vit", "vit_tiny_patch16_224", 76_800, patch_size=4, embed_dim=128, depth=9, num_heads=4, mlp_ratio=3
     ),
-    "deit": _contours("deit", "deit_tiny_patch16_224", 64_000, learning_rate=7e-4, patch_size=4),
+    "deit": _contours("deit", "deit_tiny_patch16_224", 115_200, learning_rate=7e-4, patch_size=4),
     "swin": _contours(
         "swin", "swin_tiny_patch4_window7_224", 64_000,
         patch_size=2, window_size=4, embed_dim=48, depths=[2, 2, 4], num_heads=[2, 4, 8],

@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from vitq import checkpoint, jobs
+from vitq import checkpoint, jobs, parallel
 from vitq.data import load_data, splits
 from vitq.recipes import Recipe, parse
 from vitq.simulate import SimModel
@@ -102,8 +102,11 @@ def run(case: Case) -> list[dict[str, Any]]:
     source, recipe = ModelSource(**case.source), parse(case.recipe)
     model = load_float(source)
     data = {name: load_data(case.data, name, model, case.limit) for name in splits(case.data)}
-    done = jobs.quantize(model, source, recipe, case.data, seed=case.seed)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with parallel.launched() as device:
+        done = jobs.quantize(model, source, recipe, case.data, seed=case.seed, device=device)
+    peak = _peak_mb(device)
+    for each in filter(None, (model, done.calibrated.sim, done.integer)):
+        each.to(device)
     start = time.perf_counter()
     rows = jobs.evaluate(case.floats(model, data), done.calibrated.sim, done.integer, data)
     weight_bits, act_bits = jobs.average_bits(done.calibrated.sim)
@@ -124,7 +127,8 @@ def run(case: Case) -> list[dict[str, Any]]:
         "calibration_s": done.seconds,
         "evaluation_s": time.perf_counter() - start,
         "threads": case.threads,
-        "peak_mb": peak / (1e6 if sys.platform == "darwin" else 1e3),
+        "device": device.type,
+        "peak_mb": peak,
         "size_bytes": None if refusals else _size(done),
     }
     return [{**common, **row, "agreement": row.pop("agreement_float_quantized")} for row in rows]
@@ -135,6 +139,13 @@ def branch_bits(sim: SimModel) -> float:
     layers = [linear for linear in sim.linears.values() if linear.quant.spec is not None]
     numbers = sum(linear.lora.rank * sum(linear.shape) for linear in layers if linear.side_branch() is not None)
     return 16 * numbers / max(1, sum(n * k for n, k in (linear.shape for linear in layers)))
+
+
+def _peak_mb(device: torch.device) -> float:
+    """Of the process, or on a GPU of torch's allocator there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _size(done: jobs.Quantized) -> int:

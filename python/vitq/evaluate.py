@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +31,16 @@ def agreement(a: Tensor, b: Tensor) -> float:
 def predict(
     model: nn.Module, data: Dataset, batch_size: int = 64, advance: Callable[[int], None] = lambda n: None
 ) -> tuple[Tensor, Tensor]:
-    """Logits [N, C] and labels [N] of ``model`` over ``data``; ``advance(n)`` is called after every n images.
+    """Logits [N, C] and labels [N] on the CPU, of ``model`` where it is; ``advance(n)`` is called after every n images.
 
     Raises: ValueError for a data set without images.
     """
     if len(data) == 0:
         raise ValueError("data has no images, expected at least one")
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     logits, labels = [], []
     for images, targets in DataLoader(data, batch_size=batch_size):
-        logits.append(model(images).float())
+        logits.append(model(images.to(device)).float().cpu())
         labels.append(targets)
         advance(len(targets))
     return torch.cat(logits), torch.cat(labels)
