@@ -267,6 +267,12 @@ REFINED = SMALL | {
     "reconstruct": [QDROP | {"loss": loss} for loss in ("fisher_diagonal", "perturbation", "fisher_low_rank")],
     "refine": [{"method": "evolution", "passes": 1, "population": 2, "cycles": 1, "sample": 1, "batch": 4}],
 }
+BITS = {"bits": [3, 4], "images": 4}
+ALLOCATED = SMALL | {
+    "low_rank": {"kind": "none"},
+    "allocate": [{"method": m, **BITS} for m in ("relevance", "fisher", "greedy")],
+    "reconstruct": [],
+}
 
 
 @pytest.mark.parametrize(
