@@ -277,8 +277,8 @@ ALLOCATED = SMALL | {
 
 @pytest.mark.parametrize(
     "recipe",
-    [SMALL, DYNAMIC, MERGED, REFINED, SIMULATED],
-    ids=["small", "dynamic", "merged", "refined", "simulated"],
+    [SMALL, DYNAMIC, MERGED, REFINED, SIMULATED, ALLOCATED],
+    ids=["small", "dynamic", "merged", "refined", "simulated", "allocated"],
 )
 def test_tensors_are_made_where_the_model_is(recipe, tmp_path):
     """Without a second device at hand: no factory of the package relies on torch's default one."""
