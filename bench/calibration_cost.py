@@ -116,18 +116,15 @@ def measure(architecture: str, recipe: Recipe, lengths: tuple[int, int], **kwarg
         if getattr(options, "iterations", 0):
             work = one_step(model, images, recipe, method.name, lengths)
             steps = options.iterations * DEPTH
-            rows.append({"method": f"{stage}.{method.name}", "steps": steps, "here_ms": 1e3 * work.seconds,
-                         "operators": work.operators, "gflop": work.flops / 1e9, "gbytes": work.bytes / 1e9})  # fmt: skip
+            asked = {"operators": work.operators, "gflop": work.flops / 1e9, "gbytes": work.bytes / 1e9}
+            row = {"method": f"{stage}.{method.name}", "batch": options.batch, "steps": steps}
+            rows.append({**row, "here_ms": 1e3 * work.seconds, **asked})
             for learning in totals:
                 rows[-1][f"h200_ms_{learning}"] = 1e3 * work.h200(learning)
                 totals[learning] += work.h200(learning) * steps
     minutes = {learning: seconds / 60 for learning, seconds in totals.items()}
-    return {"architecture": architecture, "recipe": recipe.name, "batch": options_batch(recipe), "rows": rows,
-            "h200_minutes": minutes, "environment": environment()}  # fmt: skip
-
-
-def options_batch(recipe: Recipe) -> list[int]:
-    return sorted({o.batch for _, _, o in recipe.steps() if hasattr(o, "batch")})
+    about = {"architecture": architecture, "recipe": recipe.name, "environment": environment()}
+    return {**about, "rows": rows, "h200_minutes": minutes}
 
 
 def main() -> None:

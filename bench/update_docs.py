@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from bench.accuracy import report as accuracy  # noqa: E402
 from bench.gpu import report  # noqa: E402
 from bench.tables import table  # noqa: E402
+from vitq import recipes  # noqa: E402
 
 
 def replace(text: str, name: str, body: str) -> str:
@@ -62,6 +63,31 @@ def bench_tables(result: dict) -> str:
     return table(rows, columns)
 
 
+def methods_table() -> str:
+    """One row per shipped recipe, from the recipes themselves."""
+    rows = []
+    for name in recipes.names():
+        recipe = recipes.load_recipe(name)
+        steps = ", ".join(f"{stage}.{method.name}" for stage, method, _ in recipe.steps())
+        integer = "no" if recipe.refusal else "yes"
+        rows.append({"name": name, "what": recipe.summary, "source": recipe.source, "steps": steps, "integer": integer})
+    columns = {"name": "recipe", "what": "what", "source": "source", "steps": "steps", "integer": "integer"}
+    return table(rows, columns)
+
+
+def calibration_table(record: dict) -> str:
+    """One row per learning method, and what all its steps are estimated to take on an H200."""
+    rows = []
+    for row in record["rows"]:
+        minutes = {k: row["steps"] * row[f"h200_ms_{k}"] / 6e4 for k in ("float32", "bfloat16")}
+        rows.append({**row, **{f"minutes_{k}": v for k, v in minutes.items()}})
+    columns = {"method": "method", "batch": "images", "steps": "steps", "operators": "operators a step",
+               "gflop": "Gflop", "gbytes": "GB", "here_ms": "ms here, one thread", "h200_ms_float32": "ms, H200",
+               "minutes_float32": "minutes, H200", "minutes_bfloat16": "minutes, bfloat16"}  # fmt: skip
+    total = sum(row["minutes_float32"] for row in rows)
+    return f"{table(rows, columns)}\n\n{record['recipe']}, 12 blocks: {total:.1f} minutes on one H200."
+
+
 def gpu_record() -> dict | None:
     """The newest results of ``make gpu-check``, or None."""
     files = [path for path in RESULTS.glob("*.json") if not path.stem.endswith((".wrong", ".partial"))]
@@ -83,7 +109,11 @@ def pages() -> dict[Path, str]:
         gpu = replace(gpu, name, body)
     rows = json.loads(accuracy.RESULTS.read_text())["rows"]
     tables = replace((ROOT / "docs" / "accuracy.md").read_text(), "accuracy", accuracy.tables(rows))
-    return {ROOT / "README.md": readme, ROOT / "docs" / "gpu.md": gpu, ROOT / "docs" / "accuracy.md": tables}
+    methods = replace((ROOT / "docs" / "methods.md").read_text(), "methods", methods_table())
+    cost = calibration_table(json.loads((RESULTS / "calibration_cost.json").read_text()))
+    methods = replace(methods, "calibration", cost)
+    texts = {"gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
+    return {ROOT / "README.md": readme} | {ROOT / "docs" / name: text for name, text in texts.items()}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def combined_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     labels that a confident model draws are the same.
     """
     p = logits.detach().softmax(-1)
-    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+    signs = torch.randint(0, 2, p.shape, generator=generator, device="cpu").to(p) * 2 - 1
     root = p.sqrt() * signs
     return (logits * (root - p * root.sum(-1, keepdim=True))).sum(-1)
 

@@ -142,7 +142,7 @@ def test_shares_of_layers(build):
 def every_sign(monkeypatch, classes: int) -> None:
     """Each combination of signs in turn, instead of random ones."""
     signs = itertools.cycle(itertools.product((0, 1), repeat=classes))
-    monkeypatch.setattr(torch, "randint", lambda a, b, shape, generator: torch.tensor(next(signs)).expand(shape))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(next(signs))[None])
 
 
 def test_combined_losses_have_the_second_moment_of_label_draws(monkeypatch):
@@ -348,9 +348,22 @@ def test_what_is_refused():
         wanted = parse(BASE | {"allocate": [{"method": name, "budget": {"size": 0.05}, **QUICK}]})
         with pytest.raises(ValueError, match=r"budget is size=0\.05, expected at least size=0\.08"):
             calibrate(model, x, wanted)
-    twin = {"initialise": ["scales", "twin_uniform"], "allocate": ["relevance"]}
-    with pytest.raises(ValueError, match=r"input of blocks\.0\.mlp\.fc2 is quantized by Twin"):
-        calibrate(model, x, parse(BASE | twin))
+    logarithmic = {"method": "log_levels", "softmax": None, "gelu": "adaptive"}
+    wanted = parse(BASE | {"initialise": ["scales", logarithmic], "allocate": [{"method": "relevance", **QUICK}]})
+    with pytest.raises(ValueError, match="bits of LogLevels is 4 once and for all"):
+        calibrate(model, x, wanted)
+
+
+def test_twin_ranges_after_gelu_take_the_bits_of_their_layers():
+    model = minmax.vit()
+    step = {"method": "greedy", "bits": [3, 4, 6], **QUICK}
+    twin = {"method": "twin_uniform", "softmax": False, "rounds": 1, "steps": 4, "images": 4}
+    recipe = parse(BASE | {"initialise": ["scales", twin], "allocate": [step]})
+    done = calibrate(model, minmax.images(model, 6), recipe)
+    bits = done.fields["metrics"]["allocation"]["bits"]
+    quantizers = {path: linear.simulated for path, linear in done.sim.linears.items() if linear.simulated is not None}
+    assert sorted(quantizers) == ["blocks.0.mlp.fc2", "blocks.1.mlp.fc2"]
+    assert {path: q.bits for path, q in quantizers.items()} == {path: bits[path][1] for path in quantizers}
 
 
 @pytest.mark.parametrize("name", ["lrp-qvit", "mix-qvit", "lampq", "mptq-vit"])

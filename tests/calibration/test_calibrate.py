@@ -267,12 +267,18 @@ REFINED = SMALL | {
     "reconstruct": [QDROP | {"loss": loss} for loss in ("fisher_diagonal", "perturbation", "fisher_low_rank")],
     "refine": [{"method": "evolution", "passes": 1, "population": 2, "cycles": 1, "sample": 1, "batch": 4}],
 }
+BITS = {"bits": [3, 4], "images": 4}
+ALLOCATED = SMALL | {
+    "low_rank": {"kind": "none"},
+    "allocate": [{"method": m, **BITS} for m in ("relevance", "fisher", "greedy")],
+    "reconstruct": [],
+}
 
 
 @pytest.mark.parametrize(
     "recipe",
-    [SMALL, DYNAMIC, MERGED, REFINED, SIMULATED],
-    ids=["small", "dynamic", "merged", "refined", "simulated"],
+    [SMALL, DYNAMIC, MERGED, REFINED, SIMULATED, ALLOCATED],
+    ids=["small", "dynamic", "merged", "refined", "simulated", "allocated"],
 )
 def test_tensors_are_made_where_the_model_is(recipe, tmp_path):
     """Without a second device at hand: no factory of the package relies on torch's default one."""

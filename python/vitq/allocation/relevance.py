@@ -42,7 +42,7 @@ def layer_relevance(
     """
     model = model.twin()
     apply_rules(model, products)
-    total = torch.zeros(len(paths), dtype=torch.float64)
+    total = torch.zeros(len(paths), dtype=torch.float64, device="cpu")
     for part in images.split(batch):
         outputs: dict[str, Tensor] = {}
         with torch.enable_grad(), recording({path: model.linears[path] for path in paths}, partial(_keep, outputs)):

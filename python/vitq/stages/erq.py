@@ -12,7 +12,7 @@ rounded to the other side, at most ``flips`` times, until that lowers the row's 
 
 [R] The reference code flips only where a step of length one along the gradient lands nearer the other side, which
 depends on the unit of x; here the proxy alone decides. Weights outside the grid, which have no other side, are passed
-over. λ is relative to the mean diagonal of C: the code's (0.1·10⁴ for sums over 32·197 rows, less for some models) has
+over. λ is relative to the mean diagonal of C: the code's (0.1·10⁴ for sums over 32·197 rows in its example) has
 units. Symmetric codes; the journal version's second scale for outlying columns is left out, kernels have one per row.
 """
 

@@ -17,7 +17,7 @@ from ..allocation.frontier import MOST, Frontier
 from ..allocation.sensitivity import make_float
 from ..simulate import SimModel
 from .base import Calibration, method
-from .bits import Allocation, Budget, ProbeOptions, noted, sensitivities
+from .bits import Allocation, ProbeOptions, noted, sensitivities
 
 # One for each of the 7 x 7 pairs of bit-widths that there are at most.
 DIGITS = string.digits + string.ascii_letters
@@ -30,7 +30,6 @@ class ParetoOptions(ProbeOptions):
         most: points at which a frontier is refused.
     """
 
-    budget: Budget
     bits: tuple[int, ...] = (4, 6, 8)
     latency_batch: int = Field(8, ge=1)
     latency_seconds: float = Field(0.5, gt=0.0)
@@ -46,7 +45,7 @@ def pareto(calibration: Calibration, options: ParetoOptions) -> None:
     allocation = Allocation(calibration, options)
     probe = calibration.reference.twin()
     omega = sensitivities(allocation, probe)
-    if options.budget.latency is not None:
+    if options.budget is not None and options.budget.latency is not None:
         allocation.costs["latency"] = noted(calibration, "latency", lambda: _measure(allocation, probe))
     frontier, picked = allocation.best(allocation.components(omega), options.most)
     allocation.give(dict(zip(omega, frontier.chosen[picked])))
@@ -91,7 +90,7 @@ def _record(allocation: Allocation, omega: dict[str, list[float]], frontier: Fro
         }
         points.append({"error": error, **share, "chosen": "".join(DIGITS[j] for j in chosen)})
     record = {
-        "budget": {axis: getattr(options.budget, axis) for axis in options.budget.axes},
+        "budget": {axis: float(limit / costs[axis]["float"]) for axis, limit in allocation.limits().items()},
         "metric": options.metric,
         "choices": [list(choice) for choice in choices],
         "sensitivity": omega,
