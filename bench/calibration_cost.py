@@ -83,8 +83,10 @@ def counted() -> Iterator[Work]:
 
 
 def with_iterations(recipe: Recipe, method: str, iterations: int) -> Recipe:
-    """``recipe`` with one learning method alone, ``iterations`` long."""
-    plain = recipe.plain()
+    """``recipe`` with one learning method alone, ``iterations`` long, and as little before it as the method needs."""
+    plain = recipe.plain() | {"transform": [], "initialise": [{"method": "scales"}], "refine": []}
+    if method == "rank_search":
+        plain["compensate"] = []
     learning = {"rank_search": "allocate", "blocks": "reconstruct"}
     for name, stage in learning.items():
         steps = [s | {"iterations": iterations, "least_iterations": 0} for s in plain[stage] if s["method"] == name]

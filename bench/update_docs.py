@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
 
+from vitq import recipes  # noqa: E402
+
 from bench.accuracy import report as accuracy  # noqa: E402
 from bench.gpu import report  # noqa: E402
 from bench.tables import table  # noqa: E402
-from vitq import recipes  # noqa: E402
 
 
 def replace(text: str, name: str, body: str) -> str:

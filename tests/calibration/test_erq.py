@@ -195,16 +195,20 @@ def test_what_does_not_fit_is_refused(fields, reason):
 
 
 def test_the_recipe_beats_nearest_rounding_on_digits():
-    """At 3-bit weights; the same with log√2 probabilities exists in simulation only."""
+    """At 3-bit weights, with 8-bit uniform probabilities: the paper's exist in simulation only."""
     source = ModelSource(NAME)
     model = load_float(source)
-    data, images = load_data("digits", "test", model, 100), load_calibration("digits", model, 32, seed=0)
+    data, images = load_data("digits", "test", model, 64), load_calibration("digits", model, 16, seed=0)
     reference, _ = predict(model, data)
-    recipe = load_recipe("erq-tables-w3a4")
+    recipe = load_recipe("erq-w3a4", bits={"softmax": 8}, initialise=["scales"])
     done = jobs.quantize(model, source, recipe, images)
     simulated, integer = (predict(m, data)[0] for m in (done.calibrated.sim, done.integer))
     assert torch.equal(simulated, integer)
     nearest, _ = predict(calibrate(model, images, recipe.model_copy(update={"compensate": ()})).sim, data)
-    assert sqnr_db(reference, integer) > sqnr_db(reference, nearest) + 3
+    assert sqnr_db(reference, integer) > sqnr_db(reference, nearest) + 1.5
+
+
+def test_the_papers_recipe_is_refused_at_export_and_the_one_on_tables_is_not():
     assert load_recipe("erq").refusal
-    assert [step.method for step in load_recipe("erq").compensate] == ["erq"]
+    assert load_recipe("erq-tables").refusal is None
+    assert all([s.method for s in load_recipe(name).compensate] == ["erq"] for name in ("erq", "erq-tables"))
