@@ -111,7 +111,7 @@ def test_bench_of_a_checkpoint_and_of_an_architecture(quantized, capsys):
 def test_info(quantized, capsys):
     record = figures(capsys, "info")
     assert record["backends"]["ref"] == "live"
-    assert "minmax-w4a4" in record["recipes"]
+    assert "minmax" in record["recipes"]
     record = figures(capsys, "info", str(quantized))
     assert record["architecture"] == NAME
     assert len(record["integer"]) > 25

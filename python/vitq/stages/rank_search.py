@@ -119,8 +119,8 @@ def search(
         for path, linear in linears.items()
     ]
     optimizers = (
-        torch.optim.Adam(branches, lr=options.lr_branch),
-        torch.optim.Adam(alphas, lr=options.lr_alpha),
+        torch.optim.Adam(branches, lr=options.lr_branch, fused=True),
+        torch.optim.Adam(alphas, lr=options.lr_alpha, fused=True),
     )
     generator = calibration.generator(unit.path)
     order = torch.randperm(len(x), generator=generator, device="cpu")
