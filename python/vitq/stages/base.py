@@ -260,3 +260,13 @@ class Calibration:
 def members(unit: Unit) -> tuple[LinearSite | BlockSite, ...]:
     """The sites of ``SimModel.sequence`` that a unit consists of."""
     return unit.blocks if isinstance(unit, Pack) else (unit,)
+
+
+def adam(groups: list[dict[str, Any]]) -> torch.optim.Adam:
+    """Adam of groups of ``params`` and ``lr``, as one kernel per group where that is safe.
+
+    On the CPU the fused kernel starts a parallel region per tensor; where processes share cores, each may wait for
+    seconds for threads that are not running.
+    """
+    device = groups[0]["params"][0].device if groups else torch.device("cpu")
+    return torch.optim.Adam(groups, fused=device.type == "cuda" or torch.get_num_threads() == 1)

@@ -17,7 +17,7 @@ from .. import lowrank, parallel
 from ..models.sites import BlockSite
 from ..observers import InputStats
 from ..quantizers import SimLinear
-from .base import Calibration, Options, Unit, method
+from .base import Calibration, Options, Unit, adam, method
 
 
 class RankSearchOptions(Options):
@@ -119,8 +119,8 @@ def search(
         for path, linear in linears.items()
     ]
     optimizers = (
-        torch.optim.Adam(branches, lr=options.lr_branch, fused=True),
-        torch.optim.Adam(alphas, lr=options.lr_alpha, fused=True),
+        adam([{"params": branches, "lr": options.lr_branch}]),
+        adam([{"params": alphas, "lr": options.lr_alpha}]),
     )
     generator = calibration.generator(unit.path)
     order = torch.randperm(len(x), generator=generator, device="cpu")

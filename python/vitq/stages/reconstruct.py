@@ -20,7 +20,7 @@ from ..models.sites import BlockSite
 from ..quantizers import SimLinear
 from ..quantizers.functional import Drop
 from ..simulate import SimModel
-from .base import Calibration, Options, Unit, members, method
+from .base import Calibration, Options, Unit, adam, members, method
 
 
 class BlockOptions(Options):
@@ -188,7 +188,7 @@ class _Learner:
                 if attention.focus is not None and options.lr_focus > 0.0:
                     self.focuses.append(attention.focus)
                     learn([attention.focus.b1, attention.focus.b2], options.lr_focus, False)
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.optimizer = adam(groups)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps))
         self.parameters = [p for g in groups for p in g["params"]]
         if options.dropping > 0.0:
