@@ -4,8 +4,8 @@ import os
 
 from hypothesis import Phase, settings
 
-# Workers share the cores: threads of one that wait in a loop for a turn keep those of the other from theirs, which takes
-# ten times as long as one thread each. Set before anything loads OpenMP.
+# Workers share the cores: threads of one that spin for a turn keep those of the other from theirs, which takes ten
+# times as long as one thread each. Set before anything loads OpenMP.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
