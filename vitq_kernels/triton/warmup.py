@@ -9,9 +9,11 @@ that was not warmed up may therefore meet kernels that were not, each compiled w
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -121,6 +123,25 @@ def record(model: nn.Module, shapes: Iterable[Sequence[int]], gpu: Gpu, dtype: t
     return launches
 
 
+@contextlib.contextmanager
+def _parsing_in_turns() -> Iterator[None]:
+    """Threads parse kernels one at a time: Python 3.11 counts the depth of all threads' syntax trees as one, and
+    raises "AST constructor recursion depth mismatch" where a thread stops another in the middle."""
+    from triton import JITFunction
+
+    turn, parse = threading.Lock(), JITFunction.parse
+
+    def in_turn(kernel: JITFunction) -> ast.Module:
+        with turn:
+            return parse(kernel)
+
+    JITFunction.parse = in_turn
+    try:
+        yield
+    finally:
+        JITFunction.parse = parse
+
+
 def compile_launches(
     launches: Sequence[host.Launch], gpu: Gpu, progress: Callable[[int, int], None] | None = None
 ) -> set[str]:
@@ -134,7 +155,11 @@ def compile_launches(
     from . import aot
 
     keys, here = set(), gpu == present()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, triton.AsyncCompileMode(pool):
+    with (
+        _parsing_in_turns(),
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        triton.AsyncCompileMode(pool),
+    ):
         kernels = [aot.build(launch, gpu.capability) for launch in launches]
         for done, kernel in enumerate(kernels, 1):
             if isinstance(kernel, triton.FutureKernel):
