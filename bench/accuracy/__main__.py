@@ -114,11 +114,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
     finished = {row["digest"] for row in rows if args.keep or row["code"] == code.digest()}
-    todo = {digest: case for digest, case in wanted.items() if digest not in finished}
-    print(f"{len(wanted)} cases, {len(wanted) - len(todo)} of them finished", flush=True)
+    missing = {digest: case for digest, case in wanted.items() if digest not in finished}
+    print(f"{len(wanted)} cases, {len(wanted) - len(missing)} of them finished", flush=True)
     failures = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(perform, case): case for case in todo.values()}
+        futures = {pool.submit(perform, case): case for case in missing.values()}
         for count, future in enumerate(as_completed(futures), 1):
             case = futures[future]
             title = " ".join(str(case.key[k]) for k in KEY)
@@ -126,12 +126,12 @@ def main(argv: list[str] | None = None) -> int:
                 new = future.result()
             except RuntimeError as error:
                 failures += 1
-                print(f"{count}/{len(todo)} {title} FAILED\n{error}", flush=True)
+                print(f"{count}/{len(missing)} {title} FAILED\n{error}", flush=True)
                 continue
             rows = [row for row in rows if any(row[k] != case.key[k] for k in KEY)] + new
             write(args.output, rows)
             figures = ", ".join(f"{r['split']} {r['top1_simulated']:.2f} % ({r['top1_float']:.2f})" for r in new)
-            print(f"{count}/{len(todo)} {title}: {figures}, {new[0]['calibration_s']:.0f} s", flush=True)
+            print(f"{count}/{len(missing)} {title}: {figures}, {new[0]['calibration_s']:.0f} s", flush=True)
     print(report.tables([row for row in rows if row["digest"] in wanted]))
     if failures:
         print(f"{failures} cases failed; the same command tries them again", file=sys.stderr)

@@ -67,8 +67,8 @@ def calibrate(
         work_dir: keep finished units here; a later call with the same arguments goes on where this one stopped and
             gives the identical result.
         progress: called with (step, units done, units in all).
-        device: where to calibrate, default where the model is. Random choices are drawn on the CPU; sim and state end
-            up there.
+        device: where to calibrate, default where the model is. Random choices are drawn on the CPU, where sim and
+            state end up, too.
         architecture: timm name for the state; default the model's own.
         fields: further fields of ModelState (kwargs, data, metrics).
 

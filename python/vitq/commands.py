@@ -91,8 +91,8 @@ def _source(args: argparse.Namespace) -> ModelSource:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that calibration's progress callback moves."""
-    with console.progress() as bar:
+    """A bar that calibration's progress callback moves; of several processes the first shows it."""
+    with console.progress(disable=parallel.rank() > 0) as bar:
         task = bar.add_task("calibrating", total=None)
         yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total)
 

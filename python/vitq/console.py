@@ -32,8 +32,8 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def progress() -> Progress:
-    """A bar on stderr that vanishes when it is done."""
+def progress(disable: bool = False) -> Progress:
+    """A bar on stderr that vanishes when it is done, or nothing at all."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -41,4 +41,5 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=disable,
     )

@@ -2,7 +2,8 @@
 
 Every process runs the whole recipe on all images; learning loops share the images of each step and add up their
 gradients. What a process decides from numbers that may differ in their last bit elsewhere is taken from the first one
-(:func:`same`), and after every step of the recipe so is the model. Outside a launcher every function here does nothing.
+(:func:`same`), and after every step of the recipe so is everything quantized. Outside a launcher every function here
+does nothing.
 """
 
 from __future__ import annotations

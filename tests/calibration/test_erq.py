@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_stages import run_steps
 from vitq import jobs
 from vitq.calibrate import calibrate
 from vitq.data import load_calibration, load_data
 from vitq.evaluate import predict, sqnr_db
-from vitq.models import adapter_for
 from vitq.models.digits_vit import NAME
 from vitq.recipes import load_recipe, parse
-from vitq.simulate import SimModel
 from vitq.sources import ModelSource, load_float
 from vitq.stages import Calibration, find
 from vitq.stages.erq import reduce_error, refine
@@ -119,11 +118,7 @@ def test_halves_and_what_the_rest_makes_up_for(bias, flips):
 
 def calibration(model, n: int = 8, **fields) -> Calibration:
     """Ready to be compensated."""
-    c = Calibration(SimModel(adapter_for(model)), minmax.images(model, n), parse(BASE | fields))
-    c.reference = c.sim.twin()
-    for _, m, options in c.recipe.steps():
-        m.run(c, options)
-    return c
+    return run_steps(model, BASE | fields, n)
 
 
 def compensate(c: Calibration, **options) -> None:

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
+from test_stages import run_steps
 from vitq.calibrate import calibrate
 from vitq.convert import to_integer
-from vitq.models import adapter_for
 from vitq.recipes import parse
-from vitq.simulate import SimModel
 from vitq.stages import Calibration, find
 from vitq.stages.evolution import EvolutionOptions, Suffixes, contrastive_loss, default_epsilon, evolve
 
@@ -31,11 +30,7 @@ FAST = {"method": "evolution", "passes": 2, "epsilon": 0.05, "relative": True}
 
 def calibration(model, n: int = 8, **fields) -> Calibration:
     """A finished calibration by ``BASE``, about to be refined."""
-    c = Calibration(SimModel(adapter_for(model)), minmax.images(model, n), parse(BASE | fields))
-    c.reference = c.sim.twin()
-    for _, m, options in c.recipe.steps():
-        m.run(c, options)
-    return c
+    return run_steps(model, BASE | fields, n)
 
 
 def refine(c: Calibration, **options) -> None:

@@ -251,6 +251,19 @@ def test_the_finished_model_has_the_bits_that_were_picked(budget, options, field
     assert len(set(map(tuple, record["picked_bits"].values()))) > 1
 
 
+def test_without_a_budget_the_size_of_uniform_bits_is_spent():
+    model = minmax.vit()
+    plain = BASE | {"bits": {"weights": 5}, "allocate": [{"method": "pareto", "bits": [3, 5, 8]}]}
+    state = calibrate(model, minmax.images(model, 8), parse(plain)).state
+    record = state.metrics["frontier"]
+    weights = [l.codes for p, l in state.linears().items() if p in record["sensitivity"]]
+    uniform = sum(w.numel() * 5 // 8 + 4 * len(w) for w in weights) / sum(4 * w.numel() for w in weights)
+    assert record["budget"] == {"size": pytest.approx(uniform)}
+    point = record["points"][record["picked"]]
+    assert point["size"] <= uniform * (1 + 1e-9)
+    assert point["error"] <= sum(omega[1] for omega in record["sensitivity"].values())
+
+
 def test_layers_outside_blocks_keep_the_recipes_bits():
     model = minmax.swin()
     state = calibrate(model, minmax.images(model, 4), recipe({"bitops": 0.02}, bits={"weights": 6})).state

@@ -95,6 +95,8 @@ def test_a_layer_computes_with_the_decoded_input():
     wanted = linear.simulated(x) @ (linear.codes() * 0.2).T + linear.bias
     assert torch.allclose(linear(x), wanted, atol=1e-6)
     assert not linear.integer
+    with pytest.raises(ValueError, match=r"the input of a \(6, 8\) layer has no integer form: a bit of each code"):
+        linear.export()
 
 
 def test_the_search_of_probabilities_finds_the_planted_best():

@@ -21,6 +21,16 @@ def calibration(model, recipe: dict, n: int = 8) -> Calibration:
     return Calibration(SimModel(adapter_for(model)), minmax.images(model, n), recipe)
 
 
+def run_steps(model, recipe: dict, n: int = 8) -> Calibration:
+    """After all steps of ``recipe``."""
+    c = calibration(model, recipe, n)
+    for stage, m, options in c.recipe.steps():
+        if stage != "transform" and c.reference is None:
+            c.reference = c.sim.twin()
+        m.run(c, options)
+    return c
+
+
 def step(c: Calibration, stage: str, name: str, **options) -> None:
     if stage != "transform" and c.reference is None:
         c.reference = c.sim.twin()

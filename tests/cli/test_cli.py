@@ -249,7 +249,7 @@ def test_weights_that_do_not_fit(capsys, tmp_path):
 
 
 def test_process_exit_code_and_streams():
-    command = [sys.executable, "-m", "vitq.cli", "info", "/nowhere"]
+    command = [sys.executable, "-m", "vitq", "info", "/nowhere"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""

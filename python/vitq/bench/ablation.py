@@ -169,17 +169,25 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+Runner = Callable[[list[Case]], list[dict[str, Any]]]
+
+
+def command(description: str, rows_of: Callable[[Runner], list[dict[str, Any]]], page: Callable[[list], str]) -> None:
+    """The command line of a table: what ``rows_of`` makes by the runner that it is given, as JSON and as ``page``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--markdown", type=Path, help="Markdown file to write")
     parser.add_argument("--limit", type=int, help="images per split (default: all)")
     args = parser.parse_args()
-    cases = aiqvit_cases() + branch_cases() + focus_cases() + level_cases()
-    rows = run(cases, args.limit, lambda what, i, n: print(f"{i + 1}/{n} {what}", flush=True))
+    rows = rows_of(lambda cases: run(cases, args.limit, lambda what, i, n: print(f"{i + 1}/{n} {what}", flush=True)))
     args.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text(markdown(rows))
+        args.markdown.write_text(page(rows))
+
+
+def main() -> None:
+    cases = aiqvit_cases() + branch_cases() + focus_cases() + level_cases()
+    command(__doc__, lambda runner: runner(cases), markdown)
 
 
 if __name__ == "__main__":

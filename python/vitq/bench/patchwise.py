@@ -5,13 +5,10 @@ python -m vitq.bench.patchwise --output bench/results/patchwise.json --markdown 
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from .ablation import Case, run
+from .ablation import Case, Runner, command
 
 SEEDS = (0, 1, 2)
 COLUMNS = ("test_top1", "test_sqnr_db", "hard_top1", "hard_sqnr_db")
@@ -79,21 +76,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rows_of(runner: Runner) -> list[dict[str, Any]]:
+    rows = runner(controls())
+    return rows + runner(budgets(rows))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--markdown", type=Path, help="Markdown file to write")
-    parser.add_argument("--limit", type=int, help="images per split (default: all)")
-    args = parser.parse_args()
-
-    def progress(what: str, i: int, n: int) -> None:
-        print(f"{i + 1}/{n} {what}", flush=True)
-
-    rows = run(controls(), args.limit, progress)
-    rows += run(budgets(rows), args.limit, progress)
-    args.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    if args.markdown:
-        args.markdown.write_text(markdown(rows))
+    command(__doc__, rows_of, markdown)
 
 
 if __name__ == "__main__":

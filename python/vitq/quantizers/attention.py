@@ -263,8 +263,10 @@ class SimAttention(nn.Module):
     def export(self) -> AttentionState:
         """The finished attention.
 
-        Raises: ValueError if an operand or the softmax is still float.
+        Raises: ValueError if an operand or the softmax is still float, or has a quantizer of the simulation only.
         """
+        if self.simulated is not None:
+            self.simulated.refuse("an attention's softmax")
         if self.operands.spec is None or self.focus is None:
             raise ValueError("attention operands or probabilities are not quantized, expected QuantSpec and FocusSpec")
         scale = self.operands.scale

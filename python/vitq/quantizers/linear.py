@@ -119,8 +119,11 @@ class SimLinear(nn.Module):
     def export(self) -> LinearState:
         """The finished layer.
 
-        Raises: ValueError if the weight has no QuantSpec, or the branch does not fit float16.
+        Raises: ValueError if the weight has no QuantSpec, the input a quantizer of the simulation only, or the branch
+            does not fit float16.
         """
+        if self.simulated is not None:
+            self.simulated.refuse(f"the input of a {self.shape} layer")
         if self.quant.spec is None:
             raise ValueError(f"the weight of a {self.shape} layer is not quantized, expected a QuantSpec")
         down, up = self.side_branch() or (None, None)

@@ -43,6 +43,10 @@ class SimulationOnly(nn.Module):
         """The quantizer over the same range at other bits. Raises: ValueError for a kind that cannot tell how."""
         raise ValueError(f"bits of {type(self).__name__} is {self.bits} once and for all, expected a uniform format")
 
+    def refuse(self, where: str) -> None:
+        """Raises: ValueError saying why ``where`` cannot be exported."""
+        raise ValueError(f"{where} has no integer form: {self.reason}")
+
     def plain(self) -> dict[str, Any]:
         """The quantizer as plain JSON values; :func:`from_plain` takes them back."""
         return {"kind": type(self).__name__, "bits": self.bits, **self.values}

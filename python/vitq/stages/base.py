@@ -228,6 +228,8 @@ class Calibration:
 
     def agree(self) -> None:
         """Take over what the first of several processes has."""
+        if parallel.size() == 1:
+            return
         self._agree(self.sim.sequence)
         packs = parallel.same([[block.path for block in pack.blocks] for pack in self.packs])
         blocks = {site.path: site for site in self.sim.family.blocks()}

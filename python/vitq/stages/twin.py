@@ -11,7 +11,9 @@ gradient. Weights have a scale per output channel, inputs a zero point. ``ratio`
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -107,41 +109,32 @@ def _search(linear: SimLinear, x: Tensor, importance: Tensor, options: TwinOptio
         linear.quant.scale.data = best
         if linear.act.scale is None:
             continue
-        inputs = _twins(linear, x, options, factors) if twin else _ranges(linear, x, factors)
-        settled: tuple[float, object] = (float("inf"), None)
-        for candidate in inputs:
-            candidate(linear)
-            found = float(error(linear.decoded(x)).sum())
-            if found < settled[0]:
-                settled = found, candidate
-        settled[1](linear)
+
+        def tried(put: Callable[[], None]) -> float:
+            put()
+            return float(error(linear.decoded(x)).sum())
+
+        min(_twins(linear, x, options, factors) if twin else _ranges(linear, x, factors), key=tried)()
 
 
-def _ranges(linear: SimLinear, x: Tensor, factors: list[float]) -> list:
-    """Settings of a uniform input: shares of the whole range."""
+def _ranges(linear: SimLinear, x: Tensor, factors: list[float]) -> Iterator[Callable[[], None]]:
+    """What sets a uniform input: shares of the whole range."""
     spec, low, high = linear.act.spec, x.min(), x.max()
-
-    def put(factor: float, linear: SimLinear) -> None:
+    for factor in factors:
         scale, zero = affine_range(low * factor, high * factor, spec)
-        linear.act.set(spec, scale.reshape(1), float(zero))
-
-    return [lambda linear, f=f: put(f, linear) for f in factors]
+        yield partial(linear.act.set, spec, scale.reshape(1), float(zero))
 
 
-def _twins(linear: SimLinear, x: Tensor, options: TwinOptions, factors: list[float]) -> list:
-    """Settings of an input behind GELU: the negative values' step is fixed, the other is searched."""
+def _twins(linear: SimLinear, x: Tensor, options: TwinOptions, factors: list[float]) -> Iterator[Callable[[], None]]:
+    """What sets an input behind GELU: the negative values' step is fixed, the other is searched."""
     bits, spec = linear.act.spec.bits, linear.act.spec
     count = 2 ** (bits - 1)
     fine = max(-float(x.min()), 1e-8) / count
     high = max(float(x.max()), 1e-8) / (count - 1)
-    steps = [fine * 2.0**m for m in SHIFTS] if options.gelu == "shift" else [high * f for f in factors]
-
-    def put(coarse: float, linear: SimLinear) -> None:
+    for coarse in [fine * 2.0**m for m in SHIFTS] if options.gelu == "shift" else [high * f for f in factors]:
         quantizer = TwinUniform(bits, fine, coarse, signed=1)
         if options.tables:
             table, step = snapped(quantizer.levels())
-            linear.act.set(replace(spec, symmetric=True, table=table), x.new_tensor([step]))
+            yield partial(linear.act.set, replace(spec, symmetric=True, table=table), x.new_tensor([step]))
         else:
-            linear.simulated = quantizer
-
-    return [lambda linear, c=c: put(c, linear) for c in steps]
+            yield partial(setattr, linear, "simulated", quantizer)
