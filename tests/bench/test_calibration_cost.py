@@ -14,7 +14,7 @@ from bench.calibration_cost import BYTES_PER_SECOND, FLOPS_PER_SECOND, HOST_SECO
 def test_a_product_counts_once():
     a, b = torch.randn(6, 5), torch.randn(5, 7)
     with counted() as work:
-        (a @ b).T
+        assert (a @ b).T.shape == (7, 6)
     assert (work.operators, work.flops, work.bytes) == (1, 2 * 6 * 5 * 7, 4 * (30 + 35 + 42)), "a view costs nothing"
     assert work.device_float32 == max(work.bytes / BYTES_PER_SECOND, work.flops / FLOPS_PER_SECOND["float32"])
     assert work.h200("float32") == HOST_SECONDS, "so small a product waits for the host"
