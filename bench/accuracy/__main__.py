@@ -32,20 +32,36 @@ from bench.accuracy.case import VARIANTS, Case
 from bench.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ("minmax-w4a4", "aiqvit-w4a4", "vitq-w4a4")
+CLOSED_FORMS = (
+    "minmax", "percentile", "mse", "bias-correction", "ptq4vit", "ptq4vit-tables", "repq-vit", "repq-vit-tables",
+    "erq", "erq-tables", "adalog", "adalog-tables", "mptq-vit", "lrp-qvit", "mix-qvit", "lampq", "pmq-mixed",
+)  # fmt: skip
+LEARNED = ("brecq", "qdrop", "is-vit", "aphq-vit", "fima-q", "pack-ptq", "aiqvit")
+#: What the table holds: every method at W4A4, a few at the other widths.
+RECIPES = (
+    "vitq-w4a4", "vitq-strict-w4a4", "vitq-mixed", *(f"{name}-w4a4" for name in CLOSED_FORMS),
+    *(f"{name}-{bits}" for bits in ("w3a3", "w6a6", "w8a8", "w4a8", "w2a4") for name in (
+        "vitq", "vitq-strict", "minmax", "repq-vit-tables", "erq-tables"
+    )),
+    *(f"{name}-w4a4" for name in LEARNED), "pack-ptq-mixed", "cptv-w4a8", "cptv-w8a8",
+)  # fmt: skip
+#: Images per split; of others all count.
+LIMITS = {"contours": 1000}
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """Every combination. Raises: ValueError for an unknown model or recipe, before anything has run."""
+    own = args.data is None
     found = []
-    for name, variant, recipe_name, bits in itertools.product(
-        args.models or list(MODELS), args.variants, args.recipes, args.bits or [None]
+    for seed, recipe_name, bits, variant, name in itertools.product(
+        range(args.seeds), args.recipes, args.bits or [None], args.variants, args.models or list(MODELS)
     ):
         source, data = _model(name, args.data, args.weights)
         source = replace(source, outlier=variant == "outlier")
-        recipe = load_recipe(recipe_name if bits is None else f"{recipe_name}-{bits}", fast=args.fast)
-        rest = {"limit": args.limit, "threads": args.threads, "cache": str(args.cache)}
-        found += [Case.of(name, source, data, recipe, seed, **rest) for seed in range(args.seeds)]
+        recipe = recipe_name if bits is None else f"{recipe_name}-{bits}"
+        recipe = load_recipe(recipe, fast=own if args.fast is None else args.fast)
+        limit = LIMITS.get(data) if args.limit is None else args.limit
+        found.append(Case.of(name, source, data, recipe, seed, limit, args.threads, str(args.cache)))
     return found
 
 
@@ -95,13 +111,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help=f"of {', '.join(MODELS)} (default: all); timm names with --data")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="shipped recipes or YAML files")
+    parser.add_argument(
+        "--recipes", nargs="+", default=list(RECIPES), help="shipped or YAML files (default: the table's)"
+    )
     parser.add_argument("--bits", nargs="+", metavar="w4a4", help="every recipe at these bits (default: its own)")
     parser.add_argument("--seeds", type=int, default=3, help="so many: 0, 1, ... (default: 3)")
     parser.add_argument("--data", help="digits, contours or an image folder (default: what the model was trained on)")
     parser.add_argument("--weights", type=Path, help="folder with <model>.safetensors, .pth or .bin; with --data")
-    parser.add_argument("--limit", type=int, help="images per split (default: all)")
-    parser.add_argument("--fast", action="store_true", help="the recipes' reduced iterations")
+    parser.add_argument("--limit", type=int, help=f"images per split (default: {LIMITS}, others all)")
+    parser.add_argument(
+        "--fast", action=argparse.BooleanOptionalAction, help="the recipes' reduced iterations (default: if no --data)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--threads", type=int, default=1, help="torch threads per case")
     parser.add_argument("--output", type=Path, default=report.RESULTS)

@@ -1,6 +1,7 @@
 """Pack-PTQ: scores against a Hessian that is known, packs and bits against enumeration, packs as units."""
 
 import itertools
+import math
 
 import minmax
 import numpy as np
@@ -17,7 +18,7 @@ from vitq.recipes import parse
 from vitq.simulate import SimModel, inputs_of
 from vitq.stages import Calibration, find, packs
 from vitq.stages.base import Pack
-from vitq.stages.packs import Score, _Sums, elements, greedy, optimal, pack, score_block
+from vitq.stages.packs import Score, TooLittle, _Sums, elements, greedy, optimal, pack, score_block
 from vitq.stages.reconstruct import reconstruct
 
 W4 = {
@@ -157,27 +158,43 @@ def test_packing_by_hand():
 # Bits
 
 
+def costs(sizes: list[int], candidates: tuple[int, ...], *more: list[int]) -> list[list[tuple[int, ...]]]:
+    """Bits of packs of these sizes; with ``more``, on axes of other sizes, too."""
+    return [[tuple(n * b for n in axes) for b in candidates] for axes in zip(sizes, *more)]
+
+
 def test_greedy_by_hand():
     # Packs of 10, 30, 20 at 4 bits cost 240; 280 pays for +2 bits on 20 elements: the most sensitive pack (30) does not
     # fit, the next (20) does and uses it up.
-    assert greedy([1.0, 3.0, 2.0], [10, 30, 20], (3, 4, 6), 280) == [4, 4, 6]
-    assert greedy([1.0, 3.0, 2.0], [10, 30, 20], (3, 4, 6), 320) == [6, 6, 4]
-    assert greedy([1.0, 3.0, 2.0], [10, 30, 20], (3, 4, 6), 240) == [4, 4, 4]
-    with pytest.raises(ValueError, match="at least 240"):
-        greedy([1.0, 3.0, 2.0], [10, 30, 20], (3, 4, 6), 239.5)
+    bits = (3, 4, 6)
+    own = costs([10, 30, 20], bits)
+    assert greedy([1.0, 3.0, 2.0], bits, own, [280]) == [4, 4, 6]
+    assert greedy([1.0, 3.0, 2.0], bits, own, [320]) == [6, 6, 4]
+    assert greedy([1.0, 3.0, 2.0], bits, own, [240]) == [4, 4, 4]
+    with pytest.raises(TooLittle) as error:
+        greedy([1.0, 3.0, 2.0], bits, own, [239])
+    assert error.value.args == ([240],)
+    both = costs([10, 30, 20], bits, [1, 1, 5])
+    assert greedy([1.0, 3.0, 2.0], bits, both, [320, 37]) == [6, 6, 4], "20 elements fit the first limit alone"
+    assert greedy([1.0, 3.0, 2.0], bits, both, [999, 30]) == [4, 6, 4]
 
 
-INSTANCES = st.lists(st.tuples(st.integers(-4, 20), st.integers(1, 12)), min_size=1, max_size=5)
+INSTANCES = st.lists(st.tuples(st.integers(-4, 20), st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=5)
 
 
-@given(INSTANCES, st.sampled_from([(2, 3, 4), (3, 4, 6), (4, 6, 8)]), st.floats(0, 1))
-def test_optimum_is_brute_force_and_the_ilp(instance, candidates, share):
-    omegas, sizes = [float(o) for o, _ in instance], [n for _, n in instance]
-    total = sum(sizes)
-    budget = total * (candidates[0] + share * (candidates[2] - candidates[0]))
-    bits = optimal(omegas, sizes, candidates, budget)
+@given(INSTANCES, st.sampled_from([(2, 3, 4), (3, 4, 6), (4, 6, 8)]), st.floats(0, 1), st.floats(0, 1), st.booleans())
+def test_optimum_is_brute_force_and_the_ilp(instance, candidates, share, other_share, one_axis):
+    omegas = [float(o) for o, _, _ in instance]
+    axes = [[n for _, n, _ in instance], [m for _, _, m in instance]][: 1 if one_axis else 2]
+    limits = [
+        math.floor(sum(sizes) * (candidates[0] + s * (candidates[2] - candidates[0])))
+        for sizes, s in zip(axes, (share, other_share))
+    ]
+    own = costs(axes[0], candidates, *axes[1:])
+    bits = optimal(omegas, candidates, own, limits)
     value = np.dot(omegas, bits)
-    feasible = [b for b in itertools.product(candidates, repeat=len(sizes)) if np.dot(sizes, b) <= budget]
+    every = itertools.product(candidates, repeat=len(omegas))
+    feasible = [b for b in every if all(np.dot(sizes, b) <= limit for sizes, limit in zip(axes, limits))]
     assert tuple(bits) in feasible
     assert value == max(np.dot(omegas, b) for b in feasible)
     # One binary variable per pack and candidate.
@@ -185,20 +202,21 @@ def test_optimum_is_brute_force_and_the_ilp(instance, candidates, share):
     solved = milp(
         -np.outer(omegas, wide).ravel(),
         constraints=[
-            LinearConstraint(np.kron(np.eye(len(sizes)), np.ones(3)), 1, 1),
-            LinearConstraint(np.outer(sizes, wide).ravel()[None], -np.inf, budget),
+            LinearConstraint(np.kron(np.eye(len(omegas)), np.ones(3)), 1, 1),
+            LinearConstraint(np.array([np.outer(sizes, wide).ravel() for sizes in axes]), -np.inf, limits),
         ],
         bounds=Bounds(0, 1),
-        integrality=np.ones(3 * len(sizes)),
+        integrality=np.ones(3 * len(omegas)),
     )
     assert -solved.fun == pytest.approx(value)
-    if np.dot(sizes, [candidates[1]] * len(sizes)) <= budget:
-        assert value >= np.dot(omegas, greedy(omegas, sizes, candidates, budget))
+    if all(np.dot(sizes, [candidates[1]] * len(sizes)) <= limit for sizes, limit in zip(axes, limits)):
+        assert value >= np.dot(omegas, greedy(omegas, candidates, own, limits))
 
 
-def test_a_budget_below_everything_is_refused():
-    with pytest.raises(ValueError, match="at least 90"):
-        optimal([1.0, 1.0], [10, 20], (3, 4, 6), 89)
+def test_a_limit_below_everything_is_refused():
+    with pytest.raises(TooLittle) as error:
+        optimal([1.0, 1.0], (3, 4, 6), costs([10, 20], (3, 4, 6)), [89])
+    assert error.value.args == ([90],)
 
 
 def test_elements_by_hand():
@@ -250,6 +268,40 @@ def test_bits_reach_every_operand_of_a_pack(precision):
     assert state.metrics["average_element_bits"] <= ROOM["average"]
 
 
+@pytest.mark.parametrize("precision", ["greedy", "optimal"])
+@pytest.mark.parametrize("budget", [{"size": 0.19}, {"bitops": 0.023}, {"size": 0.19, "bitops": 0.023}])
+def test_packs_within_a_budget(precision, budget):
+    """What the state's layers cost, counted from their shapes alone, is what may be spent and what was noted."""
+    model = minmax.vit(depth=3)
+    allocate = [{"method": "packs", "cap": 1, "precision": precision, "budget": budget}]
+    state = calibrate(model, minmax.images(model, 8), parse(W4 | {"allocate": allocate})).state
+    of_packs = {p["blocks"][0]["path"]: p["bits"] for p in state.metrics["packs"]}
+    assert len(set(of_packs.values())) > 1
+    weights = outputs = size = bitops = 0
+    for path, b in of_packs.items():
+        block = model.get_submodule(path)
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            n, k = layer.weight.shape
+            weights, outputs = weights + n * k, outputs + n
+            size, bitops = size + n * k * b / 8 + 4 * n, bitops + n * k * b * b
+    spent = {"size": size / (4 * weights), "bitops": bitops / (1024 * weights)}
+    for axis, limit in budget.items():
+        assert spent[axis] <= limit
+    assert {axis: state.metrics["allocation"][axis] for axis in spent} == pytest.approx(spent)
+
+
+def test_packs_within_a_latency():
+    model = minmax.vit(depth=2)
+    step_of = {"method": "packs", "precision": "optimal", "latency_seconds": 0.01}
+    recipe = parse(W4 | {"allocate": [step_of | {"budget": {"latency": 1000.0}}]})
+    state = calibrate(model, minmax.images(model, 8), recipe).state
+    assert {p["bits"] for p in state.metrics["packs"]} == {6}, "there is time for the high width"
+    assert 0 < state.metrics["allocation"]["latency"] <= 1000
+    recipe = parse(W4 | {"allocate": [step_of | {"budget": {"latency": 1e-9}}]})
+    with pytest.raises(ValueError, match=r"budget is latency=1e-09, expected at least latency="):
+        calibrate(model, minmax.images(model, 8), recipe)
+
+
 def test_what_mixed_precision_refuses():
     options = {"precision": "greedy", **ROOM}
     with pytest.raises(ValueError, match="expected one width"):
@@ -259,6 +311,13 @@ def test_what_mixed_precision_refuses():
         step(calibration(minmax.vit(), bits=five), "allocate", "packs", **options)
     with pytest.raises(ValueError, match="5 bits in the middle"):
         step(calibration(minmax.vit(), bits=five), "allocate", "packs", candidates=(3, 4, 6), **options)
+    with pytest.raises(ValueError, match=r"budget is -?\d+ bits for the packs, expected at least \d+"):
+        step(calibration(minmax.vit()), "allocate", "packs", precision="greedy", average=2.0)
+    with pytest.raises(ValueError, match=r"budget is size=0\.01, expected at least size="):
+        step(calibration(minmax.vit()), "allocate", "packs", precision="greedy", budget={"size": 0.01})
+    for wrong in ({"precision": "uniform"}, {"precision": "greedy", "average": 5.0}):
+        with pytest.raises(ValueError, match="precision greedy or optimal, and no average"):
+            parse(W4 | {"allocate": [{"method": "packs", "budget": {"size": 0.2}, **wrong}]})
     with pytest.raises(ValueError, match="ascending"):
         parse(W4 | {"allocate": [{"method": "packs", "candidates": [4, 3, 6]}]})
 

@@ -75,8 +75,40 @@ def test_activation_comparison_rejects_a_planted_bug():
     with backend("ref"):
         want = ops.quantize(x, epilogue).q
     assert torch.equal(q(x)[0].to(torch.int8), want)
-    with mock.patch.object(fq, "round_ste", lambda v: torch.floor(v + 0.5)):
+    with mock.patch.object(torch.Tensor, "round_", lambda v: v.add_(0.5).floor_()):
         assert not torch.equal(q(x)[0].to(torch.int8), want)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_gradients_of_codes_are_those_of_their_definition(groups):
+    """Against clamp and division, which autograd differentiates; rounding drops out, being straight through."""
+    x = (3 * torch.randn(5, groups, 8)).requires_grad_()
+    scale, zero = torch.rand(1, groups, 1).add_(0.3).requires_grad_(), torch.tensor([-2.0], requires_grad=True)
+    upstream = torch.randn(5, groups, 8)
+    got = torch.autograd.grad((fq.quantize(x, scale, zero, -8, 7, None) * upstream).sum(), (x, scale, zero))
+    smooth = torch.maximum(torch.minimum(x / scale, 7 - zero), -8 - zero)
+    want = torch.autograd.grad((smooth * upstream).sum(), (x, scale, zero))
+    assert [g.shape for g in got] == [w.shape for w in want]
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+    assert 0 < int((want[0] == 0).sum()) < x.numel(), "some are clamped"
+
+
+def test_codes_are_held_where_nothing_makes_them_anew():
+    layer = SimLinear(torch.randn(6, 8), None)
+    layer.quant.set(QuantSpec(4, granularity="per_channel"), torch.full((6,), 0.3))
+    layer.hold()
+    assert layer.held is None, "its scale may be learned"
+    layer.requires_grad_(False)
+    want = layer.codes()
+    layer.hold()
+    layer.weight.data.zero_()
+    assert torch.equal(layer.codes(), want)
+    layer.held = None
+    assert not layer.codes().any()
+    layer.set_low_rank("merged", torch.randn(2, 8), torch.randn(6, 2))
+    layer.hold()
+    assert layer.held is None, "a merged branch is learned through the codes"
 
 
 def linear(n: int, k: int, weight: QuantSpec, act: QuantSpec, kind: str, rank: int, x: torch.Tensor) -> SimLinear:

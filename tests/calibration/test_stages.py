@@ -238,10 +238,13 @@ def test_rank_search_picks_the_planted_rank():
 
 
 def test_rank_mixture():
-    mixture = RankMixture([0, 16, 32], torch.randn(5, 32), torch.randn(32, 7))
+    up, down = torch.randn(5, 32), torch.randn(32, 7)
+    mixture = RankMixture([0, 16, 32], up, down)
     x = torch.randn(3, 7)
     mixture.keep = torch.tensor([1.0, 0.0, 1.0])
-    assert torch.allclose(mixture(x), x @ mixture.down[2].T @ mixture.up[2].T / 3, atol=1e-5)
+    assert torch.allclose(mixture(x), x @ down.T @ up.T / 3, atol=1e-5)
+    mixture.keep = torch.tensor([1.0, 1.0, 0.0])
+    assert torch.allclose(mixture(x), x @ down[:16].T @ up[:, :16].T / 3, atol=1e-5)
     assert mixture.best == 0  # equal shares: the cheapest
     assert float(mixture.cost(5, 7)) == pytest.approx(16 * 12 / 35)
     options = find("allocate", "rank_search").options()

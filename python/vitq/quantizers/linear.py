@@ -26,6 +26,7 @@ class SimLinear(nn.Module):
         bias: [N] or None.
         act, quant: quantizers of the input and the weight.
         simulated: a quantizer of the input that has no integer kernel, in place of ``act``, or None.
+        held: the codes while what they come from is not learned, see :meth:`hold`.
         lora: LowRankSpec; lora_down [R, K], lora_up [N, R] Parameters, or None. A side branch is computed with, and
             exported as, their float16 values.
     """
@@ -37,6 +38,7 @@ class SimLinear(nn.Module):
         self.act = ActivationQuantizer()
         self.simulated: SimulationOnly | None = None
         self.quant = WeightQuantizer()
+        self.held: Tensor | None = None
         self.lora = LowRankSpec()
         self.register_parameter("lora_down", None)
         self.register_parameter("lora_up", None)
@@ -86,7 +88,17 @@ class SimLinear(nn.Module):
         return fq.half_ste(self.lora_down), fq.half_ste(self.lora_up)
 
     def codes(self) -> Tensor:
-        return self.quant(self.effective_weight())
+        """[N, K] integer-valued floats."""
+        return self.quant(self.effective_weight()) if self.held is None else self.held
+
+    def hold(self) -> None:
+        """Compute the codes once, until ``held`` is None again, if nothing that makes them is to be learned."""
+        sources = [self.quant.scale, self.quant.alpha, self.weight]
+        if self.lora.kind == "merged":
+            sources += [self.lora_down, self.lora_up]
+        if self.quant.spec is not None and not any(p is not None and p.requires_grad for p in sources):
+            with torch.no_grad():
+                self.held = self.codes()
 
     def rows(self, x: Tensor) -> Tensor:
         """The layer's input as the rows [M, K] that it multiplies."""

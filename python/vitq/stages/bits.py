@@ -14,9 +14,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from .. import lowrank
-from ..allocation.costs import Layer, layers_of
+from ..allocation.costs import Layer, latency, layers_of
 from ..allocation.frontier import MOST, Component, Frontier, pareto_frontier
-from ..allocation.sensitivity import Metric, block_sensitivities
+from ..allocation.sensitivity import Metric, block_sensitivities, make_float
 from ..models.sites import BlockSite
 from ..quantizers import SimLinear
 from ..scales import Search, set_activation, set_weight
@@ -139,7 +139,7 @@ class Allocation:
         choices: candidates of every component.
         layers: path -> Layer, in execution order.
         costs: axis -> ``float``, what the float components cost, and ``layers``: path -> cost of each choice. A method
-            that budgets another axis than size and BitOps adds it.
+            that budgets latency measures it.
     """
 
     def __init__(self, calibration: Calibration, options: BitsOptions) -> None:
@@ -197,6 +197,29 @@ class Allocation:
             for costs in (limits.values(), least)
         )
         return ValueError(f"budget is {said}, expected at least {wanted}")
+
+    def measure(self, probe: SimModel, batch: int, seconds: float) -> None:
+        """Add latency to the costs: nanoseconds per call of ``batch`` images; layers of one shape share a measurement.
+
+        Args: probe: a float model, which is left as it is; seconds: per measurement.
+        """
+        self.costs["latency"] = noted(self.calibration, "latency", lambda: self._measured(probe, batch, seconds))
+
+    def _measured(self, probe: SimModel, batch: int, seconds: float) -> dict[str, Any]:
+        times: dict[Layer, tuple[list[int], int]] = {}
+        for path, layer in self.layers.items():
+            if layer in times:
+                continue
+            linear, states = probe.linears[path], []
+            for choice in self.choices:
+                self.setting(path, choice, branch=layer.rank > 0)(linear)
+                states.append(linear.export())
+                make_float(linear)
+            times[layer] = latency(layer, states, batch, seconds)
+        return {
+            "float": sum(times[layer][1] for layer in self.layers.values()),
+            "layers": {path: times[layer][0] for path, layer in self.layers.items()},
+        }
 
     def setting(self, path: str, choice: Choice, branch: bool = False) -> Callable[[SimLinear], None]:
         """What gives a layer at ``path`` the bits of ``choice``."""

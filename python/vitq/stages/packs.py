@@ -17,25 +17,30 @@ that read each other's output: what lies between Swin's stages is reconstructed 
 
 Bits [C]. One width for all of a pack (weights, activations, attention operands, probabilities) out of (low, mid, high);
 N_j counts the pack's weights and, for one image, activations. ``greedy``: all at mid, then in descending mean Ω of the
-pack's blocks to high while the budget holds. ``optimal`` [R]: max Σ Ω_j·b_j under the same budget, exactly.
+pack's blocks to high while the budget holds. ``optimal`` [R]: max Σ Ω_j·b_j under the same budget, exactly. [R] Instead
+of bits per element, the budget may limit bytes, BitOps or measured latency of the blocks' linear layers.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from ..allocation.frontier import Component, pareto_frontier
 from ..losses import hooked, kl_gradient, log_probabilities
 from ..models.sites import BlockSite
 from ..quantizers import FocusQuantizer
 from ..scales import Search, set_operands
 from ..simulate import recording
 from .base import Calibration, Options, Pack, method
-from .bits import set_bits
+from .bits import Allocation, BitsOptions, Budget, set_bits
 
 CANDIDATES = {3: (2, 3, 4), 4: (3, 4, 6), 6: (4, 6, 8)}
 
@@ -47,7 +52,9 @@ class PackOptions(Options):
         cap: most blocks in a pack, which bounds the memory of reconstruction; 0 is the published no bound.
         precision: ``uniform`` keeps the recipe's bits; ``greedy`` and ``optimal`` choose among ``candidates``.
         candidates: (low, mid, high) bits, mid being the recipe's; None takes the published triple of the recipe's bits.
-        average: bits per element of the whole model that the budget allows; None is the published (mid + high)/2.
+        average: bits per element of the whole model that may be spent; None is the published (mid + high)/2.
+        budget: what may be spent instead, as fractions of what the blocks' linear layers cost in float32.
+        latency_batch, latency_seconds: as in allocate.pareto, for a budget of latency.
         weights, activations, operands: range searches of what gets other bits than the recipe's.
     """
 
@@ -56,6 +63,9 @@ class PackOptions(Options):
     precision: Literal["uniform", "greedy", "optimal"] = "uniform"
     candidates: tuple[int, int, int] | None = None
     average: float | None = Field(None, ge=2.0, le=8.0)
+    budget: Budget | None = None
+    latency_batch: int = Field(8, ge=1)
+    latency_seconds: float = Field(0.5, gt=0.0)
     weights: Search = Search()
     activations: Search = Search()
     operands: Search = Search(method="minmax")
@@ -66,6 +76,12 @@ class PackOptions(Options):
         if value is not None and not (2 <= value[0] < value[1] < value[2] <= 8):
             raise ValueError(f"candidates is {value}, expected three ascending bit-widths in [2, 8]")
         return value
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> PackOptions:
+        if self.budget is not None and (self.average is not None or self.precision == "uniform"):
+            raise ValueError("budget is given, expected precision greedy or optimal, and no average")
+        return self
 
 
 @dataclass(frozen=True)
@@ -93,25 +109,17 @@ def packs(calibration: Calibration, options: PackOptions) -> None:
         for first, last in pack([scores[block.path].curvature for block in run], options.cap)
     ]
     sizes = elements(calibration)
-    of_packs = [sum(sizes[path] for block in p.blocks for path in _paths(block)) for p in calibration.packs]
+    of_packs = [sum(sizes[path] for path in _paths(each)) for each in calibration.packs]
     omegas = [sum(scores[b.path].sensitivity for b in p.blocks) / len(p.blocks) for p in calibration.packs]
     bits = [recipe.bits.weights] * len(of_packs)
     if triple is not None:
-        inside = {path for block in blocks for path in _paths(block)}
-        fixed = sum(
-            n * (recipe.bits.boundary if calibration.boundary(path) else recipe.bits.weights)
-            for path, n in sizes.items()
-            if path not in inside
-        )
-        average = (triple[1] + triple[2]) / 2 if options.average is None else options.average
         choose = greedy if options.precision == "greedy" else optimal
-        bits = choose(omegas, of_packs, triple, sum(sizes.values()) * average - fixed)
+        spend = _on_elements if options.budget is None else _on_budget
+        bits = spend(calibration, options, triple, sizes, lambda *costs: choose(omegas, triple, *costs))
         for each, b in zip(calibration.packs, bits):
             if b != recipe.bits.weights:
                 for block in each.blocks:
                     _set_bits(calibration, options, block, b)
-        spent = sum(n * b for n, b in zip(of_packs, bits)) + fixed
-        calibration.metrics["average_element_bits"] = spent / sum(sizes.values())
     calibration.metrics["packs"] = [
         {
             "blocks": [{"path": block.path, **asdict(scores[block.path])} for block in each.blocks],
@@ -140,8 +148,62 @@ def _candidates(calibration: Calibration, options: PackOptions) -> tuple[int, in
     return triple
 
 
-def _paths(block: BlockSite) -> tuple[str, ...]:
-    return tuple(site.path for site in block.linears)
+def _paths(pack: Pack) -> list[str]:
+    return [site.path for block in pack.blocks for site in block.linears]
+
+
+Costs = list[list[tuple[int, ...]]]  # [pack][candidate][axis]
+Choose = Callable[[Costs, list[int]], list[int]]  # costs and limits -> bits per pack; TooLittle if nothing fits
+
+
+class TooLittle(Exception):
+    """Nothing fits: the argument is the least cost that could be, per axis."""
+
+
+def _on_elements(
+    calibration: Calibration, options: PackOptions, triple: tuple[int, int, int], sizes: dict[str, int], choose: Choose
+) -> list[int]:
+    """Bits per pack within the wanted average over all elements, notes what came out."""
+    recipe, inside = calibration.recipe, [_paths(each) for each in calibration.packs]
+    fixed = sum(
+        n * (recipe.bits.boundary if calibration.boundary(path) else recipe.bits.weights)
+        for path, n in sizes.items()
+        if path not in set(chain(*inside))
+    )
+    of_packs = [sum(sizes[path] for path in paths) for paths in inside]
+    average = (triple[1] + triple[2]) / 2 if options.average is None else options.average
+    budget = math.floor(sum(sizes.values()) * average - fixed)
+    try:
+        bits = choose([[(n * b,) for b in triple] for n in of_packs], [budget])
+    except TooLittle as error:
+        least = error.args[0][0]
+        raise ValueError(f"budget is {budget} bits for the packs, expected at least {least}") from error
+    spent = sum(n * b for n, b in zip(of_packs, bits)) + fixed
+    calibration.metrics["average_element_bits"] = spent / sum(sizes.values())
+    return bits
+
+
+def _on_budget(
+    calibration: Calibration, options: PackOptions, triple: tuple[int, int, int], sizes: dict[str, int], choose: Choose
+) -> list[int]:
+    """Bits per pack within size, BitOps or latency, notes what they cost."""
+    searches = {"weights": options.weights, "activations": options.activations, "weight_importance": "none"}
+    allocation = Allocation(calibration, BitsOptions(budget=options.budget, bits=triple, **searches))
+    if options.budget.latency is not None:
+        allocation.measure(calibration.reference.twin(), options.latency_batch, options.latency_seconds)
+    limits = allocation.limits()
+    layers = [allocation.costs[axis]["layers"] for axis in limits]
+    inside = [_paths(each) for each in calibration.packs]
+    costs = [
+        [tuple(sum(layer[path][j] for path in paths) for layer in layers) for j in range(len(triple))]
+        for paths in inside
+    ]
+    try:
+        bits = choose(costs, [int(limit) for limit in limits.values()])
+    except TooLittle as error:
+        raise allocation.too_small(error.args[0]) from error
+    allocation.note({path: triple.index(b) for paths, b in zip(inside, bits) for path in paths})
+    return bits
 
 
 def _runs(calibration: Calibration) -> list[list[BlockSite]]:
@@ -235,41 +297,35 @@ def elements(calibration: Calibration) -> dict[str, int]:
     return out
 
 
-def greedy(omegas: list[float], sizes: list[int], candidates: tuple[int, int, int], budget: float) -> list[int]:
-    """Bits per pack: mid, then high in descending ``omegas`` while Σ sizes·bits ≤ ``budget``.
+def greedy(omegas: list[float], candidates: tuple[int, int, int], costs: Costs, limits: list[int]) -> list[int]:
+    """Bits per pack: mid, then high in descending ``omegas`` while Σ costs ≤ ``limits`` on every axis.
 
-    Raises: ValueError if mid everywhere exceeds the budget.
+    Raises: TooLittle if mid everywhere exceeds a limit.
     """
     _, mid, high = candidates
-    bits = [mid] * len(sizes)
-    spent = mid * sum(sizes)
-    if spent > budget:
-        raise ValueError(f"budget is {budget:.0f} bits for the packs, expected at least {spent} ({mid} bits each)")
-    for i in sorted(range(len(sizes)), key=lambda i: -omegas[i]):
-        if spent + (high - mid) * sizes[i] <= budget:
-            bits[i], spent = high, spent + (high - mid) * sizes[i]
+    bits = [mid] * len(costs)
+    spent = [sum(axis) for axis in zip(*(cost[1] for cost in costs))]
+    if any(s > limit for s, limit in zip(spent, limits)):
+        raise TooLittle(spent)
+    for i in sorted(range(len(costs)), key=lambda i: -omegas[i]):
+        more = [s + up - now for s, up, now in zip(spent, costs[i][2], costs[i][1])]
+        if all(s <= limit for s, limit in zip(more, limits)):
+            bits[i], spent = high, more
     return bits
 
 
-def optimal(omegas: list[float], sizes: list[int], candidates: tuple[int, ...], budget: float) -> list[int]:
-    """Bits per pack with the greatest Σ omegas·bits for which Σ sizes·bits ≤ ``budget``, the cheapest of equals.
+def optimal(omegas: list[float], candidates: tuple[int, ...], costs: Costs, limits: list[int]) -> list[int]:
+    """Bits per pack with the greatest Σ omegas·bits for which Σ costs ≤ ``limits``, exactly; the cheapest of equals.
 
-    Exact: packs are added one at a time, and of their (cost, value) pairs only those stay that no other one beats.
-
-    Raises: ValueError if the least of the candidates everywhere exceeds the budget.
+    Raises: TooLittle if no choice of candidates fits.
     """
-    frontier: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
-    for omega, size in zip(omegas, sizes):
-        grown = [(c + size * b, v + omega * b, (*chosen, b)) for c, v, chosen in frontier for b in candidates]
-        frontier, best = [], -float("inf")
-        for state in sorted(grown, key=lambda s: (s[0], -s[1])):
-            if state[0] <= budget and state[1] > best:
-                frontier.append(state)
-                best = state[1]
-    if not frontier:
-        least = min(candidates) * sum(sizes)
-        raise ValueError(f"budget is {budget:.0f} bits for the packs, expected at least {least}")
-    return list(frontier[-1][2])
+    frontier = pareto_frontier(
+        [Component(str(i), tuple(-o * b for b in candidates), tuple(c)) for i, (o, c) in enumerate(zip(omegas, costs))]
+    )
+    try:
+        return [candidates[j] for j in frontier.chosen[frontier.pick(limits)]]
+    except ValueError as error:
+        raise TooLittle([int(c) for c in frontier.costs.min(0)]) from error
 
 
 def _set_bits(calibration: Calibration, options: PackOptions, block: BlockSite, bits: int) -> None:

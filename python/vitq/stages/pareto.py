@@ -12,12 +12,9 @@ from typing import Any
 
 from pydantic import Field
 
-from ..allocation.costs import latency
 from ..allocation.frontier import MOST, Frontier
-from ..allocation.sensitivity import make_float
-from ..simulate import SimModel
 from .base import Calibration, method
-from .bits import Allocation, ProbeOptions, noted, sensitivities
+from .bits import Allocation, ProbeOptions, sensitivities
 
 # One for each of the 7 x 7 pairs of bit-widths that there are at most.
 DIGITS = string.digits + string.ascii_letters
@@ -46,31 +43,13 @@ def pareto(calibration: Calibration, options: ParetoOptions) -> None:
     probe = calibration.reference.twin()
     omega = sensitivities(allocation, probe)
     if options.budget is not None and options.budget.latency is not None:
-        allocation.costs["latency"] = noted(calibration, "latency", lambda: _measure(allocation, probe))
+        allocation.measure(probe, options.latency_batch, options.latency_seconds)
     frontier, picked = allocation.best(allocation.components(omega), options.most)
     allocation.give(dict(zip(omega, frontier.chosen[picked])))
     record = _record(allocation, omega, frontier, picked)
     calibration.metrics["frontier"] = record
     if calibration.work is not None:
         calibration.work.note("frontier", record)
-
-
-def _measure(allocation: Allocation, probe: SimModel) -> dict[str, Any]:
-    """Nanoseconds per call of ``latency_batch`` images; layers of one shape share their measurement."""
-    options, times = allocation.options, {}
-    for path, layer in allocation.layers.items():
-        if layer in times:
-            continue
-        linear, states = probe.linears[path], []
-        for choice in allocation.choices:
-            allocation.setting(path, choice, branch=layer.rank > 0)(linear)
-            states.append(linear.export())
-            make_float(linear)
-        times[layer] = latency(layer, states, options.latency_batch, options.latency_seconds)
-    return {
-        "float": sum(times[layer][1] for layer in allocation.layers.values()),
-        "layers": {path: times[layer][0] for path, layer in allocation.layers.items()},
-    }
 
 
 def _record(allocation: Allocation, omega: dict[str, list[float]], frontier: Frontier, picked: int) -> dict[str, Any]:

@@ -54,17 +54,16 @@ class RankMixture(nn.Module):
         super().__init__()
         self.ranks = ranks
         self.alpha = nn.Parameter(up.new_zeros(len(ranks), dtype=torch.float32))
-        self.up = nn.ParameterList([up[:, :r].float().clone() for r in ranks])
-        self.down = nn.ParameterList([down[:r].float().clone() for r in ranks])
+        # The candidates beside each other, so that two products compute them all.
+        self.up = nn.Parameter(torch.cat([up[:, :r].float() for r in ranks], 1))
+        self.down = nn.Parameter(torch.cat([down[:r].float() for r in ranks]))
+        owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+        self.register_buffer("owner", owner.to(up.device))
         self.keep = torch.ones_like(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        share = self.alpha.softmax(0) * self.keep
-        out = x.new_zeros(*x.shape[:-1], self.up[0].shape[0])
-        for w, up, down in zip(share, self.up, self.down):
-            if up.shape[1]:
-                out = out + w * (x @ down.T @ up.T)
-        return out
+        share = (self.alpha.softmax(0) * self.keep)[self.owner]
+        return (x @ self.down.T * share) @ self.up.T
 
     def cost(self, n: int, k: int) -> Tensor:
         """Expected work of the branch in units of the layer's."""
@@ -109,9 +108,9 @@ def search(
     linears = calibration.sim.linears_of(unit)
     seen = calibration.observations().inputs
     mixtures = {p: mixture(l, seen[p], candidates(options, l.shape)) for p, l in linears.items()}
-    module = calibration.sim.model.get_submodule(unit.path)
+    module = calibration.sim.model.get_submodule(unit.path).requires_grad_(False)
     alphas = [m.alpha for m in mixtures.values()]
-    branches = [p for m in mixtures.values() for p in (*m.up, *m.down) if p.numel()]
+    branches = [p for m in mixtures.values() for p in (m.up, m.down) if p.numel()]
     if not branches:
         return dict.fromkeys(mixtures, 0)
     handles = [
@@ -126,6 +125,8 @@ def search(
     order = torch.randperm(len(x), generator=generator, device="cpu")
     halves = order.split(-(-len(x) // 2))
     scale = 1.0 / float(target.square().mean())
+    for linear in linears.values():
+        linear.hold()
     try:
         for _ in range(steps):
             for half, optimizer, learned in zip(halves, optimizers, (branches, alphas)):
@@ -140,12 +141,13 @@ def search(
                 if optimizer is optimizers[1] and options.cost_weight:
                     price = sum(m.cost(*linears[p].shape) for p, m in mixtures.items())
                     loss = loss + options.cost_weight * price / parallel.size()
-                for each in optimizers:
-                    each.zero_grad(set_to_none=True)
-                loss.backward()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward(inputs=learned)
                 parallel.add_gradients(learned)
                 optimizer.step()
     finally:
         for handle in handles:
             handle.remove()
+        for linear in linears.values():
+            linear.held = None
     return {path: m.best for path, m in mixtures.items()}

@@ -169,6 +169,7 @@ class _Learner:
                     groups.append({"params": [p], "lr": rate * (size if size > 0.0 else 1e-3)})
 
         for unit in units:
+            sim.model.get_submodule(unit.path).requires_grad_(False)
             for linear in sim.linears_of(unit).values():
                 self.linears.append(linear)
                 if options.lr_rounding > 0.0 and linear.quant.lut is None:
@@ -188,6 +189,8 @@ class _Learner:
                 if attention.focus is not None and options.lr_focus > 0.0:
                     self.focuses.append(attention.focus)
                     learn([attention.focus.b1, attention.focus.b2], options.lr_focus, False)
+        for linear in self.linears:
+            linear.hold()
         self.optimizer = adam(groups)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps))
         self.parameters = [p for g in groups for p in g["params"]]
@@ -200,13 +203,13 @@ class _Learner:
         if quantizer.scale is not None:
             self.scales.append(quantizer.scale)
             learn([quantizer.scale], rate, True)
-            if quantizer.zero_point.requires_grad or not quantizer.spec.symmetric:
+            if not quantizer.spec.symmetric:
                 # In code units: a zero point moves by fractions of a code.
                 learn([quantizer.zero_point], 10.0 * rate, False)
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward(inputs=self.parameters)
         parallel.add_gradients(self.parameters)
         self.optimizer.step()
         self.schedule.step()
@@ -229,6 +232,7 @@ class _Learner:
             p.requires_grad_(False)
         for linear in self.linears:
             linear.quant.soft = False
+            linear.held = None
         for quantizer in self.dropped:
             quantizer.drop = None
 
