@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -89,6 +90,20 @@ def calibration_table(record: dict) -> str:
     return f"{table(rows, columns)}\n\n{record['recipe']}, 12 blocks: {total:.1f} minutes on one H200."
 
 
+def gap_table(record: dict) -> str:
+    """One row per model and recipe: means over the seeds."""
+    rows = []
+    for model, recipe in dict.fromkeys((row["model"], row["recipe"]) for row in record["rows"]):
+        mine = [row for row in record["rows"] if (row["model"], row["recipe"]) == (model, recipe)]
+        mean = {k: fmean(row[k] for row in mine) for k in ("start", "last", "claimed", "worth", "seconds")}
+        mean |= {"evaluations": mine[0]["evaluations"], "images": mine[0]["images"]}
+        rows.append({"model": model, "recipe": recipe, **mean, "gap": mean["claimed"] - mean["worth"]})
+    columns = {"model": "model", "recipe": "recipe", "start": "start", "last": "last pass",
+               "claimed": "best pass claims", "worth": "and is worth", "gap": "leak", "evaluations": "evaluations",
+               "images": "images", "seconds": "seconds"}  # fmt: skip
+    return table(rows, columns)
+
+
 def gpu_record() -> dict | None:
     """The newest results of ``make gpu-check``, or None."""
     files = [path for path in RESULTS.glob("*.json") if not path.stem.endswith((".wrong", ".partial"))]
@@ -113,6 +128,7 @@ def pages() -> dict[Path, str]:
     methods = replace((ROOT / "docs" / "methods.md").read_text(), "methods", methods_table())
     cost = calibration_table(json.loads((RESULTS / "calibration_cost.json").read_text()))
     methods = replace(methods, "calibration", cost)
+    methods = replace(methods, "leak", gap_table(json.loads((RESULTS / "evolution_gap.json").read_text())))
     texts = {"gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
     return {ROOT / "README.md": readme} | {ROOT / "docs" / name: text for name, text in texts.items()}
 

@@ -82,6 +82,49 @@ def branch_cases() -> list[Case]:
     return out
 
 
+def deployment_cases() -> list[Case]:
+    """vitq-mixed built up part by part, then what its uniform form loses or gains by one part less, other or more."""
+    fold = {"method": "reparameterize", "strength": 0.5, "width": "deviation", "keys": True}
+    solve = {"method": "closed_form", "rounding": "compensated"}
+    plain = {"transform": [], "compensate": [], "low_rank": NO_BRANCH, "activation_levels": "uniform"}
+    parts = (
+        ("scales alone", {}),
+        ("+ folded scales", {"transform": [fold]}),
+        ("+ refitted biases", {"compensate": [{"method": "closed_form", "rounding": "nearest"}]}),
+        ("+ compensated rounding", {"compensate": [solve]}),
+        ("+ level tables (activations)", {"activation_levels": "table"}),
+        ("+ subspace branch, rank 32: vitq-w4a4", {"low_rank": {"kind": "subspace", "rank": 32}}),
+    )
+    out, so_far = [], plain
+    for label, part in parts:
+        so_far = so_far | part
+        out.append(Case("Deployment at W4A4, part by part", label, "vitq-w4a4", so_far))
+    out.append(Case("Deployment at W4A4, part by part", "+ bits from the frontier: vitq-mixed", "vitq-mixed"))
+    least = {"least_iterations": 0}
+    block = {"method": "blocks", "iterations": 300, "lr_scale": 0.0, "lr_focus": 0.0, **least}
+    learned = {"effort": 1.0, "reconstruct": [block]}
+    packed = {"allocate": [{"method": "packs", "cap": 3}], "reconstruct": [block | {"unit": "pack"}], "effort": 1.0}
+    ranks = {"method": "rank_search", "candidates": [0, 16, 32, 48], "iterations": 200, "cost_weight": 0.3, **least}
+    evolved = {"method": "evolution", "passes": 1, "epsilon": 0.02, "relative": True, "mlp": True, "codes": "kept"}
+    others = (
+        ("vitq-w4a4", {}),
+        ("without folded scales", {"transform": []}),
+        ("without compensated rounding", {"compensate": [{**solve, "rounding": "nearest"}]}),
+        ("without level tables", {"activation_levels": "uniform"}),
+        ("without the branch", {"low_rank": NO_BRANCH}),
+        ("error branch instead", {"low_rank": {"kind": "error", "rank": 32}}),
+        ("error branch of the whole error", {"low_rank": {"kind": "error", "rank": 32},
+                                             "compensate": [{**solve, "start": "output"}]}),
+        ("+ level tables of weights", {"weight_levels": "table"}),
+        ("+ ridge before rounding", {"compensate": [{**solve, "ridge": True}]}),
+        ("+ ranks searched under a price", {"allocate": [ranks], "effort": 1.0}),
+        ("+ reconstruction, 300 steps a block", learned),
+        ("+ reconstruction, 300 steps a pack", packed),
+        ("+ scales evolved, 1 pass", {"refine": [evolved]}),
+    )  # fmt: skip
+    return out + [Case("vitq-w4a4, one part less, other or more", what, "vitq-w4a4", part) for what, part in others]
+
+
 def focus_cases() -> list[Case]:
     """The softmax quantizer alone: everything else at 8 bits, no learning but the interval's grid search."""
     forms = (
@@ -137,7 +180,7 @@ def run(cases: list[Case], limit: int | None = None, progress: Callable[[str, in
     for i, case in enumerate(cases):
         if progress is not None:
             progress(f"{case.group}: {case.label}", i, len(cases))
-        recipe = load_recipe(case.recipe, fast=True, **case.overrides)
+        recipe = load_recipe(case.recipe, fast="effort" not in case.overrides, **case.overrides)
         done = jobs.quantize(model, source, recipe, "digits", seed=case.seed)
         row: dict[str, Any] = {"group": case.group, "case": case.label, "calibration_s": done.seconds}
         if "token_bits" in done.state.metrics:
@@ -186,7 +229,7 @@ def command(description: str, rows_of: Callable[[Runner], list[dict[str, Any]]],
 
 
 def main() -> None:
-    cases = aiqvit_cases() + branch_cases() + focus_cases() + level_cases()
+    cases = aiqvit_cases() + deployment_cases() + branch_cases() + focus_cases() + level_cases()
     command(__doc__, lambda runner: runner(cases), markdown)
 
 
