@@ -1,4 +1,5 @@
-// Between stable-ABI tensors and torch-free kernel arguments. Included by csrc/<op>/<op>.cpp only.
+// Between stable-ABI tensors and torch-free kernel arguments. Included by csrc/<op>/<op>.cpp and, for the library of
+// GPU kernels, <op>.cu only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -31,11 +32,28 @@ using QuantizedTensors = std::tuple<Tensor, Tensor, Tensor>;  // codes, dynamic 
 // torch.ops.vitq.* inside its buffers.
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+// Where the tensors of this library's operators are.
+#if defined(VITQ_GPU) && !defined(VITQ_EMULATED)
+inline bool is_here(const Tensor& x) { return x.is_cuda(); }
+inline const char* here() { return "a CUDA device"; }
+inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
+inline int32_t device_index() {
+  int32_t index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&index));
+  return index;
+}
+#else
+inline bool is_here(const Tensor& x) { return x.is_cpu(); }
+inline const char* here() { return "the CPU"; }
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+inline int32_t device_index() { return 0; }
+#endif
+
 inline void check(const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has dtype ", toString(x.scalar_type()), ", expected ",
                   toString(dtype));
   STD_TORCH_CHECK(x.numel() == numel, name, " has ", x.numel(), " elements, expected ", numel);
-  STD_TORCH_CHECK(x.is_cpu(), name, " is not on the CPU, expected a CPU tensor");
+  STD_TORCH_CHECK(is_here(x), name, " is not on ", here());
 }
 
 inline DType dtype_of(ScalarType dtype, const char* name) {
@@ -109,7 +127,7 @@ inline std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
   return shape;
 }
 
-// A new contiguous CPU tensor; the shim directly, because aten::empty through the dispatcher costs a
+// A new contiguous tensor; the shim directly, because aten::empty through the dispatcher costs a
 // microsecond.
 inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
@@ -118,7 +136,7 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
+                               device_type(), device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -165,12 +183,17 @@ class QuantTensors {
     tail.lora_down = nullptr;
     tail.rank = 0;
     if (lora_down) {
+      tail.rank = lora_down->size(0);
+#if defined(VITQ_GPU)
+      lora_down_ = dense(*lora_down);
+      down = any_float(*lora_down_, tail.rank * k, "lora_down");
+#else
       lora_down_ = dense(lora_down->scalar_type() == ScalarType::Float
                              ? *lora_down
                              : torch::stable::to(*lora_down, ScalarType::Float));
-      tail.rank = lora_down->size(0);
       check(*lora_down_, ScalarType::Float, tail.rank * k, "lora_down");
       tail.lora_down = static_cast<const float*>(lora_down_->const_data_ptr());
+#endif
     }
     STD_TORCH_CHECK(!subspace || lora_down, "subspace is True without lora_down, expected lora_down [R, K]");
     tail.subspace = subspace;
@@ -189,6 +212,7 @@ class QuantTensors {
  public:
   Tensor q, out_scale, t;
   QuantTail tail;
+  AnyFloat down;  // lora_down [rank, K] in its own dtype, on GPUs
 };
 
 }  // namespace vitq::glue

@@ -13,9 +13,9 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 struct AnyFloat {
   const void* data = nullptr;
   DType dtype = DType::f32;
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
   // Starting at element i.
-  AnyFloat at(int64_t i) const { return {static_cast<const char*>(data) + i * size_of(dtype), dtype}; }
+  constexpr AnyFloat at(int64_t i) const { return {static_cast<const char*>(data) + i * size_of(dtype), dtype}; }
 };
 
 }  // namespace vitq

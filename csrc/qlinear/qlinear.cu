@@ -1,0 +1,144 @@
+// vitq_cuda::qlinear and qlinear_quantize.
+#include "gpu_glue.h"
+#include "qlinear/qlinear_sm80.cuh"
+#include "qlinear/tail_glue.h"
+
+namespace vitq::glue {
+namespace {
+
+using gpu::Product;
+
+// Of packing.LAYOUTS.
+constexpr int64_t kInt8 = 0, kInt4 = 4, kInt4ByInt4 = 5;
+
+template <Product kProduct, bool kAligned>
+using Large = gpu::QLinear<kProduct, 128, 128, 2, 4, kProduct == Product::s8 ? 3 : 4, kAligned>;
+template <Product kProduct, bool kAligned>
+using Small = gpu::QLinear<kProduct, 64, 64, 2, 2, 4, kAligned>;
+
+// How K is cut among blocks: as many as there are processors to spare, each with work for its pipeline.
+int64_t splits_of(int64_t tiles, int64_t steps, int processors) {
+  const int64_t spare = tiles > 0 ? processors / tiles : 1;
+  return std::max<int64_t>(1, std::min({spare, steps / 4, int64_t{8}}));
+}
+
+template <class Kernel>
+void start(const Launcher& launcher, gpu::LinearParams& p) {
+  const int64_t tiles = ceil_div(p.m, Kernel::kBlockRows) * ceil_div(p.n, Kernel::kBlockColumns);
+  const int64_t splits = splits_of(tiles, ceil_div(p.k, Kernel::kBlockK), launcher.processors);
+  std::optional<Tensor> partial, counters;
+  if (splits > 1) {
+    partial = new_tensor({tiles, splits, Kernel::kThreads, Kernel::kAccumulators}, ScalarType::Int);
+    counters = new_tensor({tiles}, ScalarType::Int);
+    torch::stable::zero_(*counters);
+    p.partial = static_cast<int32_t*>(partial->mutable_data_ptr());
+    p.counters = static_cast<unsigned*>(counters->mutable_data_ptr());
+  }
+  launcher.run<Kernel>("qlinear", tiles, splits, Kernel::kShared, p);
+}
+
+// Large tiles where they fill the processors, or where the rest of the epilogue needs a row's 128 columns.
+template <Product kProduct>
+void choose(const Launcher& launcher, gpu::LinearParams& p, bool wide) {
+  const bool aligned = p.k % 16 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+  const bool large = wide || ceil_div(p.m, 128) * ceil_div(p.n, 128) >= launcher.processors;
+  if (aligned && large) return start<Large<kProduct, true>>(launcher, p);
+  if (aligned) return start<Small<kProduct, true>>(launcher, p);
+  if (large) return start<Large<kProduct, false>>(launcher, p);
+  return start<Small<kProduct, false>>(launcher, p);
+}
+
+// One call's arguments and the tensors they point into.
+struct Call {
+  Launcher launcher;
+  Tensor x, x_scale, weight, col_sum, w_scale;
+  Held w_lut;
+  TailTensors tensors;
+  gpu::LinearParams p{};
+  Product product = Product::s8;
+
+  Call(const Tensor& x_, const Tensor& x_scale_, int64_t x_zero_point, const OptTensor& lora_t,
+       const Tensor& weight_, int64_t layout, int64_t n, int64_t k, const Tensor& col_sum_,
+       const OptTensor& w_lut_, const Tensor& w_scale_, const OptTensor& bias, const OptTensor& lora_up,
+       int64_t activation, const OptTensor& layer_scale, const OptTensor& residual)
+      : launcher(x_),
+        x(dense(x_)),
+        x_scale(dense(x_scale_)),
+        weight(dense(weight_)),
+        col_sum(dense(col_sum_)),
+        w_scale(dense(w_scale_)),
+        w_lut(w_lut_),
+        tensors(row_count(x_), n, lora_t, bias, lora_up, activation, layer_scale, residual) {
+    const int64_t m = row_count(x);
+    STD_TORCH_CHECK(layout == kInt8 || layout == kInt4 || layout == kInt4ByInt4, "layout is ", layout,
+                    ", expected int8 (0), int4_k64x2 (4) or int4_k64x2_s4 (5) on CUDA");
+    STD_TORCH_CHECK(std::max({m, n, k}) < int64_t{1} << 31, "M, N, K are ", m, ", ", n, ", ", k,
+                    ", expected less than 2^31");
+    check(x, ScalarType::Char, m * k, "x");
+    const bool per_row = x_scale.numel() != 1;
+    check(x_scale, ScalarType::Float, per_row ? m : 1, "x_scale");
+    check(w_scale, ScalarType::Float, n, "w_scale");
+    check(col_sum, ScalarType::Int, n, "col_sum");
+    const int64_t row = layout == kInt8 ? k : ceil_div(k, 128) * 64;
+    check(weight, layout == kInt8 ? ScalarType::Char : ScalarType::Byte, n * row, "weight");
+    STD_TORCH_CHECK(x_zero_point >= -128 && x_zero_point <= 127, "x_zero_point is ", x_zero_point,
+                    ", expected an int in [-128, 127]");
+    STD_TORCH_CHECK(!w_lut || layout != kInt4ByInt4, "w_lut is given, expected uniform int4 weights of int4 products");
+    product = layout == kInt8 ? Product::s8
+              : layout == kInt4ByInt4 ? Product::s4
+              : w_lut ? Product::w4_table
+                      : Product::w4;
+    p.x = static_cast<const int8_t*>(x.const_data_ptr());
+    p.x_scale = static_cast<const float*>(x_scale.const_data_ptr());
+    p.x_scale_stride = per_row ? 1 : 0;
+    p.x_zero_point = static_cast<int>(x_zero_point);
+    p.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
+    p.weight_row = row;
+    p.col_sum = static_cast<const int32_t*>(col_sum.const_data_ptr());
+    p.lut = w_lut.data<int8_t>(ScalarType::Char, 16, "w_lut");
+    p.w_scale = static_cast<const float*>(w_scale.const_data_ptr());
+    const LinearTail& tail = tensors.tail;
+    p.lora_t = tail.lora_t;
+    p.lora_up = tail.lora_up;
+    p.rank = static_cast<int>(tail.rank);
+    p.bias = tail.bias;
+    p.layer_scale = tail.layer_scale;
+    p.residual = tail.residual;
+    p.activation = static_cast<int>(tail.activation);
+    p.m = static_cast<int>(m);
+    p.n = static_cast<int>(n);
+    p.k = static_cast<int>(k);
+  }
+
+  void run(bool wide = false) {
+    switch (product) {
+      case Product::s8:
+        return choose<Product::s8>(launcher, p, wide);
+      case Product::w4:
+        return choose<Product::w4>(launcher, p, wide);
+      case Product::w4_table:
+        return choose<Product::w4_table>(launcher, p, wide);
+      case Product::s4:
+        return choose<Product::s4>(launcher, p, wide);
+    }
+  }
+};
+
+Tensor qlinear(const Tensor& x, const Tensor& x_scale, int64_t x_zero_point, OptTensor lora_t,
+               const Tensor& weight, int64_t layout, int64_t n, int64_t k, const Tensor& col_sum,
+               OptTensor w_lut, const Tensor& w_scale, OptTensor bias, OptTensor lora_up, int64_t activation,
+               OptTensor layer_scale, OptTensor residual, ScalarType out_dtype) {
+  Call call(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, bias, lora_up,
+            activation, layer_scale, residual);
+  call.p.out_dtype = dtype_of(out_dtype, "out_dtype");
+  const Tensor out = new_tensor(shape_with_last(x, n), out_dtype);
+  call.p.out = out.mutable_data_ptr();
+  if (out.numel() > 0) call.run();
+  return out;
+}
+
+}  // namespace
+}  // namespace vitq::glue
+
+VITQ_GPU_LIBRARY(m) { m.impl("qlinear", TORCH_BOX(&vitq::glue::qlinear)); }

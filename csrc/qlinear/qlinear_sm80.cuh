@@ -1,0 +1,493 @@
+// The integer linear layer for tensor cores of sm_80 and later, by mma.sync.
+//
+// Both operands lie in shared memory as they lie in global memory, in slabs of 64 consecutive bytes of K, a row after
+// the other. A lane reads 16 bytes of a row at once: the order of k inside a dot product is ours to choose, as long as
+// both operands choose alike, and so the 4 lanes of a row take 16 consecutive bytes each where the instruction's own
+// fragment would have four times 4. That needs no ldmatrix, no swizzle and no packing of the weight: 8 lanes read two
+// whole rows, 128 bytes, one of every bank. The two nibbles of a byte of `int4_k64x2` are 64 codes apart, which makes
+// them the same place of the two slabs of a tile.
+//
+//   s8        int8 weights [N, K]
+//   w4        int4 weights, shifted into the high nibbles of int8: products come 16 times too large, exactly
+//   w4_table  int4 indices of a table of 16 levels
+//   s4        int4 weights and activations whose int8 codes lie in [−8, 7], 64 codes an instruction
+//
+// Shared memory of 128x128 and 4 stages: 128 KiB (s8), 96 KiB (others). Registers and what they leave room for:
+// tests/kernels/test_cuda_build.py.
+#pragma once
+
+#include "quantize/codes.cuh"
+
+namespace vitq::gpu {
+
+enum class Product { s8, w4, w4_table, s4 };
+
+struct LinearParams {
+  const int8_t* x;       // [M, K]
+  const float* x_scale;  // [M], or [1] with stride 0
+  int x_scale_stride;
+  int x_zero_point;
+  const uint8_t* weight;  // [N, weight_row]
+  int64_t weight_row;
+  const int32_t* col_sum;  // [N]
+  const int8_t* lut;       // [16], of w4_table
+  const float* w_scale;    // [N]
+  const float* lora_t;     // [M, rank]
+  AnyFloat lora_up;        // [N, rank]
+  int rank;
+  AnyFloat bias, layer_scale;  // [N] or absent
+  AnyFloat residual;           // [M, N] or absent
+  int activation;
+  int m, n, k;
+  void* out;  // [M, N] of out_dtype, or null where codes are wanted
+  DType out_dtype;
+  Codes codes;
+  AnyFloat lora_down;  // [rank_down, N] of 16 bits, or absent
+  int rank_down;
+  float* shares;       // [column tiles, M, rank_down]: each column tile's part of the next layer's t
+  int32_t* partial;    // of split K: [tiles, splits, threads, accumulators]
+  unsigned* counters;  // [tiles], 0 before and after
+};
+
+template <Product kProduct, int kBlockM, int kBlockN, int kWarpsM, int kWarpsN, int kStages, bool kAligned>
+struct QLinear {
+  using Params = LinearParams;
+  static constexpr int kThreads = kWarp * kWarpsM * kWarpsN, kBlockRows = kBlockM, kBlockColumns = kBlockN;
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr int kWarps = kWarpsM * kWarpsN;
+  static constexpr int kTilesM = kBlockM / kWarpsM / 16, kTilesN = kBlockN / kWarpsN / 8;
+  static constexpr int kAccumulators = kTilesM * kTilesN * 4;
+  static constexpr int kBlockK = 128, kSlab = 64, kPieces = kBlockK / 16;
+  static constexpr bool kNibbles = kProduct != Product::s8;
+  static constexpr int kBytesX = kBlockM * kBlockK, kBytesW = kBlockN * (kNibbles ? kSlab : kBlockK);
+  static constexpr int kStage = kBytesX + kBytesW;
+  // Rows of the result as floats: 8 rows that a warp writes at once lie in different banks.
+  static constexpr int kRow = kBlockN + 8;
+  static constexpr int kResult = kBlockM * kRow * 4;
+  static constexpr int kShared = kStages * kStage > kResult ? kStages * kStage : kResult;
+  static constexpr int kVector = kBlockN / kWarp;
+  static_assert(kTilesM > 0 && kTilesN > 0 && kVector > 0);
+
+  using Accumulators = int[kTilesM][kTilesN][4];
+
+  static VITQ_DEVICE void run(const Params& p) {
+    const int tiles_m = (p.m + kBlockM - 1) / kBlockM;
+    // Tiles under one another first: a wave of blocks then shares few column tiles of the weight.
+    const int tile_m = block() % tiles_m, tile_n = block() / tiles_m;
+    const int m0 = tile_m * kBlockM, n0 = tile_n * kBlockN;
+    const int steps = (p.k + kBlockK - 1) / kBlockK;
+    const int first = static_cast<int>(int64_t{steps} * block_y() / blocks_y());
+    const int last = static_cast<int>(int64_t{steps} * (block_y() + 1) / blocks_y());
+    Accumulators acc;
+    VITQ_UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      VITQ_UNROLL
+      for (int j = 0; j < kTilesN; ++j) {
+        VITQ_UNROLL
+        for (int e = 0; e < 4; ++e) acc[i][j][e] = 0;
+      }
+    }
+    multiply(p, m0, n0, first, last, acc);
+    if (blocks_y() > 1 && !gather(p, tile_m + tile_n * tiles_m, acc)) return;
+    finish(p, m0, n0, tile_n, acc);
+  }
+
+ private:
+  // ---- the product -------------------------------------------------------------------------------------------
+
+  // Where row `row` of slab `slab` lies, in bytes: rows of the second slab are swapped in pairs, so that the 8 lanes
+  // that copy 128 bytes of one row write to all banks.
+  static VITQ_DEVICE int place(int row, int slab, int rows) { return (slab * rows + (row ^ slab)) * kSlab; }
+
+  // 16 bytes of a row of `length`, from byte `at`; what is past its end becomes 0.
+  static VITQ_DEVICE void copy_piece(char* to, const void* row, int64_t at, int64_t length) {
+    const int64_t left = length - at;
+    const char* from = static_cast<const char*>(row) + at;
+    if constexpr (kAligned) {
+      copy_async(to, left > 0 ? from : row, left > 0 ? 16 : 0);
+    } else {
+      uint32_t words[4] = {0, 0, 0, 0};
+      VITQ_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        if (i < left) words[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(from[i])) << i % 4 * 8;
+      }
+      *reinterpret_cast<Words4*>(to) = {words[0], words[1], words[2], words[3]};
+    }
+  }
+
+  static VITQ_DEVICE void copy_stage(const Params& p, int m0, int n0, int step, char* stage) {
+    VITQ_UNROLL
+    for (int i = thread(); i < kBlockM * kPieces; i += kThreads) {
+      const int row = i / kPieces, piece = i % kPieces, slab = piece / 4;
+      // Rows past the end repeat the last one: what they add to is not stored.
+      const int m = m0 + row < p.m ? m0 + row : p.m - 1;
+      copy_piece(stage + place(row, slab, kBlockM) + piece % 4 * 16, p.x + int64_t{m} * p.k,
+                 int64_t{step} * kBlockK + piece * 16, p.k);
+    }
+    stage += kBytesX;
+    if constexpr (kNibbles) {
+      VITQ_UNROLL
+      for (int i = thread(); i < kBlockN * 4; i += kThreads) {
+        const int row = i / 4, n = n0 + row < p.n ? n0 + row : p.n - 1;
+        const uint8_t* from = p.weight + n * p.weight_row + int64_t{step} * kSlab + i % 4 * 16;
+        copy_async(stage + row * kSlab + i % 4 * 16, from, 16);  // rows of this layout are whole tiles
+      }
+    } else {
+      VITQ_UNROLL
+      for (int i = thread(); i < kBlockN * kPieces; i += kThreads) {
+        const int row = i / kPieces, piece = i % kPieces, slab = piece / 4;
+        const int n = n0 + row < p.n ? n0 + row : p.n - 1;
+        copy_piece(stage + place(row, slab, kBlockN) + piece % 4 * 16, p.weight + n * p.weight_row,
+                   int64_t{step} * kBlockK + piece * 16, p.k);
+      }
+    }
+  }
+
+  static VITQ_DEVICE void multiply(const Params& p, int m0, int n0, int first, int last, Accumulators& acc) {
+    char* memory = shared();
+    VITQ_UNROLL
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (first + s < last) copy_stage(p, m0, n0, first + s, memory + s * kStage);
+      commit_copies();
+    }
+    int slot = 0;
+    VITQ_UNROLL_ONCE
+    for (int step = first; step < last; ++step) {
+      wait_copies<kStages - 2>();
+      sync();
+      // Into the slot that all have read in the step before.
+      const int next = step + kStages - 1;
+      if (next < last) copy_stage(p, m0, n0, next, memory + (slot + kStages - 1) % kStages * kStage);
+      commit_copies();
+      multiply_stage(p, memory + slot * kStage, acc);
+      slot = slot + 1 == kStages ? 0 : slot + 1;
+    }
+    wait_copies<0>();
+    sync();
+  }
+
+  static VITQ_DEVICE Words4 words(const char* from) { return *reinterpret_cast<const Words4*>(from); }
+
+  static VITQ_DEVICE void multiply_stage(const Params& p, const char* stage, Accumulators& acc) {
+    const int group = lane() / 4, column = lane() % 4;
+    const int row0 = warp() / kWarpsN * (kBlockM / kWarpsM) + group;
+    const char* x = stage + column * 16;
+    const char* w = stage + kBytesX + column * 16;
+    const int n0 = warp() % kWarpsN * (kBlockN / kWarpsN) + group;
+    if constexpr (kProduct == Product::s4) {
+      Words4 b[kTilesN];
+      VITQ_UNROLL
+      for (int j = 0; j < kTilesN; ++j) {
+        b[j] = words(w + (n0 + j * 8) * kSlab);
+        VITQ_UNROLL
+        for (int e = 0; e < 4; ++e) b[j].w[e] ^= 0x88888888u;  // code + 8 to two's complement
+      }
+      VITQ_UNROLL
+      for (int i = 0; i < kTilesM; ++i) {
+        const Words4 low = nibbles(x, row0 + i * 16), high = nibbles(x, row0 + i * 16 + 8);
+        VITQ_UNROLL
+        for (int s = 0; s < 2; ++s) {
+          const uint32_t a[4] = {low.w[2 * s], high.w[2 * s], low.w[2 * s + 1], high.w[2 * s + 1]};
+          VITQ_UNROLL
+          for (int j = 0; j < kTilesN; ++j) mma_s4(acc[i][j], a, b[j].w[2 * s], b[j].w[2 * s + 1]);
+        }
+      }
+    } else {
+      VITQ_UNROLL
+      for (int slab = 0; slab < 2; ++slab) {
+        Words4 b[kTilesN];
+        VITQ_UNROLL
+        for (int j = 0; j < kTilesN; ++j) {
+          if constexpr (kProduct == Product::s8) {
+            b[j] = words(w + place(n0 + j * 8, slab, kBlockN));
+          } else {
+            b[j] = widened(p, words(w + (n0 + j * 8) * kSlab), slab);
+          }
+        }
+        VITQ_UNROLL
+        for (int i = 0; i < kTilesM; ++i) {
+          const Words4 low = words(x + place(row0 + i * 16, slab, kBlockM));
+          const Words4 high = words(x + place(row0 + i * 16 + 8, slab, kBlockM));
+          VITQ_UNROLL
+          for (int s = 0; s < 2; ++s) {
+            const uint32_t a[4] = {low.w[2 * s], high.w[2 * s], low.w[2 * s + 1], high.w[2 * s + 1]};
+            VITQ_UNROLL
+            for (int j = 0; j < kTilesN; ++j) mma_s8(acc[i][j], a, b[j].w[2 * s], b[j].w[2 * s + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // Codes of both slabs of a row in [−8, 7] as nibbles, the first slab's in the low ones.
+  static VITQ_DEVICE Words4 nibbles(const char* x, int row) {
+    const Words4 low = words(x + place(row, 0, kBlockM)), high = words(x + place(row, 1, kBlockM));
+    Words4 out;
+    VITQ_UNROLL
+    for (int e = 0; e < 4; ++e) out.w[e] = (low.w[e] & 0x0f0f0f0fu) | (high.w[e] << 4 & 0xf0f0f0f0u);
+    return out;
+  }
+
+  // The nibbles of one slab as int8.
+  static VITQ_DEVICE Words4 widened(const Params& p, Words4 packed, int slab) {
+    VITQ_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const uint32_t w = packed.w[e];
+      if constexpr (kProduct == Product::w4) {
+        packed.w[e] = ((slab ? w : w << 4) & 0xf0f0f0f0u) ^ 0x80808080u;
+      } else {
+        packed.w[e] = levels(reinterpret_cast<const uint32_t*>(p.lut), slab ? w >> 4 : w);
+      }
+    }
+    return packed;
+  }
+
+  // Levels of the 4 low nibbles of the bytes of `index`.
+  static VITQ_DEVICE uint32_t levels(const uint32_t* table, uint32_t index) {
+    // The nibbles beside one another, then 8 levels from each half of the table, then the half by the top bit.
+    const uint32_t pairs = (index & 0x000f000fu) | (index >> 4 & 0x00f000f0u);
+    const uint32_t selector = (pairs & 0xffu) | (pairs >> 8 & 0xff00u);
+    const uint32_t below = permute(table[0], table[1], selector & 0x7777u);
+    const uint32_t above = permute(table[2], table[3], selector & 0x7777u);
+    return permute(below, above, 0x3210u | (selector & 0x8888u) >> 1);
+  }
+
+  // ---- split K -----------------------------------------------------------------------------------------------
+
+  // Leaves this block's share where the last block of the tile to come finds it; true for that one, which then has
+  // the sum of all. Integers: the order does not matter.
+  static VITQ_DEVICE bool gather(const Params& p, int tile, Accumulators& acc) {
+    const auto share = [&](int split) {
+      return p.partial + ((int64_t{tile} * blocks_y() + split) * kAccumulators) * kThreads + thread();
+    };
+    int32_t* mine = share(block_y());
+    VITQ_UNROLL
+    for (int e = 0; e < kAccumulators; ++e) mine[e * kThreads] = (&acc[0][0][0])[e];
+    auto* before = reinterpret_cast<unsigned*>(shared());
+    sync();
+    if (thread() == 0) *before = count_arrival(p.counters + tile, static_cast<unsigned>(blocks_y() - 1));
+    sync();
+    const bool last = *before == static_cast<unsigned>(blocks_y() - 1);
+    sync();
+    if (!last) return false;
+    see_arrivals();
+    for (int split = 0; split < blocks_y(); ++split) {
+      if (split == block_y()) continue;
+      const int32_t* other = share(split);
+      VITQ_UNROLL
+      for (int e = 0; e < kAccumulators; ++e) (&acc[0][0][0])[e] += other[e * kThreads];
+    }
+    return true;
+  }
+
+  // ---- the epilogue ------------------------------------------------------------------------------------------
+
+  static VITQ_DEVICE void finish(const Params& p, int m0, int n0, int tile_n, const Accumulators& acc) {
+    scale_and_branch(p, m0, n0, acc);
+    sync();
+    for (int row = warp(); row < kBlockM && m0 + row < p.m; row += kWarps) finish_row(p, m0 + row, n0, row);
+    if (p.lora_down) {
+      sync();
+      const bool f16 = p.lora_down.dtype == DType::f16;
+      for (int row = warp() * 16; row < kBlockM && m0 + row < p.m; row += kWarps * 16) {
+        if (f16) project<DType::f16>(p, m0, n0, row, tile_n);
+        if (!f16) project<DType::bf16>(p, m0, n0, row, tile_n);
+      }
+    }
+  }
+
+  // Product and low-rank branch, [kBlockM, kBlockN] floats into shared memory.
+  static VITQ_DEVICE void scale_and_branch(const Params& p, int m0, int n0, const Accumulators& acc) {
+    const int group = lane() / 4, column = lane() % 4;
+    const int row0 = warp() / kWarpsN * (kBlockM / kWarpsM) + group;
+    const int col0 = warp() % kWarpsN * (kBlockN / kWarpsN);
+    auto* result = reinterpret_cast<float*>(shared());
+    VITQ_UNROLL
+    for (int j = 0; j < kTilesN; ++j) {
+      float w_scale[2];
+      int correction[2];
+      VITQ_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int n = n0 + col0 + j * 8 + 2 * column + e;
+        w_scale[e] = n < p.n ? p.w_scale[n] : 0.0f;
+        correction[e] = p.x_zero_point != 0 && n < p.n ? p.x_zero_point * p.col_sum[n] : 0;
+      }
+      VITQ_UNROLL
+      for (int i = 0; i < kTilesM; ++i) {
+        float y[4];
+        VITQ_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const int m = m0 + row0 + i * 16 + 8 * h;
+          const float x_scale = m < p.m ? p.x_scale[int64_t{m} * p.x_scale_stride] : 0.0f;
+          VITQ_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            int total = acc[i][j][2 * h + e];
+            if constexpr (kProduct == Product::w4) total >>= 4;
+            y[2 * h + e] = static_cast<float>(total - correction[e]) * (x_scale * w_scale[e]);
+          }
+        }
+        const int m = m0 + row0 + i * 16 - group, n = n0 + col0 + j * 8;
+        if (p.rank > 0 && p.lora_up.dtype == DType::f16) add_branch<DType::f16>(p, m, n, y);
+        if (p.rank > 0 && p.lora_up.dtype == DType::bf16) add_branch<DType::bf16>(p, m, n, y);
+        VITQ_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          float* to = result + (row0 + i * 16 + 8 * h) * kRow + col0 + j * 8 + 2 * column;
+          to[0] = y[2 * h];
+          to[1] = y[2 * h + 1];
+        }
+      }
+    }
+  }
+
+  // y[16, 8] += t·Uᵀ at row m, column n; the order of ranks inside an instruction is again ours.
+  template <DType kType>
+  static VITQ_DEVICE void add_branch(const Params& p, int m, int n, float (&y)[4]) {
+    const int group = lane() / 4, column = lane() % 4;
+    const auto* up = static_cast<const uint16_t*>(p.lora_up.data);
+    for (int r0 = 0; r0 < p.rank; r0 += 16) {
+      uint32_t a[4], b[2];
+      VITQ_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int r = r0 + 4 * column + 2 * e;
+        const bool one = r < p.rank, two = r + 1 < p.rank;
+        VITQ_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const int row = m + group + 8 * h;
+          const float* t = p.lora_t + int64_t{row < p.m ? row : p.m - 1} * p.rank + r;
+          a[h + 2 * e] = pack_16<kType>(one ? t[0] : 0.0f, two ? t[1] : 0.0f);
+        }
+        const uint16_t* u = up + int64_t{n + group < p.n ? n + group : p.n - 1} * p.rank + r;
+        b[e] = (one ? u[0] : 0u) | (two ? u[1] : 0u) << 16;
+      }
+      mma_16<kType>(y, a, b[0], b[1]);
+    }
+  }
+
+  // A row by a warp: bias, activation, LayerScale, residual; then floats or codes.
+  static VITQ_DEVICE void finish_row(const Params& p, int m, int n0, int row) {
+    float* y = reinterpret_cast<float*>(shared()) + row * kRow + lane() * kVector;
+    const int n = n0 + lane() * kVector;
+    float v[kVector];
+    VITQ_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      v[e] = y[e];
+      if (n + e >= p.n) {
+        v[e] = 0.0f;
+        continue;
+      }
+      if (p.rank > 0 && p.lora_up.dtype == DType::f32) {
+        const auto* up = static_cast<const float*>(p.lora_up.data) + int64_t{n + e} * p.rank;
+        const float* t = p.lora_t + int64_t{m} * p.rank;
+        float sum = 0.0f;
+        for (int r = 0; r < p.rank; ++r) sum += t[r] * up[r];
+        v[e] += sum;
+      }
+      if (p.bias) v[e] += load(p.bias, n + e);
+      v[e] = gelu(v[e], static_cast<Gelu>(p.activation));
+      if (p.layer_scale) v[e] *= load(p.layer_scale, n + e);
+      if (p.residual) v[e] += load(p.residual, int64_t{m} * p.n + n + e);
+    }
+    if (p.lora_down) {
+      VITQ_UNROLL
+      for (int e = 0; e < kVector; ++e) y[e] = v[e];
+    }
+    if (p.codes.q != nullptr) return write_codes(p, m, n, v);
+    VITQ_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      if (n + e < p.n) store(p.out, p.out_dtype, int64_t{m} * p.n + n + e, v[e]);
+    }
+  }
+
+  // Codes of a row's columns n .. n + kVector of this lane. Dynamic groups lie inside the tile: a power of two of
+  // columns from kVector on, or all there are.
+  static VITQ_DEVICE void write_codes(const Params& p, int m, int n, const float (&v)[kVector]) {
+    const Codes& c = p.codes;
+    const Clamp range = clamp_of(c, m);
+    const int group = (n < p.n ? n : p.n - 1) / c.width;
+    float inverse[kVector];
+    if (c.scale == nullptr) {
+      float absmax = 0.0f;
+      VITQ_UNROLL
+      for (int e = 0; e < kVector; ++e) absmax = max_or_nan(absmax, fabsf(v[e]));
+      const int lanes = c.groups == 1 ? kWarp : c.width / kVector;
+      for (int step = 1; step < lanes; step *= 2) absmax = max_or_nan(absmax, shuffle_xor(absmax, step));
+      const float scale = dynamic_scale(absmax, c.row_qmax == nullptr ? static_cast<float>(c.qmax) : range.high);
+      if (n < p.n && n % c.width == 0) c.out_scale[int64_t{m} * c.groups + group] = scale;
+      VITQ_UNROLL
+      for (int e = 0; e < kVector; ++e) inverse[e] = 1.0f / scale;
+    } else {
+      const float* scale = c.scale + (c.scale_per_row ? int64_t{m} * c.groups : 0);
+      VITQ_UNROLL
+      for (int e = 0; e < kVector; ++e) inverse[e] = 1.0f / scale[(n + e < p.n ? n + e : p.n - 1) / c.width];
+    }
+    int8_t* q = c.q + int64_t{m} * p.n + n;
+    if (kVector == 4 && p.n % 4 == 0) {
+      uint32_t word = 0;
+      VITQ_UNROLL
+      for (int e = 0; e < kVector; ++e) {
+        word |= static_cast<uint32_t>(static_cast<uint8_t>(code_of(c, v[e], inverse[e], range))) << 8 * e;
+      }
+      if (n < p.n) *reinterpret_cast<uint32_t*>(q) = word;
+      return;
+    }
+    VITQ_UNROLL
+    for (int e = 0; e < kVector; ++e) {
+      if (n + e < p.n) q[e] = code_of(c, v[e], inverse[e], range);
+    }
+  }
+
+  // This tile's share of the next layer's t for 16 rows: y[16, kBlockN]·Dᵀ.
+  template <DType kType>
+  static VITQ_DEVICE void project(const Params& p, int m0, int n0, int row, int tile_n) {
+    const int group = lane() / 4, column = lane() % 4;
+    const float* y = reinterpret_cast<const float*>(shared()) + (row + group) * kRow + 4 * column;
+    const auto* down = static_cast<const uint16_t*>(p.lora_down.data);
+    for (int r0 = 0; r0 < p.rank_down; r0 += 8) {
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      const int r = r0 + group;
+      const uint16_t* d = down + int64_t{r < p.rank_down ? r : p.rank_down - 1} * p.n;
+      for (int k = 0; k < kBlockN; k += 16) {
+        uint32_t a[4], b[2];
+        VITQ_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          VITQ_UNROLL
+          for (int h = 0; h < 2; ++h) {
+            // Rows past the end were not finished: what they hold stays in rows that are not stored.
+            const float* from = y + 8 * h * kRow + k + 2 * e;
+            a[h + 2 * e] = pack_16<kType>(from[0], from[1]);
+          }
+          const int n = n0 + k + 4 * column + 2 * e;
+          b[e] = (n < p.n ? d[n] : 0u) | (n + 1 < p.n ? d[n + 1] : 0u) << 16;
+        }
+        mma_16<kType>(sum, a, b[0], b[1]);
+      }
+      VITQ_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int m = m0 + row + group + 8 * (e / 2), rank = r0 + 2 * column + e % 2;
+        if (m < p.m && rank < p.rank_down) {
+          p.shares[(int64_t{tile_n} * p.m + m) * p.rank_down + rank] = sum[e];
+        }
+      }
+    }
+  }
+};
+
+// t[m, r] = Σ over column tiles of shares, in their order.
+struct AddShares {
+  struct Params {
+    const float* shares;  // [parts, count]
+    float* t;             // [count]
+    int64_t count;
+    int parts;
+  };
+  static constexpr int kThreads = 256, kBlocksPerSm = 1;
+  static VITQ_DEVICE void run(const Params& p) {
+    const int64_t i = int64_t{block()} * kThreads + thread();
+    if (i >= p.count) return;
+    float sum = 0.0f;
+    for (int part = 0; part < p.parts; ++part) sum += p.shares[part * p.count + i];
+    p.t[i] = sum;
+  }
+};
+
+}  // namespace vitq::gpu
