@@ -2,12 +2,15 @@
 
 ``VITQ_BUILD_NATIVE=auto|0|1``: auto builds the C++ back end wherever there is a C++ compiler, and otherwise installs
 the plain-torch ``ref`` back end with a message; 1 insists on it; 0 leaves it out. A compile error is never hidden.
-``VITQ_BUILD_CUDA=auto|0|1``: this version has no CUDA sources, so 1 is an error.
+``VITQ_BUILD_CUDA=auto|0|1``: auto builds the GPU kernels wherever there is nvcc (``CUDACXX``, ``CUDA_HOME`` or the PATH)
+and the installed torch is one for CUDA; 1 insists on it. A GPU is not needed. ``TORCH_CUDA_ARCH_LIST`` ("8.0;8.9+PTX")
+says for which architectures, default 8.0+PTX, which runs on all later ones.
 Rebuild in place after a change to csrc/: ``python setup.py build_ext --inplace``.
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,10 +35,10 @@ def compiler() -> str | None:
 
 
 def native() -> bool:
-    if switch("VITQ_BUILD_CUDA") == "1":
-        raise SystemExit("VITQ_BUILD_CUDA is 1, but this version has no CUDA sources: expected auto or 0")
     want = switch("VITQ_BUILD_NATIVE")
     if want == "0":
+        if switch("VITQ_BUILD_CUDA") == "1":
+            raise SystemExit("VITQ_BUILD_CUDA is 1 and VITQ_BUILD_NATIVE is 0, expected GPU kernels beside native ones")
         return False
     if compiler() is None:
         problem = f"no C++ compiler found (CXX={os.environ.get('CXX', '')!r}, PATH searched for c++, g++, clang++)"
@@ -46,6 +49,43 @@ def native() -> bool:
         )
         return False
     return True
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    names = [os.environ.get("CUDACXX"), home and os.path.join(home, "bin", "nvcc"), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def cuda() -> bool:
+    """Whether the GPU kernels are built."""
+    want = switch("VITQ_BUILD_CUDA")
+    if want == "0":
+        return False
+    import torch
+
+    problem = None
+    if nvcc() is None:
+        problem = "nvcc was not found (CUDACXX, CUDA_HOME, the PATH)"
+    elif torch.version.cuda is None:
+        problem = f"torch {torch.__version__} is built without CUDA"
+    if problem and want == "1":
+        raise SystemExit(f"VITQ_BUILD_CUDA is 1, but {problem}")
+    if problem:
+        print(f"vitq: {problem}; installing without the C++ GPU kernels", file=sys.stderr)
+    return problem is None
+
+
+def cuda_architectures() -> str:
+    """``TORCH_CUDA_ARCH_LIST`` as CMake says it: 80-real is machine code alone, 80 machine code and PTX."""
+    names = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0+PTX")
+    found = []
+    for name in names:
+        match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", name)
+        if match is None or int(match[1]) < 8:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST has {name!r}, expected such as 8.0, 9.0a or 8.9+PTX, from 8.0 on")
+        found.append(match[1] + match[2] + match[3] + ("" if match[4] else "-real"))
+    return ";".join(found)
 
 
 def tool(name: str) -> str:
@@ -71,7 +111,8 @@ class CMakeBuild(build_ext):
         return (ROOT if in_tree else Path(self.build_lib).resolve()) / "vitq_kernels"
 
     def _files(self) -> list[Path]:
-        return [self._output() / name for name in ("libvitq_ops.so", Path(self.get_ext_filename("_C")).name)]
+        names = ["libvitq_ops.so", Path(self.get_ext_filename("_C")).name] + ["libvitq_cuda.so"] * cuda()
+        return [self._output() / name for name in names]
 
     def run(self) -> None:
         if not self.extensions:
@@ -86,7 +127,14 @@ class CMakeBuild(build_ext):
             "VITQ_TORCH_DIR": package_dir("torch"),
             "pybind11_DIR": package_dir("pybind11") / "share/cmake/pybind11",
             "Python_EXECUTABLE": sys.executable,
+            "VITQ_BUILD_CUDA": "OFF",
         }
+        if cuda():
+            options |= {
+                "VITQ_BUILD_CUDA": "ON",
+                "CMAKE_CUDA_COMPILER": nvcc(),
+                "VITQ_CUDA_ARCHITECTURES": cuda_architectures(),
+            }
         define = [f"-D{name}={value}" for name, value in options.items()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         cmake = tool("cmake")

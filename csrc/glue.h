@@ -1,5 +1,5 @@
-// Between stable-ABI tensors and torch-free kernel arguments. Included by csrc/<op>/<op>.cpp and, for the library of
-// GPU kernels, <op>.cu only.
+// Between stable-ABI tensors and torch-free kernel arguments. Included by csrc/<op>/<op>.cpp and, for the
+// library of GPU kernels, <op>.cu only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

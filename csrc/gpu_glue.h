@@ -1,7 +1,7 @@
 // What the operators of the GPU library share beside glue.h: where they are registered and where they launch.
 //
-// They are a library of their own, `vitq_cuda`, in two forms from the same sources: nvcc's for CUDA tensors, and the
-// emulation's for CPU tensors.
+// They are a library of their own, `vitq_cuda`, in two forms from the same sources: nvcc's for CUDA tensors,
+// and the emulation's for CPU tensors.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -44,10 +44,10 @@ class Launcher {
   template <class Kernel>
   void run(const char* name, int64_t grid_x, int64_t grid_y, int shared_bytes,
            const typename Kernel::Params& params) const {
-    STD_TORCH_CHECK(grid_x < int64_t{1} << 31 && grid_y < 65536, name, " has a grid of ", grid_x, " x ", grid_y,
-                    " blocks, expected fewer than 2^31 x 65536: split the batch");
-    const char* error = gpu::launch<Kernel>(static_cast<int>(grid_x), static_cast<int>(grid_y), shared_bytes, stream,
-                                            params);
+    STD_TORCH_CHECK(grid_x < int64_t{1} << 31 && grid_y < 65536, name, " has a grid of ", grid_x, " x ",
+                    grid_y, " blocks, expected fewer than 2^31 x 65536: split the batch");
+    const char* error =
+        gpu::launch<Kernel>(static_cast<int>(grid_x), static_cast<int>(grid_y), shared_bytes, stream, params);
     STD_TORCH_CHECK(error == nullptr, name, " does not launch: ", error);
   }
 
@@ -56,11 +56,16 @@ class Launcher {
 };
 
 inline gpu::Codes codes_of(const QuantTail& tail) {
-  return {tail.q,           tail.out_scale,
-          tail.scale,       tail.scale_per_row,
-          tail.zero_point,  tail.qmin,
-          tail.qmax,        static_cast<int>(tail.groups),
-          static_cast<int>(tail.k / tail.groups), tail.row_qmax,
+  return {tail.q,
+          tail.out_scale,
+          tail.scale,
+          tail.scale_per_row,
+          tail.zero_point,
+          tail.qmin,
+          tail.qmax,
+          static_cast<int>(tail.groups),
+          static_cast<int>(tail.k / tail.groups),
+          tail.row_qmax,
           tail.lut};
 }
 

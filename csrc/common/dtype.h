@@ -15,7 +15,9 @@ struct AnyFloat {
   DType dtype = DType::f32;
   constexpr explicit operator bool() const { return data != nullptr; }
   // Starting at element i.
-  constexpr AnyFloat at(int64_t i) const { return {static_cast<const char*>(data) + i * size_of(dtype), dtype}; }
+  constexpr AnyFloat at(int64_t i) const {
+    return {static_cast<const char*>(data) + i * size_of(dtype), dtype};
+  }
 };
 
 }  // namespace vitq

@@ -84,11 +84,12 @@ struct Call {
     check(weight, layout == kInt8 ? ScalarType::Char : ScalarType::Byte, n * row, "weight");
     STD_TORCH_CHECK(x_zero_point >= -128 && x_zero_point <= 127, "x_zero_point is ", x_zero_point,
                     ", expected an int in [-128, 127]");
-    STD_TORCH_CHECK(!w_lut || layout != kInt4ByInt4, "w_lut is given, expected uniform int4 weights of int4 products");
-    product = layout == kInt8 ? Product::s8
+    STD_TORCH_CHECK(!w_lut || layout != kInt4ByInt4,
+                    "w_lut is given, expected uniform int4 weights of int4 products");
+    product = layout == kInt8         ? Product::s8
               : layout == kInt4ByInt4 ? Product::s4
-              : w_lut ? Product::w4_table
-                      : Product::w4;
+              : w_lut                 ? Product::w4_table
+                                      : Product::w4;
     p.x = static_cast<const int8_t*>(x.const_data_ptr());
     p.x_scale = static_cast<const float*>(x_scale.const_data_ptr());
     p.x_scale_stride = per_row ? 1 : 0;

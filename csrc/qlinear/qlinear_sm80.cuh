@@ -1,19 +1,19 @@
 // The integer linear layer for tensor cores of sm_80 and later, by mma.sync.
 //
-// Both operands lie in shared memory as they lie in global memory, in slabs of 64 consecutive bytes of K, a row after
-// the other. A lane reads 16 bytes of a row at once: the order of k inside a dot product is ours to choose, as long as
-// both operands choose alike, and so the 4 lanes of a row take 16 consecutive bytes each where the instruction's own
-// fragment would have four times 4. That needs no ldmatrix, no swizzle and no packing of the weight: 8 lanes read two
-// whole rows, 128 bytes, one of every bank. The two nibbles of a byte of `int4_k64x2` are 64 codes apart, which makes
-// them the same place of the two slabs of a tile.
+// Both operands lie in shared memory as they lie in global memory, in slabs of 64 consecutive bytes of K, a
+// row after the other. A lane reads 16 bytes of a row at once: the order of k inside a dot product is ours to
+// choose, as long as both operands choose alike, and so the 4 lanes of a row take 16 consecutive bytes each
+// where the instruction's own fragment would have four times 4. That needs no ldmatrix, no swizzle and no
+// packing of the weight: 8 lanes read two whole rows, 128 bytes, one of every bank. The two nibbles of a byte
+// of `int4_k64x2` are 64 codes apart, which makes them the same place of the two slabs of a tile.
 //
 //   s8        int8 weights [N, K]
 //   w4        int4 weights, shifted into the high nibbles of int8: products come 16 times too large, exactly
 //   w4_table  int4 indices of a table of 16 levels
 //   s4        int4 weights and activations whose int8 codes lie in [−8, 7], 64 codes an instruction
 //
-// Shared memory of 128x128 and 4 stages: 128 KiB (s8), 96 KiB (others). Registers and what they leave room for:
-// tests/kernels/test_cuda_build.py.
+// Shared memory of 128x128 and 4 stages: 128 KiB (s8), 96 KiB (others). Registers and what they leave room
+// for: tests/kernels/test_cuda_build.py.
 #pragma once
 
 #include "quantize/codes.cuh"
@@ -93,10 +93,11 @@ struct QLinear {
   }
 
  private:
-  // ---- the product -------------------------------------------------------------------------------------------
+  // ---- the product
+  // -------------------------------------------------------------------------------------------
 
-  // Where row `row` of slab `slab` lies, in bytes: rows of the second slab are swapped in pairs, so that the 8 lanes
-  // that copy 128 bytes of one row write to all banks.
+  // Where row `row` of slab `slab` lies, in bytes: rows of the second slab are swapped in pairs, so that the
+  // 8 lanes that copy 128 bytes of one row write to all banks.
   static VITQ_DEVICE int place(int row, int slab, int rows) { return (slab * rows + (row ^ slab)) * kSlab; }
 
   // 16 bytes of a row of `length`, from byte `at`; what is past its end becomes 0.
@@ -244,7 +245,8 @@ struct QLinear {
 
   // Levels of the 4 low nibbles of the bytes of `index`.
   static VITQ_DEVICE uint32_t levels(const uint32_t* table, uint32_t index) {
-    // The nibbles beside one another, then 8 levels from each half of the table, then the half by the top bit.
+    // The nibbles beside one another, then 8 levels from each half of the table, then the half by the top
+    // bit.
     const uint32_t pairs = (index & 0x000f000fu) | (index >> 4 & 0x00f000f0u);
     const uint32_t selector = (pairs & 0xffu) | (pairs >> 8 & 0xff00u);
     const uint32_t below = permute(table[0], table[1], selector & 0x7777u);
@@ -252,10 +254,11 @@ struct QLinear {
     return permute(below, above, 0x3210u | (selector & 0x8888u) >> 1);
   }
 
-  // ---- split K -----------------------------------------------------------------------------------------------
+  // ---- split K
+  // -----------------------------------------------------------------------------------------------
 
-  // Leaves this block's share where the last block of the tile to come finds it; true for that one, which then has
-  // the sum of all. Integers: the order does not matter.
+  // Leaves this block's share where the last block of the tile to come finds it; true for that one, which
+  // then has the sum of all. Integers: the order does not matter.
   static VITQ_DEVICE bool gather(const Params& p, int tile, Accumulators& acc) {
     const auto share = [&](int split) {
       return p.partial + ((int64_t{tile} * blocks_y() + split) * kAccumulators) * kThreads + thread();
@@ -280,7 +283,8 @@ struct QLinear {
     return true;
   }
 
-  // ---- the epilogue ------------------------------------------------------------------------------------------
+  // ---- the epilogue
+  // ------------------------------------------------------------------------------------------
 
   static VITQ_DEVICE void finish(const Params& p, int m0, int n0, int tile_n, const Accumulators& acc) {
     scale_and_branch(p, m0, n0, acc);
@@ -398,8 +402,8 @@ struct QLinear {
     }
   }
 
-  // Codes of a row's columns n .. n + kVector of this lane. Dynamic groups lie inside the tile: a power of two of
-  // columns from kVector on, or all there are.
+  // Codes of a row's columns n .. n + kVector of this lane. Dynamic groups lie inside the tile: a power of
+  // two of columns from kVector on, or all there are.
   static VITQ_DEVICE void write_codes(const Params& p, int m, int n, const float (&v)[kVector]) {
     const Codes& c = p.codes;
     const Clamp range = clamp_of(c, m);
@@ -411,7 +415,8 @@ struct QLinear {
       for (int e = 0; e < kVector; ++e) absmax = max_or_nan(absmax, fabsf(v[e]));
       const int lanes = c.groups == 1 ? kWarp : c.width / kVector;
       for (int step = 1; step < lanes; step *= 2) absmax = max_or_nan(absmax, shuffle_xor(absmax, step));
-      const float scale = dynamic_scale(absmax, c.row_qmax == nullptr ? static_cast<float>(c.qmax) : range.high);
+      const float scale =
+          dynamic_scale(absmax, c.row_qmax == nullptr ? static_cast<float>(c.qmax) : range.high);
       if (n < p.n && n % c.width == 0) c.out_scale[int64_t{m} * c.groups + group] = scale;
       VITQ_UNROLL
       for (int e = 0; e < kVector; ++e) inverse[e] = 1.0f / scale;

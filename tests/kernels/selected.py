@@ -2,8 +2,13 @@
 
 import os
 
+from vitq_kernels import _cuda
 from vitq_kernels.triton import host
 
 DEVICE = os.environ.get("VITQ_TEST_DEVICE")
 """Where Triton kernels run behind the tests' CPU tensors: "cuda", or "cpu" for the interpreter; None: no such run."""
 TRITON = host.INTERPRETED or DEVICE is not None
+CUDA = _cuda.EMULATED is not None
+"""The emulated C++ GPU kernels on CPU tensors (see test_cuda_emulated.py)."""
+GPU = TRITON or CUDA
+"""Kernels of a GPU: their layouts, and branches multiplied in the dtype of their matrices."""

@@ -7,7 +7,7 @@ import test_layer_norm_quantize as layer_norm_tests
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from selected import TRITON
+from selected import GPU
 
 import vitq_kernels as vk
 from vitq_kernels.formats import LevelTable
@@ -17,7 +17,7 @@ from vitq_kernels.packing import LAYOUT_IDS, unpack_weight, weight_lut
 from vitq_kernels.testing import ROUNDOFF, assert_codes_match, assert_within, gamma, isas, poison
 
 TABLE = LevelTable((-128, -90, -60, -40, -25, -12, -5, -1, 1, 6, 13, 27, 45, 66, 95, 127))  # no zero: pads with 1 or −1
-INT8, INT4 = ("int8", "int4_k64x2") if TRITON else ("int8_n16k4", "int4_n16k4")
+INT8, INT4 = ("int8", "int4_k64x2") if GPU else ("int8_n16k4", "int4_n16k4")
 FORMATS = {
     "w8": (INT8, 8, None),
     "w4": (INT4, 4, None),
@@ -63,7 +63,7 @@ def exact_linear(product, terms, operations, t, kw):
     up, bias = kw.get("lora_up"), kw.get("bias")
     y, magnitude = product, terms
     if up is not None:
-        t = t.to(up.dtype) if TRITON else t  # Triton's branch multiplies in the dtype of lora_up
+        t = t.to(up.dtype) if GPU else t  # the branch multiplies in the dtype of lora_up
         y = y + t.double() @ up.double().T
         magnitude = magnitude + t.double().abs() @ up.double().abs().T
         operations += up.shape[1] + 1

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _native, backends
+from .. import _cuda, _native, backends
 from ..formats import ActQuant, QTensor
 from ..packing import LAYOUTS
 from ..triton import host
@@ -24,6 +24,9 @@ QUANT_ARGS = (
     "Tensor? scale, int zero_point, int qmin, int qmax, int groups, "
     "Tensor? row_qmax, Tensor? lut, Tensor? lora_down, bool subspace"
 )
+
+
+_defined: dict[str, tuple[str, Callable]] = {}  # op -> its schema and its fake
 
 
 def define(
@@ -41,7 +44,8 @@ def define(
     code; a compiled kernel takes precedence for its own dispatch key. An op without one is a ``composition`` of ops
     that have one: its default, and called past the dispatcher for the CPU.
     """
-    library.define(f"{name}({args}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    _defined[name] = f"{name}({args}) -> {returns}", fake
+    library.define(_defined[name][0], tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, composition or ref, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vitq::{name}", fake, lib=library)
     cpu = composition or getattr(torch.ops.vitq, name).default
@@ -61,6 +65,15 @@ def define_triton(name: str, module: str, layouts: tuple[str, ...] = ()) -> None
     op = getattr(torch.ops.vitq, name).default
     fn = kernel if host.INTERPRETED else op
     backends.register(name, backends.Implementation("triton", fn, host.unavailable, layouts))
+
+
+def define_cuda(name: str, layouts: tuple[str, ...] = ()) -> None:
+    """Add the row of the C++ GPU kernels: an op of their own, ``vitq_cuda::name``, of the same schema."""
+    schema, fake = _defined[name]
+    _cuda.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"vitq_cuda::{name}", fake, lib=_cuda.library)
+    op = getattr(torch.ops.vitq_cuda, name).default
+    backends.register(name, backends.Implementation("cuda", op, _cuda.unavailable, layouts))
 
 
 def _ref_layouts(layouts: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-// What a kernel is written in: CUDA where nvcc compiles it, a host emulation (emulation.h) where a C++ compiler
-// does, so that the sources that GPUs run also run in tests without one.
+// What a kernel is written in: CUDA where nvcc compiles it, a host emulation (emulation.h) where a C++
+// compiler does, so that the sources that GPUs run also run in tests without one.
 //
 // A kernel is a struct with Params, kThreads, kBlocksPerSm and `static VITQ_DEVICE void run(const Params&)`;
 // `launch<Kernel>` starts it.
@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
 // Returns nullptr, or what the runtime says is wrong. More than 48 KiB of shared memory is asked for once per
 // kernel and device.
 template <class Kernel>
-const char* launch(int grid_x, int grid_y, int shared_bytes, Stream stream, const typename Kernel::Params& params) {
+const char* launch(int grid_x, int grid_y, int shared_bytes, Stream stream,
+                   const typename Kernel::Params& params) {
   auto* kernel = entry<Kernel>;
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =

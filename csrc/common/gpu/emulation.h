@@ -1,9 +1,11 @@
-// Runs a kernel on the host: the threads of a block are fibers on one OS thread, blocks run one after another.
+// Runs a kernel on the host: the threads of a block are fibers on one OS thread, blocks run one after
+// another.
 //
-// What is checked while it runs: that all threads of a warp reach the same warp-wide operation and all threads of a
-// block the same barriers (else the launch fails and says where they wait); that shared memory is written before it
-// is read (it starts out poisoned); that an asynchronous copy is waited for (its destination is poisoned until then).
-// Which of the runnable threads goes on is drawn at random from VITQ_EMULATION_SEED, so that a missing barrier shows.
+// What is checked while it runs: that all threads of a warp reach the same warp-wide operation and all
+// threads of a block the same barriers (else the launch fails and says where they wait); that shared memory
+// is written before it is read (it starts out poisoned); that an asynchronous copy is waited for (its
+// destination is poisoned until then). Which of the runnable threads goes on is drawn at random from
+// VITQ_EMULATION_SEED, so that a missing barrier shows.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +23,8 @@ char* shared();
 void sync_block();
 void sync_warp();
 
-// One operation of a whole warp: `all` gets the 32 lanes' `argument`s once every lane has come, on behalf of all.
-// `what` names it: lanes that meet must name the same.
+// One operation of a whole warp: `all` gets the 32 lanes' `argument`s once every lane has come, on behalf of
+// all. `what` names it: lanes that meet must name the same.
 void together(const char* what, void* argument, void (*all)(void* const* arguments));
 
 // cp.async, cp.async.commit_group, cp.async.wait_group n of the current thread.

@@ -13,7 +13,7 @@ VITQ_DEVICE float gelu(float x, Gelu kind) {
   if (kind == Gelu::erf) return x * (0.5f * (1.0f + erff(x * 0.70710678f)));
   if (kind == Gelu::tanh) {
     // x/2·(1 + tanh u) = x/(1 + e^(−2u)); below −9.6 the exponential would overflow to 0·∞ on the way.
-    const float c = x > -9.6f ? x : -9.6f;
+    const float c = x < -9.6f ? -9.6f : x;
     return c / (1.0f + expf(c * (-1.59576912f + c * c * -0.0713548164f)));
   }
   return x;
@@ -24,7 +24,8 @@ VITQ_DEVICE float max_or_nan(float a, float b) { return a > b || a != a ? a : b;
 
 VITQ_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
-// The scale of a group whose largest magnitude is `absmax`: 1 for zeros (and what underflows), NaN beyond float32.
+// The scale of a group whose largest magnitude is `absmax`: 1 for zeros (and what underflows), NaN beyond
+// float32.
 VITQ_DEVICE float dynamic_scale(float absmax, float top) {
   if (absmax == 0.0f) return 1.0f;
   const float scale = absmax / top;

@@ -1,7 +1,8 @@
-// What the matrix instructions do, lane by lane: the fragment layouts of the PTX manual ("Matrix Fragments for
-// mma.m16n8k16 / k32 / k64"), for the emulation.
+// What the matrix instructions do, lane by lane: the fragment layouts of the PTX manual ("Matrix Fragments
+// for mma.m16n8k16 / k32 / k64"), for the emulation.
 //
-// Lane l is of row group g = l/4 and column c = l%4. With e elements in 32 bits (2 of 16, 4 of 8, 8 of 4 bits):
+// Lane l is of row group g = l/4 and column c = l%4. With e elements in 32 bits (2 of 16, 4 of 8, 8 of 4
+// bits):
 //   A [16, 8e]: register r holds row g + 8·(r%2), columns 4e·(r/2) + e·c + 0..e−1;
 //   B [8, 8e] (by its columns): register r holds column g, rows 4e·r + e·c + 0..e−1;
 //   C [16, 8]: register r holds row g + 8·(r/2), column 2c + r%2.
@@ -43,7 +44,7 @@ inline uint16_t half_of(float v) {
   if (std::isnan(v)) return 0x7fff;
   if (a >= 65520.0f) return sign | 0x7c00;
   int exponent = 0;
-  std::frexp(a, &exponent);                                  // a in [2^(exponent−1), 2^exponent)
+  std::frexp(a, &exponent);                                     // a in [2^(exponent−1), 2^exponent)
   const int place = exponent - 11 < -24 ? -24 : exponent - 11;  // of the last bit
   const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(a, -place)));
   // Units of a subnormal number count as they are; of a normal one, they hold the leading bit.

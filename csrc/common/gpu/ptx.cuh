@@ -1,5 +1,5 @@
-// Instructions by name. Where a C++ compiler reads this, the warp-wide ones follow the fragment layouts of the PTX
-// manual, written down once more in fragment.h.
+// Instructions by name. Where a C++ compiler reads this, the warp-wide ones follow the fragment layouts of
+// the PTX manual, written down once more in fragment.h.
 #pragma once
 
 #include <cstring>
@@ -15,11 +15,15 @@ namespace vitq::gpu {
 
 #if defined(__CUDACC__)
 
-VITQ_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+VITQ_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
-// 16 bytes of global into shared memory, of which the first `valid` (0 or 16) are read and the others are zeros.
+// 16 bytes of global into shared memory, of which the first `valid` (0 or 16) are read and the others are
+// zeros.
 VITQ_DEVICE void copy_async(void* to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid)
                : "memory");
 }
 VITQ_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -48,12 +52,14 @@ VITQ_DEVICE void mma_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
   static_assert(kType != DType::f32);
   if constexpr (kType == DType::f16) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -65,7 +71,9 @@ VITQ_DEVICE T shuffle_xor(T value, int lanes) {
 }
 
 // Byte i of the result is byte (selector >> 4i) & 7 of b:a.
-VITQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+VITQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
 
 VITQ_DEVICE float float_of_half(uint16_t bits) {
   float out;
