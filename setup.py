@@ -2,7 +2,7 @@
 
 ``VITQ_BUILD_NATIVE=auto|0|1``: auto builds the C++ back end wherever there is a C++ compiler, and otherwise installs
 the plain-torch ``ref`` back end with a message; 1 insists on it; 0 leaves it out. A compile error is never hidden.
-``VITQ_BUILD_CUDA=auto|0|1``: auto builds the GPU kernels wherever there is nvcc (``CUDACXX``, ``CUDA_HOME`` or the PATH)
+``VITQ_BUILD_CUDA=auto|0|1``: auto builds the GPU kernels wherever there is nvcc (``CUDACXX``, ``CUDA_HOME``, the PATH)
 and the installed torch is one for CUDA; 1 insists on it. A GPU is not needed. ``TORCH_CUDA_ARCH_LIST`` ("8.0;8.9+PTX")
 says for which architectures, default 8.0+PTX, which runs on all later ones.
 Rebuild in place after a change to csrc/: ``python setup.py build_ext --inplace``.
