@@ -13,7 +13,7 @@ void start(const Launcher& launcher, const gpu::QuantizeParams& p) {
 }
 
 // Whole rows where a block's registers hold them: 64 values a thread with two blocks on a processor up to
-// K = 1024, 96 values with one of twice the threads up to K = 3072. Longer rows, and the float32 branch,
+// K = 1024, 128 values with one block up to K = 3072. Longer rows, and the float32 branch,
 // which is not there for speed, go in chunks.
 template <Branch kBranch>
 void choose(const Launcher& launcher, const gpu::QuantizeParams& p, bool aligned) {
@@ -21,11 +21,11 @@ void choose(const Launcher& launcher, const gpu::QuantizeParams& p, bool aligned
   if (!aligned) return start<Quantize<kBranch, 8, 1, false, false>>(launcher, p);
   if constexpr (kBranch != Branch::f32) {
     using Short = Quantize<kBranch, 8, 2, true, true>;
-    using Long = Quantize<kBranch, 16, 3, true, true>;
+    using Long = Quantize<kBranch, 12, 4, true, true>;
     if (p.k <= Short::kColumns) return start<Short>(launcher, p);
     if (p.k <= Long::kColumns) return start<Long>(launcher, p);
   }
-  start<Quantize<kBranch, 8, 2, false, true>>(launcher, p);
+  start<Quantize<kBranch, 8, 1, false, true>>(launcher, p);
 }
 
 bool starts_aligned(const AnyFloat& x) { return reinterpret_cast<uintptr_t>(x.data) % 16 == 0; }

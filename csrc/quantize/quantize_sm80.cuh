@@ -57,7 +57,9 @@ struct Quantize {
   static constexpr int kRows = 16, kStrip = 64, kColumns = kStrip * kWarps * kStrips;
 
   // What shared memory holds, in words: largest magnitudes, later scales, of as many groups; sums; t of as
-  // many ranks at a time by each warp, 8 rows of which lie in different banks; γ and β where rows are whole.
+  // many ranks at a time by each warp, 8 rows of which lie in different banks; where rows are whole, γ and β
+  // as float32 and as they are.
+  static constexpr bool kStaged = kWhole && kAligned;
   static constexpr int kSharedGroups = 64;
   static constexpr int kRanks = kWarps > 8 ? 16 : 32, kRanksRow = kRanks + 8;
   static constexpr int kSums = kRows * kSharedGroups, kPartial = kSums + 3 * kWarps * kRows;
@@ -65,8 +67,8 @@ struct Quantize {
 
   static int shared_bytes(const Params& p) {
     const int64_t affine =
-        (p.weight ? p.k * size_of(p.weight.dtype) : 0) + (p.bias ? p.k * size_of(p.bias.dtype) : 0);
-    return kAffine * 4 + static_cast<int>(kWhole && kAligned ? affine : 0);
+        (p.weight ? size_of(p.weight.dtype) : 0) + (p.bias ? size_of(p.bias.dtype) : 0) + 2 * 4;
+    return kAffine * 4 + static_cast<int>(kStaged && p.norm ? p.k * affine : 0);
   }
 
   static VITQ_DEVICE void run(const Params& p) { Quantize(p).quantize(); }
@@ -82,7 +84,7 @@ struct Quantize {
   float* const memory = reinterpret_cast<float*>(shared());
   int64_t source[2];  // first element of a row in x; −1: there is none
   AnyFloat weight, bias;
-  float centre[2], mean[2], rstd[2];
+  float centre[2], rstd[2], shift[2];  // LayerNorm: (x − centre)·rstd + shift
   float v[kStrips][8][4];
 
   explicit VITQ_DEVICE Quantize(const Params& params) : p(params), weight(params.weight), bias(params.bias) {
@@ -105,7 +107,7 @@ struct Quantize {
   VITQ_DEVICE void quantize() {
     const Codes& c = p.codes;
     const bool dynamic = c.scale == nullptr;
-    if (kWhole && kAligned && p.norm) stage_affine();
+    if (kStaged && p.norm) copy_affine();
     if (kWhole) load(0);
     if (dynamic) clear_tops();
     if (p.norm) layer_norm();
@@ -125,8 +127,8 @@ struct Quantize {
 
   // ---- values ------------------------------------------------------------------------------------------
 
-  // What `v` holds: x, x − centre, the input of the quantizer, or that without its subspace.
-  enum class Stage { raw, centred, normalized, finished };
+  // What `v` holds: x, the input of the quantizer, or that without its subspace.
+  enum class Stage { raw, normalized, finished };
 
   // visit(first column) with the values at `stage` in `v`; whole rows are there already.
   template <class Visit>
@@ -137,7 +139,6 @@ struct Quantize {
       VITQ_UNROLL_ONCE
       for (int base = 0; base < p.k; base += kColumns) {
         load(base);
-        if (p.norm && stage >= Stage::centred) subtract_centre(base);
         if (p.norm && stage >= Stage::normalized) normalize(base);
         if constexpr (kBranch != Branch::none) {
           if (stage == Stage::finished && p.subspace) subtract(base);
@@ -214,28 +215,42 @@ struct Quantize {
 
   // ---- LayerNorm ---------------------------------------------------------------------------------------
 
-  // γ and β on their way into shared memory: every group of lanes reads all of them.
-  VITQ_DEVICE void stage_affine() {
-    char* to = reinterpret_cast<char*>(memory + kAffine);
-    if (weight) to = stage(weight, to);
-    if (bias) stage(bias, to);
+  // γ and β on their way into shared memory, as they are: every group of lanes reads all of them.
+  VITQ_DEVICE void copy_affine() {
+    char* to = reinterpret_cast<char*>(memory + kAffine + 2 * p.k);
+    if (weight) to = copy(weight, to);
+    if (bias) copy(bias, to);
     commit_copies();
   }
-  VITQ_DEVICE char* stage(AnyFloat& vector, char* to) {
+  VITQ_DEVICE char* copy(AnyFloat& vector, char* to) {
     const int bytes = p.k * static_cast<int>(size_of(vector.dtype));
     const char* from = static_cast<const char*>(vector.data);
     for (int i = thread() * 16; i < bytes; i += kThreads * 16) copy_async(to + i, from + i, 16);
     vector.data = to;
     return to + bytes;
   }
-
-  static VITQ_DEVICE float sum_of(float (&x)[8]) {
-    VITQ_UNROLL
-    for (int width = 4; width > 0; width /= 2) {
-      VITQ_UNROLL
-      for (int j = 0; j < width; ++j) x[j] += x[j + width];
+  // The same as float32, or what stands for them.
+  VITQ_DEVICE void widen_affine() {
+    float* to = memory + kAffine;
+    VITQ_UNROLL_ONCE
+    for (int i = thread(); i < p.k; i += kThreads) {
+      to[i] = weight ? gpu::load(weight, i) : 1.0f;
+      to[p.k + i] = bias ? gpu::load(bias, i) : 0.0f;
     }
-    return x[0];
+  }
+
+  // visit(h, e, j) for every value of the lane's part of strip s that there is.
+  template <class Visit>
+  VITQ_DEVICE void each_value(int base, int s, const Visit& visit) {
+    const int left = p.k - strip(base, s) - column;
+    VITQ_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      if (source[h] < 0 || left <= 0) continue;
+      VITQ_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        if (kAligned || i < left) visit(h, i / 8, i % 8);
+      }
+    }
   }
 
   // Sums over a row's lanes in all warps, in an order of their own: the same whatever runs first.
@@ -262,89 +277,62 @@ struct Quantize {
     }
   }
 
-  // The first mean only centres; what it is off by, the second one takes out (a mean of small numbers).
+  // The first mean only centres; what it is off by, the second one takes out (a mean of small numbers). Sums
+  // go four at a time, neither a chain nor a tree that takes many registers.
   VITQ_DEVICE void layer_norm() {
     const float count = static_cast<float>(p.k);
     float first[1][2] = {};
     each(Stage::raw, [&](int) {
       VITQ_UNROLL
-      for (int s = 0; s < kStrips; ++s) {
+      for (int h = 0; h < 2; ++h) {
+        float sum[4] = {};
         VITQ_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          float x[8];
-          VITQ_UNROLL
-          for (int j = 0; j < 8; ++j) x[j] = v[s][j][2 * h] + v[s][j][2 * h + 1];
-          first[0][h] += sum_of(x);
-        }
+        for (int i = 0; i < 16 * kStrips; ++i) sum[i % 4] += v[i / 16][i % 8][2 * h + i / 8 % 2];
+        first[0][h] += sum_of(sum);
       }
     });
-    if (kWhole) wait_copies<0>();
+    if (kStaged) wait_copies<0>();
     sum_warps(memory + kSums, first);
+    if (kStaged) widen_affine();  // read behind the next barrier
     VITQ_UNROLL
     for (int h = 0; h < 2; ++h) centre[h] = first[0][h] / count;
-    if (kWhole) subtract_centre(0);
     float second[2][2] = {};
-    each(Stage::centred, [&](int) {
+    each(Stage::raw, [&](int base) {
+      float sum[2][4] = {}, squares[2][4] = {};
       VITQ_UNROLL
       for (int s = 0; s < kStrips; ++s) {
-        VITQ_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          float x[8], squares[8];
-          VITQ_UNROLL
-          for (int j = 0; j < 8; ++j) {
-            const float a = v[s][j][2 * h], b = v[s][j][2 * h + 1];
-            x[j] = a + b;
-            squares[j] = a * a + b * b;
-          }
-          second[0][h] += sum_of(x);
-          second[1][h] += sum_of(squares);
-        }
+        each_value(base, s, [&](int h, int e, int j) {
+          const float d = v[s][j][2 * h + e] - centre[h];
+          sum[h][j % 4] += d;
+          squares[h][j % 4] = fmaf(d, d, squares[h][j % 4]);
+        });
+      }
+      VITQ_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        second[0][h] += sum_of(sum[h]);
+        second[1][h] += sum_of(squares[h]);
       }
     });
     sum_warps(memory + kSums + kWarps * kRows, second);
     VITQ_UNROLL
     for (int h = 0; h < 2; ++h) {
-      mean[h] = second[0][h] / count;
-      const float variance = second[1][h] / count - mean[h] * mean[h];
+      const float mean = second[0][h] / count;
+      const float variance = second[1][h] / count - mean * mean;
       rstd[h] = 1.0f / sqrtf((variance > 0.0f ? variance : variance * 0.0f) + p.eps);
+      shift[h] = -mean * rstd[h];
     }
     if (kWhole) normalize(0);
   }
 
-  // v = value(strip, row h, element 8e + j of the lane's 16, v) where there is one, 0 elsewhere.
-  template <class Value>
-  VITQ_DEVICE void replace(int base, int s, const Value& value) {
-    const int left = p.k - strip(base, s) - column;
-    VITQ_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      VITQ_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        float& x = v[s][i % 8][2 * h + i / 8];
-        x = source[h] >= 0 && (kAligned ? 0 : i) < left ? value(h, i, x) : 0.0f;
-      }
-    }
-  }
+  static VITQ_DEVICE float sum_of(const float (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
 
-  VITQ_DEVICE void subtract_centre(int base) {
+  // 8 elements of γ, β or a row of D, or what stands for them.
+  VITQ_DEVICE void read_any(const AnyFloat& from, int first, float without, float (&out)[8]) const {
     VITQ_UNROLL
-    for (int s = 0; s < kStrips; ++s) {
-      replace(base, s, [&](int h, int, float x) { return x - centre[h]; });
-    }
-  }
-
-  // The lane's 16 elements of γ or β, or what stands for it.
-  VITQ_DEVICE void read_16(const AnyFloat& from, int first, float without, float (&out)[16]) {
-    VITQ_UNROLL
-    for (int i = 0; i < 16; ++i) out[i] = without;
+    for (int j = 0; j < 8; ++j) out[j] = without;
     if (!from) return;
     with_type(from.dtype, [&](auto type) {
-      VITQ_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        float x[8];
-        read_8<decltype(type)::value>(from.at(first + 8 * e).data, p.k - first - 8 * e, x);
-        VITQ_UNROLL
-        for (int j = 0; j < 8; ++j) out[8 * e + j] = x[j];
-      }
+      read_8<decltype(type)::value>(from.at(first).data, p.k - first, out);
     });
   }
 
@@ -352,10 +340,22 @@ struct Quantize {
     VITQ_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       const int first = strip(base, s) + column;
-      float gamma[16], beta[16];
-      read_16(weight, first, 1.0f, gamma);
-      read_16(bias, first, 0.0f, beta);
-      replace(base, s, [&](int h, int i, float x) { return (x - mean[h]) * rstd[h] * gamma[i] + beta[i]; });
+      float gamma[2][8], beta[2][8];
+      VITQ_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        if constexpr (kStaged) {
+          const float* affine = memory + kAffine + first + 8 * e;
+          read_8<DType::f32>(affine, p.k - first, gamma[e]);
+          read_8<DType::f32>(affine + p.k, p.k - first, beta[e]);
+        } else {
+          read_any(weight, first + 8 * e, 1.0f, gamma[e]);
+          read_any(bias, first + 8 * e, 0.0f, beta[e]);
+        }
+      }
+      each_value(base, s, [&](int h, int e, int j) {
+        float& x = v[s][j][2 * h + e];
+        x = fmaf(fmaf(x - centre[h], rstd[h], shift[h]), gamma[e][j], beta[e][j]);
+      });
     }
   }
 
@@ -436,12 +436,15 @@ struct Quantize {
     float sum[2] = {};
     VITQ_UNROLL
     for (int s = 0; s < kStrips; ++s) {
-      float d[16];
-      read_16(p.lora_down.at(int64_t{r} * p.k), strip(base, s) + column, 0.0f, d);
       VITQ_UNROLL
-      for (int i = 0; i < 16; ++i) {
+      for (int e = 0; e < 2; ++e) {
+        float d[8];
+        read_any(p.lora_down.at(int64_t{r} * p.k), strip(base, s) + column + 8 * e, 0.0f, d);
         VITQ_UNROLL
-        for (int h = 0; h < 2; ++h) sum[h] += v[s][i % 8][2 * h + i / 8] * d[i];
+        for (int j = 0; j < 8; ++j) {
+          VITQ_UNROLL
+          for (int h = 0; h < 2; ++h) sum[h] += v[s][j][2 * h + e] * d[j];
+        }
       }
     }
     VITQ_UNROLL
@@ -493,12 +496,15 @@ struct Quantize {
       for (int r = 0; r < p.rank; ++r) {
         VITQ_UNROLL
         for (int s = 0; s < kStrips; ++s) {
-          float d[16];
-          read_16(p.lora_down.at(int64_t{r} * p.k), strip(base, s) + column, 0.0f, d);
           VITQ_UNROLL
-          for (int i = 0; i < 16; ++i) {
+          for (int e = 0; e < 2; ++e) {
+            float d[8];
+            read_any(p.lora_down.at(int64_t{r} * p.k), strip(base, s) + column + 8 * e, 0.0f, d);
             VITQ_UNROLL
-            for (int h = 0; h < 2; ++h) v[s][i % 8][2 * h + i / 8] -= t[h][r] * d[i];
+            for (int j = 0; j < 8; ++j) {
+              VITQ_UNROLL
+              for (int h = 0; h < 2; ++h) v[s][j][2 * h + e] -= t[h][r] * d[j];
+            }
           }
         }
       }
@@ -534,23 +540,23 @@ struct Quantize {
       VITQ_UNROLL
       for (int h = 0; h < 2; ++h) {
         unsigned* row_tops = tops() + (group + 8 * h) * p.codes.groups;
-        unsigned top = 0;
+        float top = 0.0f;
         VITQ_UNROLL
         for (int i = 0; i < 16; ++i) {
-          const unsigned size = bits_of(v[s][i % 8][2 * h + i / 8]) & 0x7fffffffu;
-          top = size > top ? size : top;
-          if (!kAligned && row(h) < p.m && first + i < p.k) raise_to(row_tops + group_of(first + i), size);
+          const float size = fabsf(v[s][i % 8][2 * h + i / 8]);
+          top = max_or_nan(top, size);
+          if (!kAligned && row(h) < p.m && first + i < p.k) {
+            raise_to(row_tops + group_of(first + i), bits_of(size));
+          }
         }
         if (!kAligned) continue;
         if (together) {
-          VITQ_UNROLL
-          for (int lanes = 1; lanes < 4; lanes *= 2) {
-            const unsigned other = shuffle_xor(top, lanes);
-            top = other > top ? other : top;
-          }
+          top = max_or_nan(top, shuffle_xor(top, 1));
+          top = max_or_nan(top, shuffle_xor(top, 2));
         }
-        if (row(h) < p.m && first < p.k && (!together || column == 0))
-          raise_to(row_tops + group_of(first), top);
+        if (row(h) < p.m && first < p.k && (!together || column == 0)) {
+          raise_to(row_tops + group_of(first), bits_of(top));
+        }
       }
     }
   }
@@ -585,11 +591,13 @@ struct Quantize {
         int8_t* q = p.codes.q + int64_t{row(h)} * p.k + first;
         if constexpr (kAligned) {
           const float one = inverse(h, first);
-          Words4 words = {};
+          Words4 words;
           VITQ_UNROLL
-          for (int i = 0; i < 16; ++i) {
-            const int8_t code = code_of(p.codes, v[s][i % 8][2 * h + i / 8], one, range);
-            words.w[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(code)) << i % 4 * 8;
+          for (int i = 0; i < 4; ++i) {
+            float x[4];
+            VITQ_UNROLL
+            for (int j = 0; j < 4; ++j) x[j] = v[s][i % 2 * 4 + j][2 * h + i / 2];
+            words.w[i] = codes_of(p.codes, x, one, range);
           }
           *reinterpret_cast<Words4*>(q) = words;
         } else {

@@ -104,14 +104,15 @@ VITQ_DEVICE void see_arrivals() { __threadfence(); }
 // In shared or global memory.
 VITQ_DEVICE void raise_to(unsigned* to, unsigned value) { atomicMax(to, value); }
 
-// Both rounded to 16 bits, `low` in the low half.
+// Both rounded to 16 bits, `low` in the low half. Volatile: out of a loop of products, where a compiler would
+// move it, a whole operand's pairs would take its registers.
 template <DType kType>
 VITQ_DEVICE uint32_t pack_16(float low, float high) {
   uint32_t out;
   if constexpr (kType == DType::f16) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   }
   return out;
 }
