@@ -12,9 +12,9 @@ void start(const Launcher& launcher, const gpu::QuantizeParams& p) {
   launcher.run<Kernel>("quantize", ceil_div(p.m, Kernel::kRows), 1, Kernel::shared_bytes(p), p);
 }
 
-// Whole rows where a block's registers hold them: 64 values a thread with two blocks on a processor up to
-// K = 1024, 128 values with one block up to K = 3072. Longer rows, and the float32 branch,
-// which is not there for speed, go in chunks.
+// Whole rows where a block's registers hold them: 64 values a thread of 256 up to K = 1024, two blocks on a
+// processor; 128 values a thread of 384 up to K = 3072. Longer rows, and those of a float32 branch, which is
+// not there for speed, go in chunks. Blocks have 16 rows however few there are: what a branch multiplies.
 template <Branch kBranch>
 void choose(const Launcher& launcher, const gpu::QuantizeParams& p, bool aligned) {
   using gpu::Quantize;

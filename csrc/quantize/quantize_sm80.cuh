@@ -53,7 +53,7 @@ struct QuantizeParams {
 template <Branch kBranch, int kWarps, int kStrips, bool kWhole, bool kAligned>
 struct Quantize {
   using Params = QuantizeParams;
-  static constexpr int kThreads = kWarp * kWarps, kBlocksPerSm = kWarps > 8 ? 1 : 2;
+  static constexpr int kThreads = kWarp * kWarps, kBlocksPerSm = kStrips > 2 ? 1 : 2;
   static constexpr int kRows = 16, kStrip = 64, kColumns = kStrip * kWarps * kStrips;
 
   // What shared memory holds, in words: largest magnitudes, later scales, of as many groups; sums; t of as
@@ -80,14 +80,16 @@ struct Quantize {
                                                           : DType::bf16;
 
   const Params& p;
-  const int group = lane() / 4, column = lane() % 4 * 16;
+  int group, column, warp;
   float* const memory = reinterpret_cast<float*>(shared());
-  int64_t source[2];  // first element of a row in x; −1: there is none
+  bool present[2];    // rows that are in x; the others hold 0
+  int64_t source[2];  // their first elements
   AnyFloat weight, bias;
   float centre[2], rstd[2], shift[2];  // LayerNorm: (x − centre)·rstd + shift
   float v[kStrips][8][4];
 
   explicit VITQ_DEVICE Quantize(const Params& params) : p(params), weight(params.weight), bias(params.bias) {
+    locate();
     VITQ_UNROLL
     for (int h = 0; h < 2; ++h) {
       const int64_t token = row(h) < p.m ? p.gather.token_row(row(h)) : -1;
@@ -96,13 +98,21 @@ struct Quantize {
         const int at = static_cast<int>(token);
         source[h] = at / p.inner * p.outer_stride + at % p.inner * p.row_stride;
       }
-      if (token < 0) source[h] = -1;
+      present[h] = token >= 0;
     }
+  }
+
+  // Each stage finds its place anew: kept through all of them, what follows from it would be spilled.
+  VITQ_DEVICE void locate() {
+    const int self = thread_anew();
+    group = self % kWarp / 4;
+    column = self % 4 * 16;
+    warp = self / kWarp;
   }
 
   VITQ_DEVICE int row(int h) const { return block() * kRows + group + 8 * h; }
   // First column of a strip of this warp.
-  VITQ_DEVICE int strip(int base, int s) const { return base + (s * kWarps + warp()) * kStrip; }
+  VITQ_DEVICE int strip(int base, int s) const { return base + (s * kWarps + warp) * kStrip; }
 
   VITQ_DEVICE void quantize() {
     const Codes& c = p.codes;
@@ -115,12 +125,14 @@ struct Quantize {
       for (int rank = 0; rank < p.rank; rank += kRanks) project(rank);
       if (kWhole && p.subspace) subtract(0);
     }
+    locate();
     if (dynamic) {
       sync();
       each(Stage::finished, [&](int base) { raise_tops(base); });
       sync();
       scales_of_tops();
       sync();
+      locate();
     }
     each(Stage::finished, [&](int base) { encode(base); });
   }
@@ -204,7 +216,7 @@ struct Quantize {
           for (int e = 0; e < 2; ++e) {
             float x[8];
             read_8<decltype(type)::value>(p.x.at(source[h] + first + 8 * e).data,
-                                          source[h] < 0 ? 0 : p.k - first - 8 * e, x);
+                                          present[h] ? p.k - first - 8 * e : 0, x);
             VITQ_UNROLL
             for (int j = 0; j < 8; ++j) v[s][j][2 * h + e] = x[j];
           }
@@ -239,16 +251,16 @@ struct Quantize {
     }
   }
 
-  // visit(h, e, j) for every value of the lane's part of strip s that there is.
+  // visit(h, j) for every value of columns 8e .. 8e + 7 of the lane's part of strip s that there is.
   template <class Visit>
-  VITQ_DEVICE void each_value(int base, int s, const Visit& visit) {
-    const int left = p.k - strip(base, s) - column;
+  VITQ_DEVICE void each_value(int base, int s, int e, const Visit& visit) const {
+    const int left = p.k - strip(base, s) - column - 8 * e;
     VITQ_UNROLL
     for (int h = 0; h < 2; ++h) {
-      if (source[h] < 0 || left <= 0) continue;
+      if (!present[h] || left <= 0) continue;
       VITQ_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        if (kAligned || i < left) visit(h, i / 8, i % 8);
+      for (int j = 0; j < 8; ++j) {
+        if (kAligned || j < left) visit(h, j);
       }
     }
   }
@@ -262,7 +274,7 @@ struct Quantize {
       for (int h = 0; h < 2; ++h) {
         x[i][h] += shuffle_xor(x[i][h], 1);
         x[i][h] += shuffle_xor(x[i][h], 2);
-        if (column == 0) sums[(i * kWarps + warp()) * kRows + group + 8 * h] = x[i][h];
+        if (column == 0) sums[(i * kWarps + warp) * kRows + group + 8 * h] = x[i][h];
       }
     }
     sync();
@@ -280,6 +292,7 @@ struct Quantize {
   // The first mean only centres; what it is off by, the second one takes out (a mean of small numbers). Sums
   // go four at a time, neither a chain nor a tree that takes many registers.
   VITQ_DEVICE void layer_norm() {
+    locate();
     const float count = static_cast<float>(p.k);
     float first[1][2] = {};
     each(Stage::raw, [&](int) {
@@ -301,11 +314,14 @@ struct Quantize {
       float sum[2][4] = {}, squares[2][4] = {};
       VITQ_UNROLL
       for (int s = 0; s < kStrips; ++s) {
-        each_value(base, s, [&](int h, int e, int j) {
-          const float d = v[s][j][2 * h + e] - centre[h];
-          sum[h][j % 4] += d;
-          squares[h][j % 4] = fmaf(d, d, squares[h][j % 4]);
-        });
+        VITQ_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          each_value(base, s, e, [&](int h, int j) {
+            const float d = v[s][j][2 * h + e] - centre[h];
+            sum[h][j % 4] += d;
+            squares[h][j % 4] = fmaf(d, d, squares[h][j % 4]);
+          });
+        }
       }
       VITQ_UNROLL
       for (int h = 0; h < 2; ++h) {
@@ -321,6 +337,7 @@ struct Quantize {
       rstd[h] = 1.0f / sqrtf((variance > 0.0f ? variance : variance * 0.0f) + p.eps);
       shift[h] = -mean * rstd[h];
     }
+    locate();
     if (kWhole) normalize(0);
   }
 
@@ -331,31 +348,30 @@ struct Quantize {
     VITQ_UNROLL
     for (int j = 0; j < 8; ++j) out[j] = without;
     if (!from) return;
-    with_type(from.dtype, [&](auto type) {
-      read_8<decltype(type)::value>(from.at(first).data, p.k - first, out);
-    });
+    with_type(from.dtype,
+              [&](auto type) { read_8<decltype(type)::value>(from.at(first).data, p.k - first, out); });
   }
 
   VITQ_DEVICE void normalize(int base) {
     VITQ_UNROLL
     for (int s = 0; s < kStrips; ++s) {
-      const int first = strip(base, s) + column;
-      float gamma[2][8], beta[2][8];
       VITQ_UNROLL
       for (int e = 0; e < 2; ++e) {
+        const int first = strip(base, s) + column + 8 * e;
+        float gamma[8], beta[8];
         if constexpr (kStaged) {
-          const float* affine = memory + kAffine + first + 8 * e;
-          read_8<DType::f32>(affine, p.k - first, gamma[e]);
-          read_8<DType::f32>(affine + p.k, p.k - first, beta[e]);
+          const float* affine = memory + kAffine + first;
+          read_8<DType::f32>(affine, p.k - first, gamma);
+          read_8<DType::f32>(affine + p.k, p.k - first, beta);
         } else {
-          read_any(weight, first + 8 * e, 1.0f, gamma[e]);
-          read_any(bias, first + 8 * e, 0.0f, beta[e]);
+          read_any(weight, first, 1.0f, gamma);
+          read_any(bias, first, 0.0f, beta);
         }
+        each_value(base, s, e, [&](int h, int j) {
+          float& x = v[s][j][2 * h + e];
+          x = fmaf(fmaf(x - centre[h], rstd[h], shift[h]), gamma[j], beta[j]);
+        });
       }
-      each_value(base, s, [&](int h, int e, int j) {
-        float& x = v[s][j][2 * h + e];
-        x = fmaf(fmaf(x - centre[h], rstd[h], shift[h]), gamma[e][j], beta[e][j]);
-      });
     }
   }
 
@@ -363,8 +379,9 @@ struct Quantize {
 
   // t of ranks from r0 on, at most kRanks: every warp's share, then their sum.
   VITQ_DEVICE void project(int r0) {
+    locate();
     float* partial = memory + kPartial;
-    float* mine = partial + (warp() * kRows + group) * kRanksRow;
+    float* mine = partial + (warp * kRows + group) * kRanksRow;
     if constexpr (k16Bits) {
       float acc[kRanks / 8][4] = {};
       each(Stage::normalized, [&](int base) { multiply(base, r0, acc); });
@@ -423,7 +440,7 @@ struct Quantize {
           if (r0 + 8 * j >= p.rank) continue;
           // Ranks past the end repeat the last one: their sums are not stored.
           const int r = r0 + 8 * j + group < p.rank ? r0 + 8 * j + group : p.rank - 1;
-          const Words4 d = read_words(down + int64_t{r} * p.k + first, p.k - first);
+          const Words4 d = read_words(down + (r * p.k + first), p.k - first);
           VITQ_UNROLL
           for (int q = 0; q < 2; ++q) mma_16<kDown>(acc[j], a[q], d.w[2 * q], d.w[2 * q + 1]);
         }
@@ -458,19 +475,18 @@ struct Quantize {
   // v −= t·D.
   VITQ_DEVICE void subtract(int base) {
     // Rows past the end repeat the last one: they are not stored.
-    const float* t[2];
-    VITQ_UNROLL
-    for (int h = 0; h < 2; ++h) t[h] = p.t + int64_t{row(h) < p.m ? row(h) : p.m - 1} * p.rank;
+    const auto t_of = [&](int h) { return p.t + int64_t{row(h) < p.m ? row(h) : p.m - 1} * p.rank; };
     if constexpr (k16Bits) {
       const auto* down = static_cast<const uint16_t*>(p.lora_down.data);
       VITQ_UNROLL_ONCE
       for (int r0 = 0; r0 < p.rank; r0 += 16) {
+        locate();
         const int r = r0 + column / 4;
         uint32_t a[4];
         VITQ_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int at = r + i / 2 * 2;
-          const float* from = t[i % 2] + at;
+          const float* from = t_of(i % 2) + at;
           a[i] = pack_16<kDown>(at < p.rank ? -from[0] : 0.0f, at + 1 < p.rank ? -from[1] : 0.0f);
         }
         VITQ_UNROLL
@@ -481,7 +497,7 @@ struct Quantize {
           VITQ_UNROLL
           for (int i = 0; i < 4; ++i) {
             const int rank = r + i < p.rank ? r + i : p.rank - 1;
-            d[i] = read_words(down + int64_t{rank} * p.k + first, p.k - first);
+            d[i] = read_words(down + (rank * p.k + first), p.k - first);
           }
           VITQ_UNROLL
           for (int j = 0; j < 8; ++j) {
@@ -503,7 +519,7 @@ struct Quantize {
             VITQ_UNROLL
             for (int j = 0; j < 8; ++j) {
               VITQ_UNROLL
-              for (int h = 0; h < 2; ++h) v[s][j][2 * h + e] -= t[h][r] * d[j];
+              for (int h = 0; h < 2; ++h) v[s][j][2 * h + e] -= t_of(h)[r] * d[j];
             }
           }
         }
