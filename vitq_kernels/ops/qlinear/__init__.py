@@ -77,7 +77,8 @@ _schema.define(
 )
 for _op in ("qlinear", "qlinear_quantize", "qlinear_weight_only", "qlinear_norm_quantize"):
     _schema.define_triton(_op, "qlinear", _TRITON_LAYOUTS)
-_schema.define_cuda("qlinear", _TRITON_LAYOUTS)
+for _op in ("qlinear", "qlinear_quantize"):
+    _schema.define_cuda(_op, _TRITON_LAYOUTS)
 
 
 def _codes(x: QTensor) -> Tensor:
