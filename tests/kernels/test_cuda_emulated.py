@@ -30,6 +30,11 @@ def test_kernels(library):
     emulation.run(library, "test_qlinear.py", least=40)
 
 
+def test_what_is_its_own(library):
+    """int4 products, split K, orders of threads, refusals."""
+    emulation.run(library, "emulated_cuda.py", select="", least=25)
+
+
 def test_kernels_under_sanitizers(tmp_path):
     """Address and undefined behaviour: no access outside what the glue was given, or what a block shares."""
     runtimes = [
