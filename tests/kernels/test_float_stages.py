@@ -9,6 +9,7 @@ from selected import TRITON
 
 import vitq_kernels as vk
 from vitq_kernels import backends
+from vitq_kernels.formats import QuantSpec
 from vitq_kernels.nn.base import choose_layout
 from vitq_kernels.ops import float_stages as stages
 from vitq_kernels.packing import pack_weight

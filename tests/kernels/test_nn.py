@@ -281,10 +281,8 @@ def attention_by_ops(state: AttentionState, x: torch.Tensor, norm, gamma, residu
     h, d = state.heads, c // state.heads
     y = norm(x)
     q = vk.quantize(y, state.qkv.act_quant)
-    w = vk.pack_weight(
-        layout = linear_module.choose_layout(backends.resolve("qlinear", "cpu").layouts, QuantSpec(8), None)
-        state.qkv.codes, 8, layout
-    )
+    layout = linear_module.choose_layout(backends.resolve("qlinear", "cpu").layouts, QuantSpec(8), None)
+    w = vk.pack_weight(state.qkv.codes, 8, layout)
     f = vk.qlinear(q, w, state.qkv.weight_scale, state.qkv.bias, lora_up=state.qkv.lora_up)
     coded = vk.quantize(f, state.operand_quant)
     parts = [p.contiguous() for p in coded.q.reshape(b, n, 3, h, d).permute(2, 0, 3, 1, 4)]
