@@ -1,7 +1,8 @@
-// vitq_cuda::qlinear and qlinear_quantize.
+// vitq_cuda::qlinear, qlinear_quantize and qlinear_norm_quantize.
 #include "gpu_glue.h"
 #include "qlinear/qlinear_sm80.cuh"
 #include "qlinear/tail_glue.h"
+#include "quantize/quantize_gpu.h"
 
 namespace vitq::glue {
 namespace {
@@ -113,6 +114,15 @@ struct Call {
     large = ceil_div(m, 128) * ceil_div(n, 128) >= launcher.processors;
   }
 
+  // The result as floats, [..., N] as x is [..., K].
+  Tensor floats(ScalarType dtype) {
+    p.out_dtype = dtype_of(dtype, "out_dtype");
+    const Tensor out = new_tensor(shape_with_last(x, p.n), dtype);
+    p.out = out.mutable_data_ptr();
+    if (out.numel() > 0) run();
+    return out;
+  }
+
   int64_t column_tiles() const { return ceil_div(p.n, large ? 128 : 64); }
 
   void run() {
@@ -135,11 +145,7 @@ Tensor qlinear(const Tensor& x, const Tensor& x_scale, int64_t x_zero_point, Opt
                OptTensor layer_scale, OptTensor residual, ScalarType out_dtype) {
   Call call(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, bias, lora_up,
             activation, layer_scale, residual);
-  call.p.out_dtype = dtype_of(out_dtype, "out_dtype");
-  const Tensor out = new_tensor(shape_with_last(x, n), out_dtype);
-  call.p.out = out.mutable_data_ptr();
-  if (out.numel() > 0) call.run();
-  return out;
+  return call.floats(out_dtype);
 }
 
 // How a tile of the product can turn its own result into codes: not at all, any tile, or one of 128 columns
@@ -169,7 +175,11 @@ QuantizedTensors qlinear_quantize(const Tensor& x, const Tensor& x_scale, int64_
                      q_lut, lora_down, subspace);
   if (call.p.m == 0) return quant.results();
   const InTile how = in_tile(quant.tail, quant.down);
-  STD_TORCH_CHECK(how != InTile::no, "needs the quantize kernel");
+  if (how == InTile::no) {
+    const Tensor y = call.floats(ScalarType::Float);
+    quantize_rows(call.launcher, {any_float(y, y.numel(), "y"), n}, {}, call.p.m, quant);
+    return quant.results();
+  }
   call.p.codes = codes_of(quant.tail);
   call.large |= how == InTile::wide;
   const int64_t count = int64_t{call.p.m} * quant.tail.rank, parts = call.column_tiles();
@@ -189,10 +199,31 @@ QuantizedTensors qlinear_quantize(const Tensor& x, const Tensor& x_scale, int64_
   return quant.results();
 }
 
+// Two launches: a LayerNorm needs whole rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor> qlinear_norm_quantize(
+    const Tensor& x, const Tensor& x_scale, int64_t x_zero_point, OptTensor lora_t, const Tensor& weight,
+    int64_t layout, int64_t n, int64_t k, const Tensor& col_sum, OptTensor w_lut, const Tensor& w_scale,
+    OptTensor bias, OptTensor lora_up, int64_t activation, OptTensor layer_scale, OptTensor residual,
+    ScalarType out_dtype, OptTensor norm_weight, OptTensor norm_bias, double eps, OptTensor q_scale,
+    int64_t q_zero_point, int64_t qmin, int64_t qmax, int64_t groups, OptTensor row_qmax, OptTensor q_lut,
+    OptTensor lora_down, bool subspace) {
+  STD_TORCH_CHECK(n > 0, "n is 0, expected at least 1 in front of a LayerNorm");
+  Call call(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, bias, lora_up,
+            activation, layer_scale, residual);
+  const QuantTensors quant(shape_with_last(x, n), call.p.m, q_scale, q_zero_point, qmin, qmax, groups,
+                           row_qmax, q_lut, lora_down, subspace);
+  const Tensor y = call.floats(out_dtype);
+  const Held gamma(norm_weight), beta(norm_bias);
+  const LayerNorm norm{gamma.any_float(n, "norm_weight"), beta.any_float(n, "norm_bias"), eps};
+  quantize_rows(call.launcher, {any_float(y, y.numel(), "y"), n}, norm, call.p.m, quant);
+  return {y, quant.q, quant.out_scale, quant.t};
+}
+
 }  // namespace
 }  // namespace vitq::glue
 
 VITQ_GPU_LIBRARY(m) {
   m.impl("qlinear", TORCH_BOX(&vitq::glue::qlinear));
   m.impl("qlinear_quantize", TORCH_BOX(&vitq::glue::qlinear_quantize));
+  m.impl("qlinear_norm_quantize", TORCH_BOX(&vitq::glue::qlinear_norm_quantize));
 }
