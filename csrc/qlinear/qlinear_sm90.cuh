@@ -76,14 +76,14 @@ struct QLinearSm90 {
     }
     sync();
     if (warp() < 4) {
-      leave_registers<40>();
+      leave_registers<56>();
       if (warp() > 0) {
         convert(p);
       } else if (elect()) {
         copy(p);
       }
     } else {
-      take_registers<232>();
+      take_registers<224>();
       consume(p);
     }
 #endif
@@ -299,7 +299,10 @@ struct QLinearSm90 {
         for (int sub = 0; sub < kSub; ++sub) {
           VITQ_UNROLL
           for (int k = 0; k < 2; ++k) {
-            if (half == 0) read_packed(stage + kBytesX, columns_of(sub), k, packed[sub][k]);
+            // Again for the other half where levels need the registers.
+            if (half == 0 || kProduct == Product::w4_table) {
+              read_packed(stage + kBytesX, columns_of(sub), k, packed[sub][k]);
+            }
             VITQ_UNROLL
             for (int r = 0; r < 4; ++r) {
               a[half][sub][k][r] = widened(table, half == 0 ? packed[sub][k][r] : packed[sub][k][r] >> 4);
@@ -346,22 +349,24 @@ struct QLinearSm90 {
   // is.
   static VITQ_DEVICE void scale_sums(const LinearParams& l, int n0, const float* scales, const Sums& sums,
                                      Floats& y) {
+    float w_scale[kSub][2];
+    int correction[kSub][2];
     VITQ_UNROLL
-    for (int sub = 0; sub < kSub; ++sub) {
-      float w_scale[2];
-      int correction[2];
+    for (int i = 0; i < 2 * kSub; ++i) {
+      const int n = n0 + columns_of(i / 2) + warp() % 4 * 16 + lane() / 4 + i % 2 * 8;
+      w_scale[i / 2][i % 2] = n < l.n ? l.w_scale[n] : 0.0f;
+      correction[i / 2][i % 2] = l.x_zero_point != 0 && n < l.n ? l.x_zero_point * l.col_sum[n] : 0;
+    }
+    VITQ_UNROLL
+    for (int i = 0; i < kBlockM / 2; ++i) {
+      const int h = i / 2 % 2, m = i / 4 * 8 + lane() % 4 * 2 + i % 2;
       VITQ_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int n = n0 + columns_of(sub) + warp() % 4 * 16 + lane() / 4 + 8 * h;
-        w_scale[h] = n < l.n ? l.w_scale[n] : 0.0f;
-        correction[h] = l.x_zero_point != 0 && n < l.n ? l.x_zero_point * l.col_sum[n] : 0;
-      }
-      VITQ_UNROLL
-      for (int i = 0; i < kBlockM / 2; ++i) {
-        const int h = i / 2 % 2, m = i / 4 * 8 + lane() % 4 * 2 + i % 2;
+      for (int sub = 0; sub < kSub; ++sub) {
         const int total = kProduct == Product::w4 ? sums[sub][i] >> 4 : sums[sub][i];
-        y[sub][i] = static_cast<float>(total - correction[h]) * (scales[m] * w_scale[h]);
+        y[sub][i] = static_cast<float>(total - correction[sub][h]) * (scales[m] * w_scale[sub][h]);
       }
+      // Or the compiler loads the scales of all columns first, and spills.
+      if (i % 16 == 15) sync_warp();
     }
   }
 
