@@ -35,9 +35,12 @@ def compiler() -> str | None:
 
 
 def native() -> bool:
-    want = switch("VITQ_BUILD_NATIVE")
+    want, insists_on_cuda = switch("VITQ_BUILD_NATIVE"), switch("VITQ_BUILD_CUDA") == "1"
+    cuda_architectures()
+    if insists_on_cuda:
+        cuda()
     if want == "0":
-        if switch("VITQ_BUILD_CUDA") == "1":
+        if insists_on_cuda:
             raise SystemExit("VITQ_BUILD_CUDA is 1 and VITQ_BUILD_NATIVE is 0, expected GPU kernels beside native ones")
         return False
     if compiler() is None:
@@ -53,7 +56,7 @@ def native() -> bool:
 
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    names = [os.environ.get("CUDACXX"), home and os.path.join(home, "bin", "nvcc"), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    names = [os.environ.get("CUDACXX"), home and os.path.join(home, "bin", "nvcc"), "nvcc"]
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 

@@ -86,13 +86,11 @@ bool started_sm90(const Launcher& launcher, const gpu::LinearParams& p) {
 #endif
 }
 
-// Large tiles where they fill the processors, or where the rest of the epilogue needs a row's 128 columns.
 template <Product kProduct>
-void choose(const Launcher& launcher, gpu::LinearParams& p, bool wide) {
-  // Widened to int8 where there are no int4 products.
+void choose(const Launcher& launcher, gpu::LinearParams& p, bool large) {
+  // Widened to int8: sm_90 has no int4 products.
   if (started_sm90<kProduct == Product::s4 ? Product::w4 : kProduct>(launcher, p)) return;
   const bool aligned = p.k % 16 == 0 && at_16_bytes(p.x) && at_16_bytes(p.weight);
-  const bool large = wide || ceil_div(p.m, 128) * ceil_div(p.n, 128) >= launcher.processors;
   if (aligned && large) return start<Large<kProduct, true>>(launcher, p);
   if (aligned) return start<Small<kProduct, true>>(launcher, p);
   if (large) return start<Large<kProduct, false>>(launcher, p);
@@ -107,6 +105,7 @@ struct Call {
   TailTensors tensors;
   gpu::LinearParams p{};
   Product product = Product::s8;
+  bool large = false;
 
   Call(const Tensor& x_, const Tensor& x_scale_, int64_t x_zero_point, const OptTensor& lora_t,
        const Tensor& weight_, int64_t layout, int64_t n, int64_t k, const Tensor& col_sum_,
@@ -160,18 +159,22 @@ struct Call {
     p.m = static_cast<int>(m);
     p.n = static_cast<int>(n);
     p.k = static_cast<int>(k);
+    // Where they fill the processors.
+    large = ceil_div(m, 128) * ceil_div(n, 128) >= launcher.processors;
   }
 
-  void run(bool wide = false) {
+  int64_t column_tiles() const { return ceil_div(p.n, large ? 128 : 64); }
+
+  void run() {
     switch (product) {
       case Product::s8:
-        return choose<Product::s8>(launcher, p, wide);
+        return choose<Product::s8>(launcher, p, large);
       case Product::w4:
-        return choose<Product::w4>(launcher, p, wide);
+        return choose<Product::w4>(launcher, p, large);
       case Product::w4_table:
-        return choose<Product::w4_table>(launcher, p, wide);
+        return choose<Product::w4_table>(launcher, p, large);
       case Product::s4:
-        return choose<Product::s4>(launcher, p, wide);
+        return choose<Product::s4>(launcher, p, large);
     }
   }
 };
@@ -189,7 +192,57 @@ Tensor qlinear(const Tensor& x, const Tensor& x_scale, int64_t x_zero_point, Opt
   return out;
 }
 
+// How a tile of the product can turn its own result into codes: not at all, any tile, or one of 128 columns
+// only. Dynamic scales need their group of columns inside the tile, as whole lanes of a row's warp; a branch
+// that is taken out before quantizing needs the whole row; a float32 lora_down has no matrix instruction.
+enum class InTile { no, any, wide };
+
+InTile in_tile(const QuantTail& q, const AnyFloat& down) {
+  if (q.subspace || (down && down.dtype == DType::f32)) return InTile::no;
+  if (q.scale != nullptr) return InTile::any;
+  const int64_t width = q.k / q.groups;
+  if (q.groups == 1 && q.k <= 128) return q.k <= 64 ? InTile::any : InTile::wide;
+  if ((width & (width - 1)) != 0 || width < 4 || width > 128) return InTile::no;
+  return width <= 64 ? InTile::any : InTile::wide;
+}
+
+QuantizedTensors qlinear_quantize(const Tensor& x, const Tensor& x_scale, int64_t x_zero_point,
+                                  OptTensor lora_t, const Tensor& weight, int64_t layout, int64_t n,
+                                  int64_t k, const Tensor& col_sum, OptTensor w_lut, const Tensor& w_scale,
+                                  OptTensor bias, OptTensor lora_up, int64_t activation,
+                                  OptTensor layer_scale, OptTensor residual, OptTensor q_scale,
+                                  int64_t q_zero_point, int64_t qmin, int64_t qmax, int64_t groups,
+                                  OptTensor row_qmax, OptTensor q_lut, OptTensor lora_down, bool subspace) {
+  Call call(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, bias, lora_up,
+            activation, layer_scale, residual);
+  QuantTensors quant(shape_with_last(x, n), call.p.m, q_scale, q_zero_point, qmin, qmax, groups, row_qmax,
+                     q_lut, lora_down, subspace);
+  if (call.p.m == 0) return quant.results();
+  const InTile how = in_tile(quant.tail, quant.down);
+  STD_TORCH_CHECK(how != InTile::no, "needs the quantize kernel");
+  call.p.codes = codes_of(quant.tail);
+  call.large |= how == InTile::wide;
+  const int64_t count = int64_t{call.p.m} * quant.tail.rank, parts = call.column_tiles();
+  std::optional<Tensor> shares;  // one column tile's is t itself
+  if (count > 0) {
+    if (parts > 1) shares = new_tensor({parts, count}, ScalarType::Float);
+    call.p.lora_down = quant.down;
+    call.p.rank_down = static_cast<int>(quant.tail.rank);
+    call.p.shares = shares ? static_cast<float*>(shares->mutable_data_ptr()) : quant.tail.t;
+  }
+  call.run();
+  if (shares) {
+    const gpu::AddShares::Params sum{call.p.shares, quant.tail.t, count, static_cast<int>(parts)};
+    call.launcher.run<gpu::AddShares>("qlinear_quantize", ceil_div(count, gpu::AddShares::kThreads), 1, 0,
+                                      sum);
+  }
+  return quant.results();
+}
+
 }  // namespace
 }  // namespace vitq::glue
 
-VITQ_GPU_LIBRARY(m) { m.impl("qlinear", TORCH_BOX(&vitq::glue::qlinear)); }
+VITQ_GPU_LIBRARY(m) {
+  m.impl("qlinear", TORCH_BOX(&vitq::glue::qlinear));
+  m.impl("qlinear_quantize", TORCH_BOX(&vitq::glue::qlinear_quantize));
+}
