@@ -4,7 +4,7 @@
 the plain-torch ``ref`` back end with a message; 1 insists on it; 0 leaves it out. A compile error is never hidden.
 ``VITQ_BUILD_CUDA=auto|0|1``: auto builds the GPU kernels wherever there is nvcc (``CUDACXX``, ``CUDA_HOME``, the PATH)
 and the installed torch is one for CUDA; 1 insists on it. A GPU is not needed. ``TORCH_CUDA_ARCH_LIST`` ("8.0;8.9+PTX")
-says for which architectures, default 8.0+PTX, which runs on all later ones.
+says for which architectures, default "8.0+PTX;9.0a": the PTX runs on all later ones, 9.0a adds kernels of Hopper's own.
 Rebuild in place after a change to csrc/: ``python setup.py build_ext --inplace``.
 """
 
@@ -81,7 +81,7 @@ def cuda() -> bool:
 
 def cuda_architectures() -> str:
     """``TORCH_CUDA_ARCH_LIST`` as CMake says it: 80-real is machine code alone, 80 machine code and PTX."""
-    names = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0+PTX")
+    names = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0+PTX;9.0a")
     found = []
     for name in names:
         match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", name)

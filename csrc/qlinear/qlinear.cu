@@ -1,6 +1,7 @@
 // vitq_cuda::qlinear, qlinear_quantize and qlinear_norm_quantize.
 #include "gpu_glue.h"
 #include "qlinear/qlinear_sm80.cuh"
+#include "qlinear/qlinear_sm90.cuh"
 #include "qlinear/tail_glue.h"
 #include "quantize/quantize_gpu.h"
 
@@ -38,10 +39,59 @@ void start(const Launcher& launcher, gpu::LinearParams& p) {
   launcher.run<Kernel>("qlinear", tiles, splits, Kernel::kShared, p);
 }
 
+bool at_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <Product kProduct, int kTeam>
+void start_sm90(const Launcher& launcher, const gpu::LinearParams& p) {
+  using Kernel = gpu::QLinearSm90<kProduct, kTeam>;
+  typename Kernel::Params params{};
+  params.linear = p;
+  const auto describe = [](gpu::TensorMap& map, const void* data, int64_t row_bytes, int64_t rows,
+                           int64_t box_rows, int span) {
+    const char* error =
+        gpu::describe_rows(&map, data, row_bytes, rows, row_bytes, span, static_cast<int>(box_rows), span);
+    STD_TORCH_CHECK(error == nullptr, "qlinear does not launch: ", error);
+  };
+  describe(params.x, p.x, p.k, p.m, Kernel::kBlockM, Kernel::kSpanX);
+  describe(params.weight, p.weight, p.weight_row, p.n, Kernel::kBlockN, Kernel::kSpanW);
+  if (p.rank > 0 && p.lora_up.dtype != DType::f32) {
+    params.chunks = static_cast<int>(ceil_div(p.rank, Kernel::kRanks));
+    describe(params.lora_up, p.lora_up.data, int64_t{p.rank} * 2, p.n, Kernel::kBlockN, Kernel::kSpanBranch);
+  }
+  const int64_t tiles = ceil_div(p.m, Kernel::kBlockM) * ceil_div(p.n, Kernel::kBlockN);
+  launcher.run<Kernel>("qlinear", std::min<int64_t>(tiles, launcher.processors), 1, Kernel::kShared, params);
+}
+
+// True if sm_90a's kernel serves the call. It does where tiles of 128x128 fill the processors (below that,
+// the smaller tiles and splits of K of sm_80's keep more of them busy) and rows start where the copy engine
+// can.
+//
+// From K 2048 on both consumers share tiles of 256 rows, which read a quarter less through L2 for a product;
+// below, the epilogue takes as long as the products and hides behind those of the other's tile. Not measured.
+template <Product kProduct>
+bool started_sm90(const Launcher& launcher, const gpu::LinearParams& p) {
+#if defined(VITQ_HAS_SM90A)
+  const bool branch = p.rank > 0 && p.lora_up.dtype != DType::f32;
+  const auto tiles = [&p](int rows) { return ceil_div(p.m, rows) * ceil_div(p.n, 128); };
+  if (launcher.capability != 90 || p.k == 0 || tiles(128) < launcher.processors) return false;
+  if (p.k % 16 != 0 || !at_16_bytes(p.x) || !at_16_bytes(p.weight)) return false;
+  if (branch && (p.rank % 8 != 0 || !at_16_bytes(p.lora_t) || !at_16_bytes(p.lora_up.data))) return false;
+  if (p.k >= 2048 && tiles(256) >= launcher.processors) {
+    start_sm90<kProduct, 2>(launcher, p);
+  } else {
+    start_sm90<kProduct, 1>(launcher, p);
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
 template <Product kProduct>
 void choose(const Launcher& launcher, gpu::LinearParams& p, bool large) {
-  const bool aligned = p.k % 16 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+  // Widened to int8: sm_90 has no int4 products.
+  if (started_sm90<kProduct == Product::s4 ? Product::w4 : kProduct>(launcher, p)) return;
+  const bool aligned = p.k % 16 == 0 && at_16_bytes(p.x) && at_16_bytes(p.weight);
   if (aligned && large) return start<Large<kProduct, true>>(launcher, p);
   if (aligned) return start<Small<kProduct, true>>(launcher, p);
   if (large) return start<Large<kProduct, false>>(launcher, p);

@@ -17,6 +17,7 @@
 #pragma once
 
 #include "qlinear/epilogue.cuh"
+#include "qlinear/nibbles.cuh"
 
 namespace vitq::gpu {
 
@@ -64,8 +65,7 @@ struct QLinear {
   }
 
  private:
-  // ---- the product
-  // -------------------------------------------------------------------------------------------
+  // ---- the product ----
 
   // Where row `row` of slab `slab` lies, in bytes: rows of the second slab are swapped in pairs, so that the
   // 8 lanes that copy 128 bytes of one row write to all banks.
@@ -214,19 +214,7 @@ struct QLinear {
     return packed;
   }
 
-  // Levels of the 4 low nibbles of the bytes of `index`.
-  static VITQ_DEVICE uint32_t levels(const uint32_t* table, uint32_t index) {
-    // The nibbles beside one another, then 8 levels from each half of the table, then the half by the top
-    // bit.
-    const uint32_t pairs = (index & 0x000f000fu) | (index >> 4 & 0x00f000f0u);
-    const uint32_t selector = (pairs & 0xffu) | (pairs >> 8 & 0xff00u);
-    const uint32_t below = permute(table[0], table[1], selector & 0x7777u);
-    const uint32_t above = permute(table[2], table[3], selector & 0x7777u);
-    return permute(below, above, 0x3210u | (selector & 0x8888u) >> 1);
-  }
-
-  // ---- split K
-  // -----------------------------------------------------------------------------------------------
+  // ---- split K ----
 
   // Leaves this block's share where the last block of the tile to come finds it; true for that one, which
   // then has the sum of all. Integers: the order does not matter.
@@ -254,8 +242,7 @@ struct QLinear {
     return true;
   }
 
-  // ---- the epilogue
-  // ------------------------------------------------------------------------------------------
+  // ---- the epilogue ----
 
   static VITQ_DEVICE void finish(const Params& p, int m0, int n0, const Accumulators& acc) {
     auto* result = reinterpret_cast<float*>(shared());
