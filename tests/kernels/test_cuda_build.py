@@ -29,24 +29,25 @@ QLINEAR = r"QLinearILNS0_7ProductE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)EL
 S8, W4, W4_TABLE, S4 = range(4)
 
 
-def _dump(what: str) -> dict[str, str]:
+# Product, warpgroups that share a tile: the arguments of QLinearSm90.
+QLINEAR_SM90 = r"QLinearSm90ILNS0_7ProductE(\d)ELi(\d)E"
+
+
+def _objdump(*arguments: str) -> str:
+    return subprocess.run([_cuobjdump(), *arguments, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+
+
+def _dump(what: str, architecture: str) -> dict[str, str]:
     """Kernel -> its part of cuobjdump's text."""
-    text = subprocess.run([_cuobjdump(), what, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"Function ?:? ", text)[1:]
+    if not re.search(rf"\.{architecture}?\.cubin", _objdump("-lelf")):  # an older one says sm_90 of sm_90a
+        pytest.skip(f"the library was not built for {architecture}")
+    parts = re.split(r"Function ?:? ", _objdump(what, "-arch", architecture))[1:]
     return {part.split(maxsplit=1)[0].rstrip(":"): part for part in parts}
 
 
-@pytest.fixture(scope="module")
-def sass():
-    return _dump("-sass")
-
-
-@pytest.fixture(scope="module")
-def resources():
-    return _dump("-res-usage")
-
-
-def test_nothing_spills(resources):
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_nothing_spills(architecture):
+    resources = _dump("-res-usage", architecture)
     assert len(resources) >= 17
     for kernel, usage in resources.items():
         found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
@@ -57,8 +58,9 @@ def test_nothing_spills(resources):
             assert int(found["REG"]) <= 192, kernel
 
 
-def test_products_are_those_of_the_tensor_cores(sass):
+def test_products_are_those_of_the_tensor_cores():
     """As many instructions as a stage of 128 codes of K has tiles; 4-bit codes take half as many."""
+    sass = _dump("-sass", "sm_80")
     kernels = {match.groups(): text for name, text in sass.items() if (match := re.search(QLINEAR, name))}
     assert {int(key[0]) for key in kernels} == {S8, W4, W4_TABLE, S4}
     for key, text in kernels.items():
@@ -70,6 +72,23 @@ def test_products_are_those_of_the_tensor_cores(sass):
         assert ("LDGSTS" in text) == (aligned or product != S8), "asynchronous copies"
         assert "LDS.128" in text
         assert "LDSM" not in text
+
+
+def test_hopper_multiplies_by_warpgroups():
+    """Four steps of K a stage, two of ranks in either type; no wait between them, and all of it from bulk copies."""
+    sass = _dump("-sass", "sm_90a")
+    kernels = {match.groups(): text for name, text in sass.items() if (match := re.search(QLINEAR_SM90, name))}
+    assert {tuple(map(int, key)) for key in kernels} == {(p, team) for p in (S8, W4, W4_TABLE) for team in (1, 2)}
+    for (product, team), text in kernels.items():
+        parts, columns = (1, 256) if team == "2" else (2, 128)
+        assert re.findall(r"IGMMA\.[.A-Z0-9x]+", text) == [f"IGMMA.64x{columns}x32.S8.S8"] * (4 * parts)
+        assert len(re.findall(rf"HGMMA\.64x{columns}x16\.F32", text)) == 4 * parts
+        # As the source waits: after a stage (its halves, where weights pass through registers), at the end of K, and
+        # after the ranks of a stage in either type.
+        waits = 4 + (int(product) != S8)
+        assert len(re.findall(r"WARPGROUP\.DEPBAR", text)) == waits
+        assert "UTMALDG.2D" in text
+        assert "USETMAXREG" in text
 
 
 def test_the_library_loads_and_says_why_it_does_not_serve():

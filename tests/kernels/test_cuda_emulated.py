@@ -15,10 +15,11 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
-def test_the_emulation_catches_what_is_wrong(tmp_path, seed):
-    """Copies not waited for, divergence, deadlock, missing barriers; conversions; the manual's fragment layouts."""
-    program = tmp_path / "emulation"
-    sources = [str(emulation.ROOT / name) for name in ("tests/emulated/emulation.cpp", "csrc/common/gpu/emulation.cpp")]
+@pytest.mark.parametrize("name", ["emulation", "emulation_sm90"])
+def test_the_emulation_catches_what_is_wrong(tmp_path, name, seed):
+    """Copies not waited for, divergence, deadlock, missing barriers and fences; conversions; the manual's layouts."""
+    program = tmp_path / name
+    sources = [str(emulation.ROOT / file) for file in (f"tests/emulated/{name}.cpp", "csrc/common/gpu/emulation.cpp")]
     flags = ["-std=c++20", "-O1", "-DVITQ_EMULATED=1", "-I", str(emulation.ROOT / "csrc")]
     subprocess.run([os.environ.get("CXX", "c++"), *flags, *sources, "-o", str(program)], check=True)
     done = subprocess.run([program], capture_output=True, text=True, env={**os.environ, "VITQ_EMULATION_SEED": seed})
@@ -33,6 +34,13 @@ def test_kernels(library):
 def test_what_is_its_own(library):
     """int4 products, split K, orders of threads, refusals."""
     emulation.run(library, "emulated_cuda.py", select="", least=20)
+
+
+def test_sm_90a(library):
+    """Its own paths, and the tests of every back end again, wherever its kernels take the call."""
+    emulation.run(library, "emulated_cuda_hopper.py", select="", least=45)
+    hopper = {"VITQ_EMULATED_CAPABILITY": "90", "VITQ_EMULATED_PROCESSORS": "1"}
+    emulation.run(library, "test_qlinear.py", least=40, **hopper)
 
 
 def test_kernels_under_sanitizers(tmp_path):
