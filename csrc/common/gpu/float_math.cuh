@@ -20,7 +20,15 @@ VITQ_DEVICE float gelu(float x, Gelu kind) {
 }
 
 // NaN if either is: what is not a number must not look small.
-VITQ_DEVICE float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+VITQ_DEVICE float max_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
 
 VITQ_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
