@@ -43,6 +43,7 @@ inline uint16_t half_of(float v) {
   const float a = std::fabs(v);
   if (std::isnan(v)) return 0x7fff;
   if (a >= 65520.0f) return sign | 0x7c00;
+  if (a == 0.0f) return sign;
   int exponent = 0;
   std::frexp(a, &exponent);                                     // a in [2^(exponent−1), 2^exponent)
   const int place = exponent - 11 < -24 ? -24 : exponent - 11;  // of the last bit
