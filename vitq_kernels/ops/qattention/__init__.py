@@ -44,6 +44,7 @@ _schema.define(
 )
 for _name in ("qattention", "qattention_quantize"):
     _schema.define_triton(_name, "qattention")
+_schema.define_cuda("qattention")
 
 _levels_cache: dict[tuple[FocusSpec, torch.device], Tensor] = {}
 
