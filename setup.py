@@ -4,7 +4,7 @@
 the plain-torch ``ref`` back end with a message; 1 insists on it; 0 leaves it out. A compile error is never hidden.
 ``VITQ_BUILD_CUDA=auto|0|1``: auto builds the GPU kernels wherever there is nvcc (``CUDACXX``, ``CUDA_HOME``, the PATH)
 and the installed torch is one for CUDA; 1 insists on it. A GPU is not needed. ``TORCH_CUDA_ARCH_LIST`` ("8.0;8.9+PTX")
-says for which architectures, default 8.0+PTX, which runs on all later ones.
+says for which architectures, default "8.0+PTX;9.0a": the PTX runs on all later ones, 9.0a adds kernels of Hopper's own.
 Rebuild in place after a change to csrc/: ``python setup.py build_ext --inplace``.
 """
 
@@ -35,9 +35,12 @@ def compiler() -> str | None:
 
 
 def native() -> bool:
-    want = switch("VITQ_BUILD_NATIVE")
+    want, insists_on_cuda = switch("VITQ_BUILD_NATIVE"), switch("VITQ_BUILD_CUDA") == "1"
+    cuda_architectures()
+    if insists_on_cuda:
+        cuda()
     if want == "0":
-        if switch("VITQ_BUILD_CUDA") == "1":
+        if insists_on_cuda:
             raise SystemExit("VITQ_BUILD_CUDA is 1 and VITQ_BUILD_NATIVE is 0, expected GPU kernels beside native ones")
         return False
     if compiler() is None:
@@ -53,7 +56,7 @@ def native() -> bool:
 
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    names = [os.environ.get("CUDACXX"), home and os.path.join(home, "bin", "nvcc"), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    names = [os.environ.get("CUDACXX"), home and os.path.join(home, "bin", "nvcc"), "nvcc"]
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
@@ -78,7 +81,7 @@ def cuda() -> bool:
 
 def cuda_architectures() -> str:
     """``TORCH_CUDA_ARCH_LIST`` as CMake says it: 80-real is machine code alone, 80 machine code and PTX."""
-    names = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0+PTX")
+    names = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0+PTX;9.0a")
     found = []
     for name in names:
         match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", name)

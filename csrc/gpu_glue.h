@@ -20,20 +20,32 @@
 
 namespace vitq::glue {
 
-// The device of `x` for the length of a call, its current stream and its number of processors.
+// The device of `x` for the length of a call, its current stream, its number of processors and its compute
+// capability (80 is 8.0).
 class Launcher {
  public:
 #if defined(VITQ_EMULATED)
-  explicit Launcher(const Tensor&) : stream(nullptr) {
-    const char* text = std::getenv("VITQ_EMULATED_PROCESSORS");
-    processors = text == nullptr ? 4 : std::atoi(text);
+  explicit Launcher(const Tensor&) {
+    const auto setting = [](const char* name, int otherwise) {
+      const char* text = std::getenv(name);
+      return text == nullptr ? otherwise : std::atoi(text);
+    };
+    processors = setting("VITQ_EMULATED_PROCESSORS", 4);
+    capability = setting("VITQ_EMULATED_CAPABILITY", 80);
   }
 #else
   explicit Launcher(const Tensor& x) : guard_(x.get_device_index()) {
     void* found = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &found));
     stream = static_cast<gpu::Stream>(found);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device_index());
+    const auto attribute = [&x](cudaDeviceAttr which) {
+      int value = 0;
+      cudaDeviceGetAttribute(&value, which, x.get_device_index());
+      return value;
+    };
+    processors = attribute(cudaDevAttrMultiProcessorCount);
+    capability =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   }
 
  private:
@@ -52,8 +64,15 @@ class Launcher {
   }
 
   gpu::Stream stream{};
-  int processors = 1;
+  int processors = 1, capability = 80;
 };
+
+// A token map of a GPU's kernel. Its entries, in [−1, tokens), are the caller's promise: to look at them
+// would wait for the device.
+inline RowMap promised_row_map(const Held& map, int64_t slots, int64_t tokens, const char* name) {
+  if (!map) return {};
+  return {map.data<int32_t>(ScalarType::Int, slots, name), slots, tokens};
+}
 
 inline gpu::Codes codes_of(const QuantTail& tail) {
   return {tail.q,

@@ -14,6 +14,7 @@ import torch
 
 EMULATED = os.environ.get("VITQ_EMULATED_CUDA")
 MIN_CAPABILITY = (8, 0)
+INT4_CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9))
 #: Of the operators that the library implements, past the dispatcher's choice of ``vitq::*``: that is Triton's.
 library = torch.library.Library("vitq_cuda", "DEF")
 
@@ -43,6 +44,13 @@ def _gpu_reason() -> str | None:
         return None
     need, has = (f"{major}.{minor}" for major, minor in (MIN_CAPABILITY, has))
     return f"needs compute capability {need}, {torch.cuda.get_device_name()} has {has}"
+
+
+def slow_layouts(device: torch.device) -> tuple[str, ...]:
+    """Int4 products where the hardware takes two int8 ones for each: everywhere but on sm_80, 86, 87 and 89."""
+    if EMULATED or (device.type == "cuda" and torch.cuda.get_device_capability(device) in INT4_CAPABILITIES):
+        return ()
+    return ("int4_k64x2_s4",)
 
 
 def unavailable(device: str) -> str | None:

@@ -31,12 +31,18 @@ class Implementation:
         fn: takes the op's flat schema arguments.
         unavailable: device type → None, or why this back end cannot run there at all (does not change in a process).
         layouts: weight layouts that ``fn`` reads (empty for ops without a weight), best first.
+        slow: device → those of them that are no gain there.
     """
 
     name: str
     fn: Callable
     unavailable: Callable[[str], str | None]
     layouts: tuple[str, ...] = ()
+    slow: Callable[[torch.device], tuple[str, ...]] = lambda device: ()
+
+    def served(self, device: torch.device) -> tuple[str, ...]:
+        """``layouts`` that are worth choosing on ``device``."""
+        return tuple(layout for layout in self.layouts if layout not in self.slow(device))
 
     @property
     def branch(self) -> torch.dtype:

@@ -6,6 +6,8 @@ Run time, any back end:  ``int8``            [N, K] int8, K-major
 Run time, CPU:           ``int8_n16k4``      [N/16, K/4, 16, 4] int8
                          ``int4_n16k4``      [N/16, K/8, 16, 4] uint8
 Run time, GPU:           ``int4_k64x2``      [N, K/128·64] uint8
+                         ``int4_k64x2_s4``   the same bytes, of a layer whose activations are 4-bit codes, too: it is
+                                             multiplied as int4 by int4
 
 A 4-bit layout stores a nibble in 0..15: the code + 8, or the index of a level where the weight has a table.
 
@@ -40,7 +42,7 @@ from torch._subclasses import FakeTensor
 
 from .formats import LevelTable, PackedWeight, _int_in, _one_of
 
-LAYOUTS = ("int8", "int4", "int8_n16k4", "int4_n16k4", "int4_k64x2")
+LAYOUTS = ("int8", "int4", "int8_n16k4", "int4_n16k4", "int4_k64x2", "int4_k64x2_s4")
 LAYOUT_IDS = {name: i for i, name in enumerate(LAYOUTS)}
 
 
@@ -181,6 +183,8 @@ def pack_weight(codes: Tensor, bits: int, layout: str, table: LevelTable | None 
     _int_in("bits", bits, 2, 8)
     if layout.startswith("int4") and bits > 4:
         raise ValueError(f"bits is {bits} with layout {layout!r}, expected at most 4")
+    if layout.endswith("_s4") and table is not None:
+        raise ValueError(f"table is given with layout {layout!r}, expected uniform codes")
     if table is None:
         _check_range(codes, -(1 << (bits - 1)), (1 << (bits - 1)) - 1)
     else:

@@ -130,8 +130,8 @@ def poison(byte: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def offloaded(device: str) -> Iterator[None]:
-    """Inside, the back end ``triton`` runs on ``device`` for tensors of any: tests on CPU tensors try a GPU.
+def offloaded(device: str, backend: str = "triton") -> Iterator[None]:
+    """Inside, ``backend`` runs on ``device`` for tensors of any: tests on CPU tensors try a GPU.
 
     Arguments are copied as they lie, with their strides, gaps and misalignment, and results to where arguments were.
     Each call runs twice: with outputs whose memory held NaN (the largest value, for integers), and on a stream of its
@@ -139,7 +139,7 @@ def offloaded(device: str) -> Iterator[None]:
 
     Raises: AssertionError where the two runs differ in a bit, with the op, the result and the first coordinate.
     """
-    rows = {op: row["triton"] for op, row in backends.table().items() if "triton" in row}
+    rows = {op: row[backend] for op, row in backends.table().items() if backend in row}
     for op, found in rows.items():
         backends.replace(op, replace(found, fn=_remote(op, found.fn, device), unavailable=lambda _: None))
     try:

@@ -92,7 +92,9 @@ def product_variants(machine: Machine, m: int, k: int, n: int) -> dict[str, Vari
     for bits, weight in weights.items():
         for rank in (0, RANK):
             name = f"w{bits}" + (f" rank {RANK}" if rank else "")
-            variants[name] = product(coded, weight, w_scale, bias, up if rank else None)
+            for backend in served():
+                arguments = coded, weight, w_scale, bias, up if rank else None
+                variants[name + SUFFIX[backend]] = product(*arguments, backend)
     variants[WHOLE] = _whole(x, down, weights[8], w_scale, bias, up)
     return variants
 
@@ -124,13 +126,28 @@ def _check_product(x: QTensor, weight: PackedWeight, w_scale: Tensor, bias: Tens
     return check
 
 
-def product(x: QTensor, weight: PackedWeight, w_scale: Tensor, bias: Tensor, up: Tensor | None) -> Variant:
+SUFFIX = {"triton": "", "cuda": " cuda"}
+
+
+def served() -> list[str]:
+    """The back ends that are timed beside one another: the C++ kernels only where they were built."""
+    return ["triton"] + ["cuda"] * (backends.status()["cuda"] is None)
+
+
+def product(
+    x: QTensor, weight: PackedWeight, w_scale: Tensor, bias: Tensor, up: Tensor | None, backend: str = "triton"
+) -> Variant:
     tensors, layer = _layer(weight, w_scale, bias, up)
     tensors |= {"q": x.q, "scale": x.scale} | ({} if up is None else {"t": x.t})
     m, k = x.q.shape
     work = roofline.linear(m, weight.n, k, 0 if up is None else RANK, bits=weight.bits)
     check = _check_product(x, weight, w_scale, bias, up)
-    return Variant(lambda t: layer(QTensor(t["q"], t["scale"], 0, t.get("t")), t), tensors, work, check)
+
+    def run(t: dict[str, Tensor]) -> Tensor:
+        with vk.backend(backend):
+            return layer(QTensor(t["q"], t["scale"], 0, t.get("t")), t)
+
+    return Variant(run, tensors, work, check)
 
 
 def _whole(x: Tensor, down: Tensor, weight: PackedWeight, w_scale: Tensor, bias: Tensor, up: Tensor) -> Variant:

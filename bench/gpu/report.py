@@ -80,12 +80,14 @@ def product_table(record: Record) -> str:
             "us": row["ms"][ALONE] * 1e3,
             "tops": row["tops"],
             **ratios,
+            "cuda": _speedup(row, f"{ALONE} cuda", ALONE),
+            "cuda4": _speedup(row, "w4 rank 32 cuda", "w4 rank 32"),
             "cost": None if cost is None else f"{100 * (cost - 1):.1f} %",
             "of_floor": row["of_floor"][ALONE],
         })  # fmt: skip
     columns = {"M": "M", "K": "K", "N": "N", "us": "µs", "tops": "TOPS", ALONE: "× bf16", WHOLE: "× with quantize",
                "w4 rank 32": "× W4A8", "_int_mm": "_int_mm × bf16", "cost": "rank 32 costs",
-               "of_floor": "of floor"}  # fmt: skip
+               "of_floor": "of floor", "cuda": "C++ × Triton", "cuda4": "C++ × Triton, W4A8"}  # fmt: skip
     return table(rows, columns)
 
 

@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitq_kernels import backends
+
 from . import ROOT, environment
 
 KERNELS = (
@@ -25,6 +27,7 @@ KERNELS = (
     "test_qattention.py",
     "test_scatter.py",
 )
+CUDA_TESTS = tuple(str(ROOT / "tests" / "kernels" / name) for name in KERNELS[:3])
 SHAPES = "test_triton_shapes.py"
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "bench.gpu.share")
 
@@ -39,6 +42,7 @@ class Selection:
     keyword: str = ""
     marker: str = ""
     device: bool = True
+    backend: str = "triton"
 
     def commands(self, device: str) -> list[tuple[list[str], dict[str, str]]]:
         """Command and environment of each process."""
@@ -48,7 +52,7 @@ class Selection:
         base = environment() | {"OMP_NUM_THREADS": "1"}
         base.pop("VITQ_BACKEND", None)
         if self.device:
-            base["VITQ_TEST_DEVICE"] = device
+            base |= {"VITQ_TEST_DEVICE": device, "VITQ_TEST_BACKEND": self.backend}
         shares = range(self.processes)
         return [([*command, *self.files], base | {"VITQ_TEST_SHARE": f"{i}/{self.processes}"}) for i in shares]
 
@@ -63,7 +67,9 @@ def selections(dry: bool) -> list[Selection]:
             Selection("ViT shapes", shapes, 1, "rows and static and 384"),
         ]
     cores = os.cpu_count() or 1
+    served = [Selection("kernel tests of the C++ kernels", CUDA_TESTS, max(1, cores // 4), "cuda", backend="cuda")]
     return [
+        *(served if backends.status()["cuda"] is None else []),
         Selection("kernel tests", kernels, max(1, cores // 2), "triton"),
         Selection("ViT shapes", shapes, max(1, cores // 4)),
         Selection("tests for a GPU", (str(ROOT / "tests" / "kernels"),), 1, marker="gpu", device=False),

@@ -1,7 +1,9 @@
-// vitq_cuda::qlinear and qlinear_quantize.
+// vitq_cuda::qlinear, qlinear_quantize and qlinear_norm_quantize.
 #include "gpu_glue.h"
 #include "qlinear/qlinear_sm80.cuh"
+#include "qlinear/qlinear_sm90.cuh"
 #include "qlinear/tail_glue.h"
+#include "quantize/quantize_gpu.h"
 
 namespace vitq::glue {
 namespace {
@@ -37,12 +39,59 @@ void start(const Launcher& launcher, gpu::LinearParams& p) {
   launcher.run<Kernel>("qlinear", tiles, splits, Kernel::kShared, p);
 }
 
-// Large tiles where they fill the processors, or where the rest of the epilogue needs a row's 128 columns.
+bool at_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <Product kProduct, int kTeam>
+void start_sm90(const Launcher& launcher, const gpu::LinearParams& p) {
+  using Kernel = gpu::QLinearSm90<kProduct, kTeam>;
+  typename Kernel::Params params{};
+  params.linear = p;
+  const auto describe = [](gpu::TensorMap& map, const void* data, int64_t row_bytes, int64_t rows,
+                           int64_t box_rows, int span) {
+    const char* error =
+        gpu::describe_rows(&map, data, row_bytes, rows, row_bytes, span, static_cast<int>(box_rows), span);
+    STD_TORCH_CHECK(error == nullptr, "qlinear does not launch: ", error);
+  };
+  describe(params.x, p.x, p.k, p.m, Kernel::kBlockM, Kernel::kSpanX);
+  describe(params.weight, p.weight, p.weight_row, p.n, Kernel::kBlockN, Kernel::kSpanW);
+  if (p.rank > 0 && p.lora_up.dtype != DType::f32) {
+    params.chunks = static_cast<int>(ceil_div(p.rank, Kernel::kRanks));
+    describe(params.lora_up, p.lora_up.data, int64_t{p.rank} * 2, p.n, Kernel::kBlockN, Kernel::kSpanBranch);
+  }
+  const int64_t tiles = ceil_div(p.m, Kernel::kBlockM) * ceil_div(p.n, Kernel::kBlockN);
+  launcher.run<Kernel>("qlinear", std::min<int64_t>(tiles, launcher.processors), 1, Kernel::kShared, params);
+}
+
+// True if sm_90a's kernel serves the call. It does where tiles of 128x128 fill the processors (below that,
+// the smaller tiles and splits of K of sm_80's keep more of them busy) and rows start where the copy engine
+// can.
+//
+// From K 2048 on both consumers share tiles of 256 rows, which read a quarter less through L2 for a product;
+// below, the epilogue takes as long as the products and hides behind those of the other's tile. Not measured.
 template <Product kProduct>
-void choose(const Launcher& launcher, gpu::LinearParams& p, bool wide) {
-  const bool aligned = p.k % 16 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
-  const bool large = wide || ceil_div(p.m, 128) * ceil_div(p.n, 128) >= launcher.processors;
+bool started_sm90(const Launcher& launcher, const gpu::LinearParams& p) {
+#if defined(VITQ_HAS_SM90A)
+  const bool branch = p.rank > 0 && p.lora_up.dtype != DType::f32;
+  const auto tiles = [&p](int rows) { return ceil_div(p.m, rows) * ceil_div(p.n, 128); };
+  if (launcher.capability != 90 || p.k == 0 || tiles(128) < launcher.processors) return false;
+  if (p.k % 16 != 0 || !at_16_bytes(p.x) || !at_16_bytes(p.weight)) return false;
+  if (branch && (p.rank % 8 != 0 || !at_16_bytes(p.lora_t) || !at_16_bytes(p.lora_up.data))) return false;
+  if (p.k >= 2048 && tiles(256) >= launcher.processors) {
+    start_sm90<kProduct, 2>(launcher, p);
+  } else {
+    start_sm90<kProduct, 1>(launcher, p);
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
+template <Product kProduct>
+void choose(const Launcher& launcher, gpu::LinearParams& p, bool large) {
+  // Widened to int8: sm_90 has no int4 products.
+  if (started_sm90<kProduct == Product::s4 ? Product::w4 : kProduct>(launcher, p)) return;
+  const bool aligned = p.k % 16 == 0 && at_16_bytes(p.x) && at_16_bytes(p.weight);
   if (aligned && large) return start<Large<kProduct, true>>(launcher, p);
   if (aligned) return start<Small<kProduct, true>>(launcher, p);
   if (large) return start<Large<kProduct, false>>(launcher, p);
@@ -57,6 +106,7 @@ struct Call {
   TailTensors tensors;
   gpu::LinearParams p{};
   Product product = Product::s8;
+  bool large = false;
 
   Call(const Tensor& x_, const Tensor& x_scale_, int64_t x_zero_point, const OptTensor& lora_t,
        const Tensor& weight_, int64_t layout, int64_t n, int64_t k, const Tensor& col_sum_,
@@ -110,18 +160,31 @@ struct Call {
     p.m = static_cast<int>(m);
     p.n = static_cast<int>(n);
     p.k = static_cast<int>(k);
+    // Where they fill the processors.
+    large = ceil_div(m, 128) * ceil_div(n, 128) >= launcher.processors;
   }
 
-  void run(bool wide = false) {
+  // The result as floats, [..., N] as x is [..., K].
+  Tensor floats(ScalarType dtype) {
+    p.out_dtype = dtype_of(dtype, "out_dtype");
+    const Tensor out = new_tensor(shape_with_last(x, p.n), dtype);
+    p.out = out.mutable_data_ptr();
+    if (out.numel() > 0) run();
+    return out;
+  }
+
+  int64_t column_tiles() const { return ceil_div(p.n, large ? 128 : 64); }
+
+  void run() {
     switch (product) {
       case Product::s8:
-        return choose<Product::s8>(launcher, p, wide);
+        return choose<Product::s8>(launcher, p, large);
       case Product::w4:
-        return choose<Product::w4>(launcher, p, wide);
+        return choose<Product::w4>(launcher, p, large);
       case Product::w4_table:
-        return choose<Product::w4_table>(launcher, p, wide);
+        return choose<Product::w4_table>(launcher, p, large);
       case Product::s4:
-        return choose<Product::s4>(launcher, p, wide);
+        return choose<Product::s4>(launcher, p, large);
     }
   }
 };
@@ -132,14 +195,85 @@ Tensor qlinear(const Tensor& x, const Tensor& x_scale, int64_t x_zero_point, Opt
                OptTensor layer_scale, OptTensor residual, ScalarType out_dtype) {
   Call call(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, bias, lora_up,
             activation, layer_scale, residual);
-  call.p.out_dtype = dtype_of(out_dtype, "out_dtype");
-  const Tensor out = new_tensor(shape_with_last(x, n), out_dtype);
-  call.p.out = out.mutable_data_ptr();
-  if (out.numel() > 0) call.run();
-  return out;
+  return call.floats(out_dtype);
+}
+
+// How a tile of the product can turn its own result into codes: not at all, any tile, or one of 128 columns
+// only. Dynamic scales need their group of columns inside the tile, as whole lanes of a row's warp; a branch
+// that is taken out before quantizing needs the whole row; a float32 lora_down has no matrix instruction.
+enum class InTile { no, any, wide };
+
+InTile in_tile(const QuantTail& q, const AnyFloat& down) {
+  if (q.subspace || (down && down.dtype == DType::f32)) return InTile::no;
+  if (q.scale != nullptr) return InTile::any;
+  const int64_t width = q.k / q.groups;
+  if (q.groups == 1 && q.k <= 128) return q.k <= 64 ? InTile::any : InTile::wide;
+  if ((width & (width - 1)) != 0 || width < 4 || width > 128) return InTile::no;
+  return width <= 64 ? InTile::any : InTile::wide;
+}
+
+QuantizedTensors qlinear_quantize(const Tensor& x, const Tensor& x_scale, int64_t x_zero_point,
+                                  OptTensor lora_t, const Tensor& weight, int64_t layout, int64_t n,
+                                  int64_t k, const Tensor& col_sum, OptTensor w_lut, const Tensor& w_scale,
+                                  OptTensor bias, OptTensor lora_up, int64_t activation,
+                                  OptTensor layer_scale, OptTensor residual, OptTensor q_scale,
+                                  int64_t q_zero_point, int64_t qmin, int64_t qmax, int64_t groups,
+                                  OptTensor row_qmax, OptTensor q_lut, OptTensor lora_down, bool subspace) {
+  Call call(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, bias, lora_up,
+            activation, layer_scale, residual);
+  QuantTensors quant(shape_with_last(x, n), call.p.m, q_scale, q_zero_point, qmin, qmax, groups, row_qmax,
+                     q_lut, lora_down, subspace);
+  if (call.p.m == 0) return quant.results();
+  const InTile how = in_tile(quant.tail, quant.down);
+  if (how == InTile::no) {
+    const Tensor y = call.floats(ScalarType::Float);
+    quantize_rows(call.launcher, {any_float(y, y.numel(), "y"), n}, {}, call.p.m, quant);
+    return quant.results();
+  }
+  call.p.codes = codes_of(quant.tail);
+  call.large |= how == InTile::wide;
+  const int64_t count = int64_t{call.p.m} * quant.tail.rank, parts = call.column_tiles();
+  std::optional<Tensor> shares;  // one column tile's is t itself
+  if (count > 0) {
+    if (parts > 1) shares = new_tensor({parts, count}, ScalarType::Float);
+    call.p.lora_down = quant.down;
+    call.p.rank_down = static_cast<int>(quant.tail.rank);
+    call.p.shares = shares ? static_cast<float*>(shares->mutable_data_ptr()) : quant.tail.t;
+  }
+  call.run();
+  if (shares) {
+    const gpu::AddShares::Params sum{call.p.shares, quant.tail.t, count, static_cast<int>(parts)};
+    call.launcher.run<gpu::AddShares>("qlinear_quantize", ceil_div(count, gpu::AddShares::kThreads), 1, 0,
+                                      sum);
+  }
+  return quant.results();
+}
+
+// Two launches: a LayerNorm needs whole rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor> qlinear_norm_quantize(
+    const Tensor& x, const Tensor& x_scale, int64_t x_zero_point, OptTensor lora_t, const Tensor& weight,
+    int64_t layout, int64_t n, int64_t k, const Tensor& col_sum, OptTensor w_lut, const Tensor& w_scale,
+    OptTensor bias, OptTensor lora_up, int64_t activation, OptTensor layer_scale, OptTensor residual,
+    ScalarType out_dtype, OptTensor norm_weight, OptTensor norm_bias, double eps, OptTensor q_scale,
+    int64_t q_zero_point, int64_t qmin, int64_t qmax, int64_t groups, OptTensor row_qmax, OptTensor q_lut,
+    OptTensor lora_down, bool subspace) {
+  STD_TORCH_CHECK(n > 0, "n is 0, expected at least 1 in front of a LayerNorm");
+  Call call(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, bias, lora_up,
+            activation, layer_scale, residual);
+  const QuantTensors quant(shape_with_last(x, n), call.p.m, q_scale, q_zero_point, qmin, qmax, groups,
+                           row_qmax, q_lut, lora_down, subspace);
+  const Tensor y = call.floats(out_dtype);
+  const Held gamma(norm_weight), beta(norm_bias);
+  const LayerNorm norm{gamma.any_float(n, "norm_weight"), beta.any_float(n, "norm_bias"), eps};
+  quantize_rows(call.launcher, {any_float(y, y.numel(), "y"), n}, norm, call.p.m, quant);
+  return {y, quant.q, quant.out_scale, quant.t};
 }
 
 }  // namespace
 }  // namespace vitq::glue
 
-VITQ_GPU_LIBRARY(m) { m.impl("qlinear", TORCH_BOX(&vitq::glue::qlinear)); }
+VITQ_GPU_LIBRARY(m) {
+  m.impl("qlinear", TORCH_BOX(&vitq::glue::qlinear));
+  m.impl("qlinear_quantize", TORCH_BOX(&vitq::glue::qlinear_quantize));
+  m.impl("qlinear_norm_quantize", TORCH_BOX(&vitq::glue::qlinear_norm_quantize));
+}

@@ -1,14 +1,15 @@
 """Every kernel test runs on every implementation that this machine has: the oracle, and the C++ kernels per ISA.
 
 Under TRITON_INTERPRET=1 it is the Triton kernels instead, on CPU tensors (see test_triton.py, which starts that run);
-under VITQ_TEST_DEVICE=cuda these kernels on the GPU, behind the same CPU tensors (bench/gpu/suite.py starts that one);
+under VITQ_TEST_DEVICE=cuda they, or the C++ GPU kernels (VITQ_TEST_BACKEND=cuda), on the GPU, behind the same CPU
+tensors (bench/gpu/suite.py starts those);
 under VITQ_EMULATED_CUDA the C++ GPU kernels on the host (test_cuda_emulated.py).
 """
 
 import contextlib
 
 import pytest
-from selected import CUDA, DEVICE, TRITON
+from selected import BACKEND, CUDA, DEVICE, TRITON
 
 import vitq_kernels as vk
 from vitq_kernels import testing
@@ -19,7 +20,7 @@ IMPLEMENTATIONS = ("triton",) if TRITON else ("cuda",) if CUDA else CPU
 
 @pytest.fixture(scope="session", autouse=True)
 def _device():
-    with testing.offloaded(DEVICE) if DEVICE else contextlib.nullcontext():
+    with testing.offloaded(DEVICE, BACKEND) if DEVICE else contextlib.nullcontext():
         yield
 
 

@@ -7,8 +7,10 @@ from vitq_kernels.triton import host
 
 DEVICE = os.environ.get("VITQ_TEST_DEVICE")
 """Where Triton kernels run behind the tests' CPU tensors: "cuda", or "cpu" for the interpreter; None: no such run."""
-TRITON = host.INTERPRETED or DEVICE is not None
-CUDA = _cuda.EMULATED is not None
-"""The emulated C++ GPU kernels on CPU tensors (see test_cuda_emulated.py)."""
+BACKEND = os.environ.get("VITQ_TEST_BACKEND", "triton")
+"""Whose: "triton" or "cuda"."""
+TRITON = host.INTERPRETED or (DEVICE is not None and BACKEND == "triton")
+CUDA = _cuda.EMULATED is not None or (DEVICE is not None and BACKEND == "cuda")
+"""The C++ GPU kernels on CPU tensors: emulated (see test_cuda_emulated.py) or on a GPU."""
 GPU = TRITON or CUDA
 """Kernels of a GPU: their layouts, and branches multiplied in the dtype of their matrices."""

@@ -9,6 +9,7 @@ from selected import TRITON
 
 import vitq_kernels as vk
 from vitq_kernels import backends
+from vitq_kernels.formats import QuantSpec
 from vitq_kernels.nn.base import choose_layout
 from vitq_kernels.ops import float_stages as stages
 from vitq_kernels.packing import pack_weight
@@ -60,7 +61,7 @@ def test_layer_norm_quantize_is_its_stages(implementation, m, k, rank, subspace,
 def test_qlinear_is_its_stages(implementation, m, n, k, rank, activation, bits, seed):
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (n, k), generator=g, dtype=torch.int8)
-    layout = choose_layout(backends.resolve("qlinear", "cpu").layouts, bits)
+    layout = choose_layout(backends.resolve("qlinear", "cpu").layouts, QuantSpec(bits), None)
     weight = pack_weight(codes, bits, layout)
     down, up = ((normal(rank, k, seed=3) / k**0.5).to(branch()), normal(n, rank, seed=4).to(branch()))
     w_scale, bias = torch.rand(n, generator=g) / 50 + 0.001, normal(n, seed=5)

@@ -128,7 +128,16 @@ def test_install_without_a_compiler_says_so():
     ("environment", "message"),
     [
         ({"VITQ_BUILD_NATIVE": "yes"}, "VITQ_BUILD_NATIVE is 'yes', expected auto, 0 or 1"),
-        ({"VITQ_BUILD_CUDA": "1"}, "VITQ_BUILD_CUDA is 1, but this version has no CUDA sources"),
+        ({"VITQ_BUILD_CUDA": "on"}, "VITQ_BUILD_CUDA is 'on', expected auto, 0 or 1"),
+        (
+            {"VITQ_BUILD_CUDA": "1", "PATH": "/nowhere", "CUDACXX": "", "CUDA_HOME": "/nowhere"},
+            "VITQ_BUILD_CUDA is 1, but nvcc was not found (CUDACXX, CUDA_HOME, the PATH)",
+        ),
+        (
+            {"VITQ_BUILD_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "7.5"},
+            "TORCH_CUDA_ARCH_LIST has '7.5', expected such as 8.0",
+        ),
+        ({"VITQ_BUILD_CUDA": "1", "VITQ_BUILD_NATIVE": "0"}, "VITQ_BUILD_CUDA is 1"),
     ],
 )
 def test_bad_build_switches(environment, message):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..formats import ActQuant, QTensor
+from ..formats import ActQuant, QTensor, QuantSpec
 from ..ops._schema import Epilogue
 from ..ops.quantize import run_quantize
 from .token_bits import RowBits
@@ -171,7 +171,8 @@ def prepack(model: nn.Module, backend: str | None = None) -> nn.Module:
     return model
 
 
-def choose_layout(layouts: tuple[str, ...], bits: int) -> str:
-    """The first of a back end's weight layouts that fits ``bits``-bit codes."""
-    fitting = [x for x in layouts if x.startswith("int4")] if bits <= 4 else []
-    return (fitting or [x for x in layouts if x.startswith("int8")])[0]
+def choose_layout(layouts: tuple[str, ...], weight: QuantSpec, act: QuantSpec | None) -> str:
+    """The first of a back end's weight layouts that fits codes of ``weight`` under activations of ``act``."""
+    both = [spec is not None and spec.bits <= 4 and spec.table is None for spec in (weight, act)]
+    fitting = [x for x in layouts if x.startswith("int4") and (all(both) or not x.endswith("_s4"))]
+    return (fitting if weight.bits <= 4 and fitting else [x for x in layouts if x.startswith("int8")])[0]

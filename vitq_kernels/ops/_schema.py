@@ -73,7 +73,7 @@ def define_cuda(name: str, layouts: tuple[str, ...] = ()) -> None:
     _cuda.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"vitq_cuda::{name}", fake, lib=_cuda.library)
     op = getattr(torch.ops.vitq_cuda, name).default
-    backends.register(name, backends.Implementation("cuda", op, _cuda.unavailable, layouts))
+    backends.register(name, backends.Implementation("cuda", op, _cuda.unavailable, layouts, _cuda.slow_layouts))
 
 
 def _ref_layouts(layouts: tuple[str, ...]) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ VITQ_DEVICE void sync() { __syncthreads(); }
 VITQ_DEVICE void sync_warp() { __syncwarp(); }
 
 VITQ_DEVICE char* shared() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -22,7 +23,7 @@
 namespace vitq::gpu::emulated {
 namespace {
 
-constexpr int kLanes = 32;
+constexpr int kLanes = 32, kGroup = 128;
 constexpr size_t kStack = 256 * 1024;
 constexpr int kPoison = 0xA5;
 
@@ -38,24 +39,52 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   void* fake_stack = nullptr;       // AddressSanitizer's
   const char* waits_for = nullptr;  // nullptr while it can go on
+  const void* barrier = nullptr;    // the mbarrier that it waits for
   bool done = false;
   std::deque<std::vector<Copy>> committed;
   std::vector<Copy> open;
 };
 
-// What the lanes of a warp, or the threads of a block, wait for together.
+// What the lanes of a warp, a warpgroup's or a block's threads wait for together.
 struct Meeting {
   int arrived = 0;
   const char* what = nullptr;
-  void* arguments[kLanes] = {};
+  void* arguments[kGroup] = {};
+  std::vector<int> waiting;  // of named barriers, who has come
+};
+
+struct Barrier {
+  int expected = 0, pending = 0, bytes = 0, phase = 0;
+  bool fenced = false;
+};
+
+struct BulkCopy {
+  void* to;
+  int bytes;
+  const void* barrier;
+  std::function<void(char*)> read;
+};
+
+// wgmmas of one warpgroup under way.
+struct Group {
+  Meeting meeting;
+  bool fenced = false;
+  using Batch = std::vector<std::vector<GroupMultiply>>;
+  std::deque<Batch> committed;
+  Batch open;
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
+  std::vector<Group> groups;
   Meeting barrier;
+  std::map<int, Meeting> named;
+  std::map<const void*, Barrier> barriers;
+  std::vector<BulkCopy> copies;
   std::unique_ptr<char[]> memory;
   char* shared = nullptr;
+  std::vector<char> async;  // what bulk copies and wgmma see of it
   const std::function<void()>* body = nullptr;
   ucontext_t scheduler{};
   void* scheduler_fake_stack = nullptr;
@@ -102,6 +131,68 @@ void fail(const std::string& what) {
   wait("the end, after an error");
 }
 
+// Returns when all `count` threads from `first` have come, `all` done with their arguments.
+template <class All>
+void meet(Meeting& m, int first, int count, const char* what, void* argument, const All& all) {
+  if (m.arrived > 0 && std::strcmp(m.what, what) != 0) {
+    fail(std::string("threads of one warp or warpgroup diverge: some are at ") + m.what + ", one at " + what);
+  }
+  m.what = what;
+  m.arguments[g_block->running->index.thread - first] = argument;
+  if (++m.arrived < count) return wait(what);
+  all(m.arguments);
+  m.arrived = 0;
+  wake(first, count);
+}
+
+Group& group() { return g_block->groups[g_block->running->index.thread / kGroup]; }
+
+template <class All>
+void meet_group(const char* what, void* argument, const All& all) {
+  meet(group().meeting, g_block->running->index.thread / kGroup * kGroup, kGroup, what, argument, all);
+}
+
+Barrier& barrier_at(const void* place) {
+  const auto found = g_block->barriers.find(place);
+  if (found == g_block->barriers.end()) fail("an mbarrier is used before its init");
+  return found->second;
+}
+
+void end_phase_if_complete(const void* place) {
+  Block& b = *g_block;
+  Barrier& barrier = b.barriers[place];
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.pending = barrier.expected;
+  for (Fiber& f : b.fibers) {
+    if (f.waits_for == nullptr || f.barrier != place) continue;
+    f.barrier = nullptr;
+    wake(f.index.thread, 1);
+  }
+}
+
+// One bulk copy that somebody waits for, if there is one.
+bool land_a_copy(unsigned random) {
+  Block& b = *g_block;
+  std::vector<size_t> awaited;
+  for (size_t i = 0; i < b.copies.size(); ++i) {
+    for (const Fiber& f : b.fibers) {
+      if (f.barrier != b.copies[i].barrier) continue;
+      awaited.push_back(i);
+      break;
+    }
+  }
+  if (awaited.empty()) return false;
+  const size_t i = awaited[random % awaited.size()];
+  const BulkCopy copy = std::move(b.copies[i]);
+  b.copies.erase(b.copies.begin() + static_cast<ptrdiff_t>(i));
+  copy.read(static_cast<char*>(copy.to));
+  std::memcpy(b.async.data() + shared_address(copy.to), copy.to, static_cast<size_t>(copy.bytes));
+  b.barriers[copy.barrier].bytes -= copy.bytes;
+  end_phase_if_complete(copy.barrier);
+  return true;
+}
+
 void do_copy(const Copy& c) {
   std::memcpy(c.to, c.from, static_cast<size_t>(c.valid));
   std::memset(static_cast<char*>(c.to) + c.valid, 0, static_cast<size_t>(c.bytes - c.valid));
@@ -118,18 +209,8 @@ const Thread& current() { return g_block->running->index; }
 char* shared() { return g_block->shared; }
 
 void together(const char* what, void* argument, void (*all)(void* const*)) {
-  Block& b = *g_block;
-  const int thread = b.running->index.thread;
-  Meeting& m = b.warps[thread / kLanes];
-  if (m.arrived > 0 && std::strcmp(m.what, what) != 0) {
-    fail(std::string("lanes of one warp diverge: some are at ") + m.what + ", one at " + what);
-  }
-  m.what = what;
-  m.arguments[thread % kLanes] = argument;
-  if (++m.arrived < kLanes) return wait(what);
-  all(m.arguments);
-  m.arrived = 0;
-  wake(thread / kLanes * kLanes, kLanes);
+  const int warp = g_block->running->index.thread / kLanes;
+  meet(g_block->warps[warp], warp * kLanes, kLanes, what, argument, all);
 }
 
 void sync_warp() {
@@ -142,6 +223,84 @@ void sync_block() {
   if (++b.barrier.arrived < threads) return wait("sync");
   b.barrier.arrived = 0;
   wake(0, threads);
+}
+
+void sync_some(int id, int threads) {
+  Block& b = *g_block;
+  Meeting& m = b.named[id];
+  m.waiting.push_back(b.running->index.thread);
+  if (static_cast<int>(m.waiting.size()) < threads) return wait("a named barrier");
+  const std::vector<int> came = std::move(m.waiting);
+  m.waiting.clear();
+  for (const int thread : came) wake(thread, 1);
+}
+
+uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) - g_block->shared);
+}
+const char* async_memory() { return g_block->async.data(); }
+void fence_async() { std::memcpy(g_block->async.data(), g_block->shared, g_block->async.size()); }
+
+void barrier_init(const void* barrier, int arrivals) {
+  g_block->barriers[barrier] = {arrivals, arrivals, 0, 0, false};
+}
+void fence_barrier_init() {
+  for (auto& [place, barrier] : g_block->barriers) barrier.fenced = true;
+}
+void barrier_arrive(const void* place, int times, int bytes) {
+  Barrier& barrier = barrier_at(place);
+  if (barrier.pending < times) fail("an mbarrier gets more arrivals than it expects");
+  barrier.bytes += bytes;
+  barrier.pending -= times;
+  end_phase_if_complete(place);
+}
+void barrier_wait(const void* place, int parity) {
+  while (barrier_at(place).phase % 2 == parity) {
+    g_block->running->barrier = place;
+    wait("an mbarrier");
+  }
+}
+
+void copy_bulk(void* to, int bytes, const void* place, std::function<void(char*)> read) {
+  if (!barrier_at(place).fenced) fail("a bulk copy meets an mbarrier whose init was not fenced");
+  std::memset(to, kPoison, static_cast<size_t>(bytes));
+  std::memset(g_block->async.data() + shared_address(to), kPoison, static_cast<size_t>(bytes));
+  g_block->copies.push_back({to, bytes, place, std::move(read)});
+}
+
+void group_fence() {
+  meet_group("wgmma.fence", nullptr, [](void* const*) { group().fenced = true; });
+}
+void group_multiply(const GroupMultiply& thread) {
+  GroupMultiply mine = thread;
+  meet_group("wgmma.mma_async", &mine, [](void* const* threads) {
+    if (!group().fenced) fail("wgmma without a wgmma.fence since the last wait");
+    std::vector<GroupMultiply> all;
+    for (int i = 0; i < kGroup; ++i) {
+      all.push_back(*static_cast<const GroupMultiply*>(threads[i]));
+      if (all[i].a_descriptor != all[0].a_descriptor || all[i].b_descriptor != all[0].b_descriptor ||
+          all[i].multiply != all[0].multiply) {
+        fail("threads of one warpgroup give wgmma different operands");
+      }
+    }
+    group().open.push_back(std::move(all));
+  });
+}
+void group_commit() {
+  meet_group("wgmma.commit_group", nullptr, [](void* const*) {
+    group().committed.push_back(std::move(group().open));
+    group().open.clear();
+  });
+}
+void group_wait(int newest_left) {
+  meet_group("wgmma.wait_group", nullptr, [newest_left](void* const*) {
+    Group& g = group();
+    g.fenced = false;
+    while (static_cast<int>(g.committed.size()) > newest_left) {
+      for (const auto& call : g.committed.front()) call[0].multiply(call.data());
+      g.committed.pop_front();
+    }
+  });
 }
 
 void copy_async(void* to, const void* from, int bytes, int valid) {
@@ -168,21 +327,26 @@ const char* run(int grid_x, int grid_y, int threads, int shared_bytes, const std
   std::mt19937 random(seed_of_environment());
   Block b;
   b.fibers.resize(static_cast<size_t>(threads));
-  for (Fiber& f : b.fibers) f.stack = std::make_unique<char[]>(kStack);
-  b.memory = std::make_unique<char[]>(static_cast<size_t>(shared_bytes) + 128);
-  b.shared = b.memory.get() + (128 - reinterpret_cast<uintptr_t>(b.memory.get()) % 128);
+  for (Fiber& f : b.fibers) f.stack = std::make_unique_for_overwrite<char[]>(kStack);
+  b.memory = std::make_unique<char[]>(static_cast<size_t>(shared_bytes) + 1024);
+  b.shared = b.memory.get() + (1024 - reinterpret_cast<uintptr_t>(b.memory.get()) % 1024);
   b.body = &body;
   g_block = &b;
   for (int y = 0; y < grid_y && b.error.empty(); ++y) {
     for (int x = 0; x < grid_x && b.error.empty(); ++x) {
       std::memset(b.shared, kPoison, static_cast<size_t>(shared_bytes));
       b.warps.assign(static_cast<size_t>((threads + kLanes - 1) / kLanes), {});
+      b.async.assign(static_cast<size_t>(shared_bytes), static_cast<char>(kPoison));
+      b.groups.assign(static_cast<size_t>((threads + kGroup - 1) / kGroup), {});
       b.barrier = {};
+      b.named.clear();
+      b.barriers.clear();
       b.runnable.clear();
       for (int i = 0; i < threads; ++i) {
         Fiber& f = b.fibers[i];
         f.index = {i, x, y, grid_x, grid_y};
         f.waits_for = nullptr;
+        f.barrier = nullptr;
         f.done = false;
         f.committed.clear();
         f.open.clear();
@@ -193,7 +357,11 @@ const char* run(int grid_x, int grid_y, int threads, int shared_bytes, const std
         makecontext(&f.context, fiber_main, 0);
         b.runnable.push_back(i);
       }
-      while (!b.runnable.empty() && b.error.empty()) {
+      while (b.error.empty()) {
+        if (!b.copies.empty() && random() % 8 == 0) land_a_copy(random());
+        while (b.runnable.empty() && land_a_copy(random())) {
+        }
+        if (b.runnable.empty()) break;
         const size_t pick = random() % b.runnable.size();
         const int next = b.runnable[pick];
         b.runnable[pick] = b.runnable.back();
@@ -209,6 +377,13 @@ const char* run(int grid_x, int grid_y, int threads, int shared_bytes, const std
         b.error = "thread " + std::to_string(f.index.thread) + " of block (" + std::to_string(x) + ", " +
                   std::to_string(y) + ") waits forever at " + f.waits_for;
       }
+      if (b.error.empty() && !b.copies.empty()) b.error = "a block ends with bulk copies under way";
+      for (const Group& g : b.groups) {
+        if (b.error.empty() && !(g.open.empty() && g.committed.empty())) {
+          b.error = "a block ends with wgmmas under way";
+        }
+      }
+      b.copies.clear();
     }
   }
   g_block = nullptr;

@@ -136,6 +136,21 @@ VITQ_DEVICE unsigned count_arrival(unsigned* counter, unsigned last) {
 }
 VITQ_DEVICE void see_arrivals() { __threadfence(); }
 
+// In shared or global memory.
+VITQ_DEVICE void raise_to(unsigned* to, unsigned value) { atomicMax(to, value); }
+
+// Both rounded to 16 bits, `low` in the low half.
+template <DType kType>
+VITQ_DEVICE uint32_t pack_16(float low, float high) {
+  uint32_t out;
+  if constexpr (kType == DType::f16) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  }
+  return out;
+}
+
 #else
 
 inline void copy_async(void* to, const void* from, int valid) { emulated::copy_async(to, from, 16, valid); }
@@ -210,16 +225,23 @@ inline unsigned count_arrival(unsigned* counter, unsigned last) {
   return before;
 }
 inline void see_arrivals() {}
+inline void raise_to(unsigned* to, unsigned value) { *to = *to < value ? value : *to; }
+
+template <DType kType>
+uint32_t pack_16(float low, float high) {
+  const uint32_t l = kType == DType::f16 ? half_of(low) : bfloat_of(low);
+  const uint32_t h = kType == DType::f16 ? half_of(high) : bfloat_of(high);
+  return l | h << 16;
+}
 
 #endif
 
 VITQ_DEVICE float float_of_bfloat(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
 
 template <DType kType>
-VITQ_DEVICE uint32_t pack_16(float low, float high) {
-  const uint32_t l = kType == DType::f16 ? half_of(low) : bfloat_of(low);
-  const uint32_t h = kType == DType::f16 ? half_of(high) : bfloat_of(high);
-  return l | h << 16;
+VITQ_DEVICE float float_of_16(uint32_t bits) {
+  return kType == DType::f16 ? float_of_half(static_cast<uint16_t>(bits))
+                             : float_of_bfloat(static_cast<uint16_t>(bits));
 }
 
 VITQ_DEVICE float load(const AnyFloat& x, int64_t i) {

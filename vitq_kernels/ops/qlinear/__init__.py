@@ -77,7 +77,8 @@ _schema.define(
 )
 for _op in ("qlinear", "qlinear_quantize", "qlinear_weight_only", "qlinear_norm_quantize"):
     _schema.define_triton(_op, "qlinear", _TRITON_LAYOUTS)
-_schema.define_cuda("qlinear", _TRITON_LAYOUTS)
+for _op in ("qlinear", "qlinear_quantize", "qlinear_norm_quantize"):
+    _schema.define_cuda(_op, ("int4_k64x2_s4", *_TRITON_LAYOUTS))
 
 
 def _codes(x: QTensor) -> Tensor:
@@ -266,6 +267,7 @@ def qlinear(
               product, low rank, bias, activation, γ, residual; rounded to out_dtype once. Triton rounds t to the
               dtype of lora_up first; t of a subspace branch with a lora_down of that dtype is that already.
     Backends: ref any (any layout) | cpu (int8_n16k4, int4_n16k4) | triton >= sm_80 (int8, int4_k64x2)
+              | cuda >= sm_80 (int8, int4_k64x2, int4_k64x2_s4 for codes of x within [−8, 7])
     """
     layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, _codes(x).device)
     return layer.qlinear(x, activation, residual, out_dtype)
