@@ -1,9 +1,10 @@
-// vitq_cuda::qattention.
+// vitq_cuda::qattention and qattention_quantize.
 #include <cmath>
 
 #include "attention_glue.h"
 #include "gpu_glue.h"
 #include "qattention/qattention_sm80.cuh"
+#include "quantize/quantize_gpu.h"
 
 namespace vitq::glue {
 namespace {
@@ -16,6 +17,8 @@ gpu::FocusLaw law_of(const Tensor& levels, double step, double offset, double b1
   const int64_t n = levels.numel() - 1;
   STD_TORCH_CHECK(n >= 1 && n <= 255, "levels has ", n + 1, " elements, expected 2 to 256");
   check(levels, ScalarType::Byte, n + 1, "levels");
+  STD_TORCH_CHECK(offset == 0.0 || (offset == b1 && power == 1.0), "offset is ", offset,
+                  ", expected b1 of power 1, or 0");
   gpu::FocusLaw f{};
   f.direct = b1 == 0.0;
   f.law = power == 1.0 ? 1 : power == 2.0 ? 2 : 0;
@@ -127,7 +130,30 @@ Tensor qattention(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   return out;
 }
 
+// The attention's own tile sees one head of a row only: floats first, then their quantizer.
+QuantizedTensors qattention_quantize(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_scale,
+                                     const Tensor& k_scale, const Tensor& v_scale, double softmax_scale,
+                                     const Tensor& levels, double step, double offset, double b1, double b2,
+                                     double power, bool row_anchor, bool renormalize, OptTensor bias,
+                                     OptTensor mask, OptTensor scatter, int64_t tokens, OptTensor scale,
+                                     int64_t zero_point, int64_t qmin, int64_t qmax, int64_t groups,
+                                     OptTensor row_qmax, OptTensor lut, OptTensor lora_down, bool subspace) {
+  Attention attention(q, k, v, q_scale, k_scale, v_scale, softmax_scale, levels, step, offset, b1, b2, power,
+                      row_anchor, renormalize, bias, mask, scatter, tokens);
+  const auto shape = attention.out_shape();
+  const int64_t m = shape[0] * shape[1];
+  const QuantTensors quant(shape, m, scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down,
+                           subspace);
+  Tensor rows = new_tensor(shape, ScalarType::Float);
+  attention.run(rows, DType::f32);
+  quantize_rows(attention.launcher, {{rows.const_data_ptr(), DType::f32}, shape[2]}, {}, m, quant);
+  return quant.results();
+}
+
 }  // namespace
 }  // namespace vitq::glue
 
-VITQ_GPU_LIBRARY(m) { m.impl("qattention", TORCH_BOX(&vitq::glue::qattention)); }
+VITQ_GPU_LIBRARY(m) {
+  m.impl("qattention", TORCH_BOX(&vitq::glue::qattention));
+  m.impl("qattention_quantize", TORCH_BOX(&vitq::glue::qattention_quantize));
+}

@@ -505,6 +505,11 @@ struct QAttention {
   // ---- probabilities
   // ------------------------------------------------------------------------------------------
 
+  // Of the focus; only uniform ones decode to an offset.
+  static VITQ_DEVICE bool direct(const Params& p) { return !kOffset && p.focus.direct; }
+  static VITQ_DEVICE int law(const Params& p) { return kOffset ? 1 : p.focus.law; }
+  static VITQ_DEVICE Levels decode(const Params& p) { return kOffset ? Levels::codes : p.focus.decode; }
+
   // This lane's maximum and total over one more step.
   static VITQ_DEVICE void observe(const Params& p, Warp& w, Scores& s, int count) {
     const float before[2] = {w.top[0], w.top[1]};
@@ -517,10 +522,10 @@ struct QAttention {
   // t in place of the scores, and Σ e if kTotal.
   template <bool kTotal>
   static VITQ_DEVICE void exponentials(const Params& p, Warp& w, Scores& s, int count) {
-    if (!p.focus.direct) return exponentials<kTotal ? 1 : -1, true>(p, w, s, count);
+    if (!direct(p)) return exponentials<kTotal ? 1 : -1, true>(p, w, s, count);
     if constexpr (kTotal) {
-      if (p.focus.law == 1) return exponentials<1, false>(p, w, s, count);
-      if (p.focus.law == 2) return exponentials<2, false>(p, w, s, count);
+      if (law(p) == 1) return exponentials<1, false>(p, w, s, count);
+      if (law(p) == 2) return exponentials<2, false>(p, w, s, count);
       exponentials<0, false>(p, w, s, count);
     } else {
       exponentials<-1, false>(p, w, s, count);
@@ -546,14 +551,14 @@ struct QAttention {
     VITQ_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float total = w.total[half];
-      gain[half] = f.row                     ? f.gain
-                   : !f.direct || f.law == 1 ? f.gain / total
-                   : f.law == 2              ? f.gain / sqrtf(total)
-                                             : f.gain * fast_exp2(-fast_log2(total) * f.inverse);
+      gain[half] = f.row                       ? f.gain
+                   : !direct(p) || law(p) == 1 ? f.gain / total
+                   : law(p) == 2               ? f.gain / sqrtf(total)
+                                               : f.gain * fast_exp2(-fast_log2(total) * f.inverse);
     }
-    if (!f.direct) {
-      if (f.law == 1) return place_clamped<1>(f, gain, s, count);
-      if (f.law == 2) return place_clamped<2>(f, gain, s, count);
+    if (!direct(p)) {
+      if (law(p) == 1) return place_clamped<1>(f, gain, s, count);
+      if (law(p) == 2) return place_clamped<2>(f, gain, s, count);
       return place_clamped<0>(f, gain, s, count);
     }
     // t <= 1, of which no rounding makes top + 1/2: without b2 nothing is cut off.
@@ -601,8 +606,8 @@ struct QAttention {
   }
 
   static VITQ_DEVICE void pack_levels(const Params& p, const Scores& s, int count, Bytes& out) {
-    if (p.focus.decode == Levels::codes) return pack_all(s, count, out, [](float v) { return bits_of(v); });
-    if (p.focus.decode == Levels::squares) {
+    if (decode(p) == Levels::codes) return pack_all(s, count, out, [](float v) { return bits_of(v); });
+    if (decode(p) == Levels::squares) {
       return pack_all(s, count, out, [&](float v) {
         const float code = v - kMagicFloat;
         return bits_of(fmaf(code * p.focus.level_gain, code, kMagicFloat));
