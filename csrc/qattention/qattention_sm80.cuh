@@ -6,26 +6,25 @@
 // something divides by it), then for the levels and their product with V.
 //
 // Lane (g, c) = (l / 4, l % 4) gets a product's columns 2c, 2c + 1 of rows g, g + 8. Which key is a column,
-// and which k is a key, is ours to choose: columns 2c, 2c + 1 of the four tiles of 32 keys are keys 8c .. 8c
-// + 7
-// (`key_of`), and so
-//   - the levels of a lane are, packed to bytes, its fragment of the second product's first operand;
-//   - bias and mask of a row are read 8 keys at a time.
-// V goes to shared memory as it is. A transposed load of 16-bit elements hands a lane the keys of its columns
-// for two neighbouring d; a byte permutation of two such words tells these apart: even d are one tile of the
-// second product, odd ones the next. K and V lie in slabs of kSlab bytes of d whose 16-byte pieces are
-// swapped
-// (`place`) so that neither these loads nor those of K (8 or 16 bytes a lane, as in qlinear_sm80.cuh) meet in
-// a bank.
+// and which k is a key, is ours to choose: columns 2c, 2c + 1 of the four tiles of 32 keys are the eight keys
+// from 8c on (`key_of`). So the levels of a lane are, packed to bytes, its fragment of the second product's
+// operand A, and bias and mask are read four keys at a time.
+//
+// V goes to shared memory as it is. A transposed load of 16-bit elements hands a lane its keys for two
+// neighbouring d; a byte permutation of two such words tells these apart: even d are columns of one tile of
+// the second product, odd d of the next, and a lane ends up with four d side by side. K and V lie in slabs of
+// kSlab bytes of d, their 16-byte pieces swapped (`place`) so that neither these loads nor those of K (8 or
+// 16 bytes a lane, as in qlinear_sm80.cuh) meet in a bank.
 //
 // Products are accumulated on the bits of 1.5·2^23, which makes them floats without a conversion (they stay
 // below 2^22 for d <= 128); codes leave a float addition of that number as bytes.
 //
 // Roofline of a head: 4·Nq·Nk·d integer operations, Nq·Nk exponentials, d·(Nq + 2·Nk) bytes of codes and d·Nq
-// floats of output. B=32, H=12, N=197, d=64 on an A100 (624 TOPS, 16 exponentials and 128 lanes a clock and
-// processor, 1.6 TB/s): 9 µs, 6 µs and 19 µs with float16 output. The row-anchored square law, renormalized,
-// is 9 instructions a score beside the exponential, 23 M scores with the padding of both sides (13 of 16
-// tiles of queries, 224 keys): about 11 µs of issue. Bytes limit a ViT, instructions long rows.
+// floats of output. B=32, H=12, N=197, d=64 on an A100 (624 TOPS, 16 exponentials a clock and processor, 1.6
+// TB/s): 6 µs, 6 µs, and 15 µs with float16 output. The row-anchored square law, renormalized, takes 8
+// instructions a score beside the exponential, the products 3 more; with padding (13 tiles of 16 queries, 224
+// keys) there are 18 M scores: 10 µs of issue. Memory limits a ViT, issue long rows, whose scores are
+// computed twice.
 #pragma once
 
 #include <algorithm>
