@@ -67,13 +67,6 @@ class Launcher {
   int processors = 1, capability = 80;
 };
 
-// A token map of a GPU's kernel. Its entries, in [−1, tokens), are the caller's promise: to look at them
-// would wait for the device.
-inline RowMap promised_row_map(const Held& map, int64_t slots, int64_t tokens, const char* name) {
-  if (!map) return {};
-  return {map.data<int32_t>(ScalarType::Int, slots, name), slots, tokens};
-}
-
 inline gpu::Codes codes_of(const QuantTail& tail) {
   return {tail.q,
           tail.out_scale,

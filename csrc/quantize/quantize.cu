@@ -134,8 +134,7 @@ QuantizedTensors layer_norm_quantize(const Tensor& x, OptTensor weight, OptTenso
   const QuantTensors quant(shape, m, q_scale, q_zero_point, qmin, qmax, groups, row_qmax, q_lut, lora_down,
                            subspace);
   const LayerNorm norm{gamma.any_float(k, "weight"), beta.any_float(k, "bias"), eps};
-  quantize_rows(launcher, rows, norm, m, quant,
-                promised_row_map(map, gather ? gather->numel() : 0, tokens, "gather"));
+  quantize_rows(launcher, rows, norm, m, quant, row_map(map, gather ? gather->numel() : 0, tokens, "gather"));
   return quant.results();
 }
 

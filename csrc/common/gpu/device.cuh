@@ -25,6 +25,9 @@ namespace vitq::gpu {
 
 constexpr int kWarp = 32;
 
+struct alignas(8) Words2 {
+  uint32_t w[2];
+};
 struct alignas(16) Words4 {
   uint32_t w[4];
 };
