@@ -24,8 +24,8 @@ def exact_layer_norm(x, weight, bias, eps, implementation):
     d = x − c rounds once, d − δ once, the variance is off by 6u (its root by 3u), rstd, product and γ round once each:
     8u of the result; δ itself, a mean of once-rounded d in blocks of four, is off by 3u of the mean |d|, at most 1.
     The float32 statistics of torch, which the oracle uses, cost K-term sums and a mean rounded to float32 besides.
-    Those of a GPU are float32 too, but centred by a first mean and summed in trees, no term through more than 32 additions:
-    32u more on δ, half of 32u more on rstd.
+    Those of a GPU are float32 too, but centred by a first mean and summed in trees, no term through more than 32
+    additions: 32u more on δ, half of 32u more on rstd.
     """
     x = x.double()
     mean = x.mean(-1, keepdim=True)
