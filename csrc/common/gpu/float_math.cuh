@@ -19,17 +19,6 @@ VITQ_DEVICE float gelu(float x, Gelu kind) {
   return x;
 }
 
-// NaN if either is: what is not a number must not look small.
-VITQ_DEVICE float max_or_nan(float a, float b) {
-#if defined(__CUDACC__)
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
-#else
-  return a > b || a != a ? a : b;
-#endif
-}
-
 VITQ_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
 // As the low-rank branch takes a value: float16 saturates, so that a rare huge one is off by what it exceeds

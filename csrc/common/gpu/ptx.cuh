@@ -110,6 +110,12 @@ VITQ_DEVICE uint16_t bfloat_of(float value) {
 VITQ_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 VITQ_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 VITQ_DEVICE float round_even(float value) { return rintf(value); }
+// NaN if either is: what is not a number must not look small.
+VITQ_DEVICE float max_or_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
 
 // One instruction each, a relative error of 2^-22 (of the logarithm: absolute, near 1); subnormal numbers are
 // zeros.
@@ -215,6 +221,7 @@ inline float float_of_bits(uint32_t bits) {
   return value;
 }
 inline float round_even(float value) { return __builtin_rintf(value); }
+inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_log2(float x) { return std::log2(x); }
