@@ -55,3 +55,4 @@ def test_kernels_under_sanitizers(tmp_path):
     library = emulation.build(tmp_path, sanitize=True)
     environment = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
     emulation.run(library, "test_qlinear.py", select="cuda and (gelu or extreme)", least=5, **environment)
+    emulation.run(library, "emulated_cuda_attention.py", select="aligned", least=10, **environment)
