@@ -46,7 +46,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert {row["method"] for row in record["rows"]} == {"allocate.rank_search", "reconstruct.blocks"}
     for row in record["rows"]:
         assert row["operators"] > 100
-        assert row["h200_ms_float32"] >= 1e3 * HOST_SECONDS * row["operators"]
+        assert row["h200_ms_float32"] >= 1e3 * HOST_SECONDS * row["operators"] * (1 - 1e-12)
     total = sum(row["steps"] * row["h200_ms_float32"] for row in record["rows"]) / 60e3
     assert record["h200_minutes"]["float32"] == pytest.approx(total)
     assert "reconstruct.blocks" in capsys.readouterr().out

@@ -34,7 +34,9 @@ def test_kernels(library):
 
 def test_what_is_its_own(library):
     """int4 products, split K, orders of threads, refusals."""
-    emulation.run(library, "emulated_cuda.py", "emulated_cuda_quantize.py", "emulated_cuda_attention.py", select="", least=20)
+    emulation.run(
+        library, "emulated_cuda.py", "emulated_cuda_quantize.py", "emulated_cuda_attention.py", select="", least=20
+    )
 
 
 def test_sm_90a(library):
@@ -55,4 +57,4 @@ def test_kernels_under_sanitizers(tmp_path):
     library = emulation.build(tmp_path, sanitize=True)
     environment = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
     emulation.run(library, "test_qlinear.py", select="cuda and (gelu or extreme)", least=5, **environment)
-    emulation.run(library, "emulated_cuda_attention.py", select="aligned", least=10, **environment)
+    emulation.run(library, "emulated_cuda_attention.py", select="not_aligned and 17", least=2, **environment)

@@ -57,8 +57,8 @@ class RankMixture(nn.Module):
         # The candidates beside each other, so that two products compute them all.
         self.up = nn.Parameter(torch.cat([up[:, :r].float() for r in ranks], 1))
         self.down = nn.Parameter(torch.cat([down[:r].float() for r in ranks]))
-        owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-        self.register_buffer("owner", owner.to(up.device))
+        owner = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], dtype=torch.long, device=up.device)
+        self.register_buffer("owner", owner)
         self.keep = torch.ones_like(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
