@@ -67,7 +67,7 @@ class FocusQuantizer(nn.Module):
             return code, width / spec.n, self.b1
         levels, _, _ = spec.decode()
         step = self.b2 / self.grid
-        level = levels.to(code)[code.long()]
+        level = fq.look_up(levels.to(code), code.detach())
         if torch.is_grad_enabled():
             smooth = (self.b1 + width * (code / spec.n) ** self.power) / step
             if self.below == "zero":
