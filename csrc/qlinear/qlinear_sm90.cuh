@@ -292,6 +292,7 @@ struct QLinearSm90 {
     VITQ_UNROLL_ONCE
     for (int step = 0; step < steps; ++step, ++use) {
       char* stage = stage_of(use);
+      const int lane = fresh_lane();
       barrier_wait(&barriers().full[slot_of(use)], parity_of(use));
       VITQ_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -301,7 +302,7 @@ struct QLinearSm90 {
           for (int k = 0; k < 2; ++k) {
             // Again for the other half where levels need the registers.
             if (half == 0 || kProduct == Product::w4_table) {
-              read_packed(stage + kBytesX, columns_of(sub), k, packed[sub][k]);
+              read_packed(stage + kBytesX, lane, columns_of(sub), k, packed[sub][k]);
             }
             VITQ_UNROLL
             for (int r = 0; r < 4; ++r) {
@@ -330,12 +331,13 @@ struct QLinearSm90 {
   }
 
   // This lane's bytes of operand A's registers of 32 bytes of K from 32·k on.
-  static VITQ_DEVICE void read_packed(const char* w, int column0, int k, uint32_t (&out)[4]) {
+  static VITQ_DEVICE void read_packed(const char* w, int lane, int column0, int k, uint32_t (&out)[4]) {
+    const int row = warp() % 4 * 16 + lane / 4;
     VITQ_UNROLL
     for (int r = 0; r < 4; ++r) {
-      const int row = column0 + warp() % 4 * 16 + lane() / 4 + 8 * (r % 2);
-      out[r] =
-          *reinterpret_cast<const uint32_t*>(w + swizzled<kSpanW>(row, k * 32 + r / 2 * 16 + lane() % 4 * 4));
+      // Swizzling repeats every 8 rows: of those, constants remain.
+      const int at = swizzled<kSpanW>(row, k * 32 + r / 2 * 16 + lane % 4 * 4);
+      out[r] = *reinterpret_cast<const uint32_t*>(w + at + (column0 + 8 * (r % 2)) * kSpanW);
     }
   }
 
@@ -358,15 +360,19 @@ struct QLinearSm90 {
       correction[i / 2][i % 2] = l.x_zero_point != 0 && n < l.n ? l.x_zero_point * l.col_sum[n] : 0;
     }
     VITQ_UNROLL
-    for (int i = 0; i < kBlockM / 2; ++i) {
-      const int h = i / 2 % 2, m = i / 4 * 8 + lane() % 4 * 2 + i % 2;
+    for (int c = 0; c < kBlockM / 4; ++c) {
+      // Volatile, and behind barriers: or the compiler loads the scales of all columns first, and spills.
+      const float x_scale = static_cast<const volatile float*>(scales)[c / 2 * 8 + lane() % 4 * 2 + c % 2];
       VITQ_UNROLL
-      for (int sub = 0; sub < kSub; ++sub) {
-        const int total = kProduct == Product::w4 ? sums[sub][i] >> 4 : sums[sub][i];
-        y[sub][i] = static_cast<float>(total - correction[sub][h]) * (scales[m] * w_scale[sub][h]);
+      for (int h = 0; h < 2; ++h) {
+        const int i = c / 2 * 4 + h * 2 + c % 2;
+        VITQ_UNROLL
+        for (int sub = 0; sub < kSub; ++sub) {
+          const int total = kProduct == Product::w4 ? sums[sub][i] >> 4 : sums[sub][i];
+          y[sub][i] = static_cast<float>(total - correction[sub][h]) * (x_scale * w_scale[sub][h]);
+        }
       }
-      // Or the compiler loads the scales of all columns first, and spills.
-      if (i % 16 == 15) sync_warp();
+      if (c % (4 * kTeam) == 4 * kTeam - 1) sync_warp();
     }
   }
 
@@ -406,15 +412,23 @@ struct QLinearSm90 {
     VITQ_UNROLL_ONCE
     for (int piece = 0; piece < kPieces && m0 + piece * kPiece < l.m; ++piece) {
       float* rows = result + piece % 2 * kFloats;
-      VITQ_UNROLL
-      for (int q = 0; q < kPieces; ++q) {
-        if (q == piece) write_piece(y, q, rows);
-      }
-      sync_team();
       const int m = m0 + piece * kPiece;
+      // A warp's rows of the piece, two at a time where registers last; what they add from memory is on its
+      // way meanwhile.
+      constexpr int kStep = 4 * kTeam, kRows = kNibbles && kTeam == 1 ? 1 : 2;
       VITQ_UNROLL_ONCE
-      for (int row = team_warp; row < kPiece && m + row < l.m; row += 4 * kTeam) {
-        Epilogue::finish_row(l, m + row, n0, rows + row * kRow);
+      for (int row = team_warp; row < kPiece; row += kRows * kStep) {
+        float residual[kRows][Epilogue::kVector];
+        VITQ_UNROLL
+        for (int r = 0; r < kRows; ++r) Epilogue::load_residual(l, m + row + r * kStep, n0, residual[r]);
+        if (row == team_warp) {
+          VITQ_UNROLL
+          for (int q = 0; q < kPieces; ++q) {
+            if (q == piece) write_piece(y, q, rows);
+          }
+          sync_team();
+        }
+        Epilogue::finish_rows(l, m + row, kStep, n0, rows + row * kRow, residual);
       }
       if (l.lora_down) {
         sync_team();
