@@ -93,8 +93,8 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["vit", "swin"])
-    parser.add_argument("--recipes", nargs="+", default=["cptv-w4a8", "cptv-w3a8"])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["vit"])
+    parser.add_argument("--recipes", nargs="+", default=["cptv-w4a8"])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--passes", type=int, default=10)
     parser.add_argument("--images", type=int, default=200, help="calibration images")
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             for seed in range(args.seeds):
                 rows.append(measure(name, recipe, seed, args.passes, args.images, args.limit))
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    args.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+                args.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ struct RowMap {
   int64_t slots = 0, tokens = 0;   // of one image
 
   // The row among all images' tokens of row `slot` among all their slots; −1: none.
-  int64_t token_row(int64_t slot) const {
+  constexpr int64_t token_row(int64_t slot) const {
     if (index == nullptr) return slot;
     const int64_t token = index[slot % slots];
     return token < 0 ? -1 : slot / slots * tokens + token;

@@ -1,4 +1,4 @@
-// CPU kernel of qattention and qattention_quantize.
+// CPU kernel of qattention and qattention_quantize; the operands' views are those of the GPU kernel, too.
 #pragma once
 
 #include "common/dtype.h"
@@ -13,15 +13,17 @@ namespace vitq {
 struct Codes {
   const int8_t* data;
   int64_t b, h, n;
-  const int8_t* row(int64_t bi, int64_t hi, int64_t i) const { return data + bi * b + hi * h + i * n; }
+  constexpr const int8_t* row(int64_t bi, int64_t hi, int64_t i) const {
+    return data + bi * b + hi * h + i * n;
+  }
 };
 
 // A scale of 1, [H] or [B, H, N] values, broadcast by zero strides.
 struct Scales {
   const float* data;
   int64_t b, h, n;
-  float at(int64_t bi, int64_t hi, int64_t i) const { return data[bi * b + hi * h + i * n]; }
-  bool per_token() const { return n != 0; }
+  constexpr float at(int64_t bi, int64_t hi, int64_t i) const { return data[bi * b + hi * h + i * n]; }
+  constexpr bool per_token() const { return n != 0; }
 };
 
 // Additive scores: row i of outer index o (head or mask group) starts at element o·outer + i·row.

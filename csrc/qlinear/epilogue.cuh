@@ -39,6 +39,37 @@ struct LinearParams {
   unsigned* counters;  // [tiles], 0 before and after
 };
 
+// y[16, 8] += t·Uᵀ at row m, column n, as a fragment of a warp. The order of ranks inside an instruction is
+// ours, as that of k: a lane takes 4 in a row.
+template <DType kType>
+VITQ_DEVICE void add_branch_of(const LinearParams& p, int m, int n, float (&y)[4]) {
+  const int group = lane() / 4, column = lane() % 4;
+  const auto* up = static_cast<const uint16_t*>(p.lora_up.data);
+  for (int r0 = 0; r0 < p.rank; r0 += 16) {
+    uint32_t a[4], b[2];
+    VITQ_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int r = r0 + 4 * column + 2 * e;
+      const bool one = r < p.rank, two = r + 1 < p.rank;
+      VITQ_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int row = m + group + 8 * h;
+        const float* t = p.lora_t + int64_t{row < p.m ? row : p.m - 1} * p.rank + r;
+        a[h + 2 * e] = pack_16<kType>(one ? t[0] : 0.0f, two ? t[1] : 0.0f);
+      }
+      const uint16_t* u = up + int64_t{n + group < p.n ? n + group : p.n - 1} * p.rank + r;
+      b[e] = (one ? u[0] : 0u) | (two ? u[1] : 0u) << 16;
+    }
+    mma_16<kType>(y, a, b[0], b[1]);
+  }
+}
+
+// Of a branch in 16 bits; one in float32 is added by finish_row.
+VITQ_DEVICE void add_branch(const LinearParams& p, int m, int n, float (&y)[4]) {
+  if (p.rank > 0 && p.lora_up.dtype == DType::f16) add_branch_of<DType::f16>(p, m, n, y);
+  if (p.rank > 0 && p.lora_up.dtype == DType::bf16) add_branch_of<DType::bf16>(p, m, n, y);
+}
+
 // Rows of kColumns floats, kRow floats apart in shared memory, that warps finish: a lane kVector columns.
 template <int kColumns, int kRow>
 struct LinearEpilogue {

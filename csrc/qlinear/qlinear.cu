@@ -1,8 +1,10 @@
-// vitq_cuda::qlinear and qlinear_quantize.
+// vitq_cuda::qlinear, qlinear_quantize, qlinear_norm_quantize and qlinear_weight_only.
 #include "gpu_glue.h"
 #include "qlinear/qlinear_sm80.cuh"
 #include "qlinear/qlinear_sm90.cuh"
 #include "qlinear/tail_glue.h"
+#include "qlinear/weight_only_sm80.cuh"
+#include "quantize/quantize_gpu.h"
 
 namespace vitq::glue {
 namespace {
@@ -97,25 +99,20 @@ void choose(const Launcher& launcher, gpu::LinearParams& p, bool large) {
   return start<Small<kProduct, false>>(launcher, p);
 }
 
-// One call's arguments and the tensors they point into.
-struct Call {
+// What every call has: a weight, an epilogue, and the tensors they point into.
+struct Layer {
   Launcher launcher;
-  Tensor x, x_scale, weight, col_sum, w_scale;
+  Tensor x, weight, w_scale;
   Held w_lut;
   TailTensors tensors;
   gpu::LinearParams p{};
-  Product product = Product::s8;
-  bool large = false;
 
-  Call(const Tensor& x_, const Tensor& x_scale_, int64_t x_zero_point, const OptTensor& lora_t,
-       const Tensor& weight_, int64_t layout, int64_t n, int64_t k, const Tensor& col_sum_,
-       const OptTensor& w_lut_, const Tensor& w_scale_, const OptTensor& bias, const OptTensor& lora_up,
-       int64_t activation, const OptTensor& layer_scale, const OptTensor& residual)
+  Layer(const Tensor& x_, const OptTensor& lora_t, const Tensor& weight_, int64_t layout, int64_t n,
+        int64_t k, const OptTensor& w_lut_, const Tensor& w_scale_, const OptTensor& bias,
+        const OptTensor& lora_up, int64_t activation, const OptTensor& layer_scale, const OptTensor& residual)
       : launcher(x_),
         x(dense(x_)),
-        x_scale(dense(x_scale_)),
         weight(dense(weight_)),
-        col_sum(dense(col_sum_)),
         w_scale(dense(w_scale_)),
         w_lut(w_lut_),
         tensors(row_count(x_), n, lora_t, bias, lora_up, activation, layer_scale, residual) {
@@ -124,28 +121,12 @@ struct Call {
                     ", expected int8 (0), int4_k64x2 (4) or int4_k64x2_s4 (5) on CUDA");
     STD_TORCH_CHECK(std::max({m, n, k}) < int64_t{1} << 31, "M, N, K are ", m, ", ", n, ", ", k,
                     ", expected less than 2^31");
-    check(x, ScalarType::Char, m * k, "x");
-    const bool per_row = x_scale.numel() != 1;
-    check(x_scale, ScalarType::Float, per_row ? m : 1, "x_scale");
+    STD_TORCH_CHECK(x.numel() == m * k, "x has ", x.numel(), " elements, expected ", m * k);
     check(w_scale, ScalarType::Float, n, "w_scale");
-    check(col_sum, ScalarType::Int, n, "col_sum");
     const int64_t row = layout == kInt8 ? k : ceil_div(k, 128) * 64;
     check(weight, layout == kInt8 ? ScalarType::Char : ScalarType::Byte, n * row, "weight");
-    STD_TORCH_CHECK(x_zero_point >= -128 && x_zero_point <= 127, "x_zero_point is ", x_zero_point,
-                    ", expected an int in [-128, 127]");
-    STD_TORCH_CHECK(!w_lut || layout != kInt4ByInt4,
-                    "w_lut is given, expected uniform int4 weights of int4 products");
-    product = layout == kInt8         ? Product::s8
-              : layout == kInt4ByInt4 ? Product::s4
-              : w_lut                 ? Product::w4_table
-                                      : Product::w4;
-    p.x = static_cast<const int8_t*>(x.const_data_ptr());
-    p.x_scale = static_cast<const float*>(x_scale.const_data_ptr());
-    p.x_scale_stride = per_row ? 1 : 0;
-    p.x_zero_point = static_cast<int>(x_zero_point);
     p.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
     p.weight_row = row;
-    p.col_sum = static_cast<const int32_t*>(col_sum.const_data_ptr());
     p.lut = w_lut.data<int8_t>(ScalarType::Char, 16, "w_lut");
     p.w_scale = static_cast<const float*>(w_scale.const_data_ptr());
     const LinearTail& tail = tensors.tail;
@@ -159,8 +140,59 @@ struct Call {
     p.m = static_cast<int>(m);
     p.n = static_cast<int>(n);
     p.k = static_cast<int>(k);
+  }
+
+  // Whether rows of x and of the weight start at multiples of 16 bytes.
+  bool aligned(int64_t x_bytes) const {
+    return p.k * x_bytes % 16 == 0 && p.weight_row % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+  }
+};
+
+// An integer product.
+struct Call : Layer {
+  Tensor x_scale, col_sum;
+  Product product = Product::s8;
+  bool large = false;
+
+  Call(const Tensor& x_, const Tensor& x_scale_, int64_t x_zero_point, const OptTensor& lora_t,
+       const Tensor& weight_, int64_t layout, int64_t n, int64_t k, const Tensor& col_sum_,
+       const OptTensor& w_lut_, const Tensor& w_scale_, const OptTensor& bias, const OptTensor& lora_up,
+       int64_t activation, const OptTensor& layer_scale, const OptTensor& residual)
+      : Layer(x_, lora_t, weight_, layout, n, k, w_lut_, w_scale_, bias, lora_up, activation, layer_scale,
+              residual),
+        x_scale(dense(x_scale_)),
+        col_sum(dense(col_sum_)) {
+    const int64_t m = p.m;
+    check(x, ScalarType::Char, m * k, "x");
+    const bool per_row = x_scale.numel() != 1;
+    check(x_scale, ScalarType::Float, per_row ? m : 1, "x_scale");
+    check(col_sum, ScalarType::Int, n, "col_sum");
+    STD_TORCH_CHECK(x_zero_point >= -128 && x_zero_point <= 127, "x_zero_point is ", x_zero_point,
+                    ", expected an int in [-128, 127]");
+    STD_TORCH_CHECK(!w_lut || layout != kInt4ByInt4,
+                    "w_lut is given, expected uniform int4 weights of int4 products");
+    product = layout == kInt8         ? Product::s8
+              : layout == kInt4ByInt4 ? Product::s4
+              : w_lut                 ? Product::w4_table
+                                      : Product::w4;
+    p.x = static_cast<const int8_t*>(x.const_data_ptr());
+    p.x_scale = static_cast<const float*>(x_scale.const_data_ptr());
+    p.x_scale_stride = per_row ? 1 : 0;
+    p.x_zero_point = static_cast<int>(x_zero_point);
+    p.col_sum = static_cast<const int32_t*>(col_sum.const_data_ptr());
     // Where they fill the processors.
     large = ceil_div(m, 128) * ceil_div(n, 128) >= launcher.processors;
+  }
+
+  // The result as floats, [..., N] as x is [..., K].
+  Tensor floats(ScalarType dtype) {
+    p.out_dtype = dtype_of(dtype, "out_dtype");
+    const Tensor out = new_tensor(shape_with_last(x, p.n), dtype);
+    p.out = out.mutable_data_ptr();
+    if (out.numel() > 0) run();
+    return out;
   }
 
   int64_t column_tiles() const { return ceil_div(p.n, large ? 128 : 64); }
@@ -185,11 +217,7 @@ Tensor qlinear(const Tensor& x, const Tensor& x_scale, int64_t x_zero_point, Opt
                OptTensor layer_scale, OptTensor residual, ScalarType out_dtype) {
   Call call(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, bias, lora_up,
             activation, layer_scale, residual);
-  call.p.out_dtype = dtype_of(out_dtype, "out_dtype");
-  const Tensor out = new_tensor(shape_with_last(x, n), out_dtype);
-  call.p.out = out.mutable_data_ptr();
-  if (out.numel() > 0) call.run();
-  return out;
+  return call.floats(out_dtype);
 }
 
 // How a tile of the product can turn its own result into codes: not at all, any tile, or one of 128 columns
@@ -219,7 +247,11 @@ QuantizedTensors qlinear_quantize(const Tensor& x, const Tensor& x_scale, int64_
                      q_lut, lora_down, subspace);
   if (call.p.m == 0) return quant.results();
   const InTile how = in_tile(quant.tail, quant.down);
-  STD_TORCH_CHECK(how != InTile::no, "needs the quantize kernel");
+  if (how == InTile::no) {
+    const Tensor y = call.floats(ScalarType::Float);
+    quantize_rows(call.launcher, {any_float(y, y.numel(), "y"), n}, {}, call.p.m, quant);
+    return quant.results();
+  }
   call.p.codes = codes_of(quant.tail);
   call.large |= how == InTile::wide;
   const int64_t count = int64_t{call.p.m} * quant.tail.rank, parts = call.column_tiles();
@@ -239,10 +271,60 @@ QuantizedTensors qlinear_quantize(const Tensor& x, const Tensor& x_scale, int64_
   return quant.results();
 }
 
+// Two launches: a LayerNorm needs whole rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor> qlinear_norm_quantize(
+    const Tensor& x, const Tensor& x_scale, int64_t x_zero_point, OptTensor lora_t, const Tensor& weight,
+    int64_t layout, int64_t n, int64_t k, const Tensor& col_sum, OptTensor w_lut, const Tensor& w_scale,
+    OptTensor bias, OptTensor lora_up, int64_t activation, OptTensor layer_scale, OptTensor residual,
+    ScalarType out_dtype, OptTensor norm_weight, OptTensor norm_bias, double eps, OptTensor q_scale,
+    int64_t q_zero_point, int64_t qmin, int64_t qmax, int64_t groups, OptTensor row_qmax, OptTensor q_lut,
+    OptTensor lora_down, bool subspace) {
+  STD_TORCH_CHECK(n > 0, "n is 0, expected at least 1 in front of a LayerNorm");
+  Call call(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, bias, lora_up,
+            activation, layer_scale, residual);
+  const QuantTensors quant(shape_with_last(x, n), call.p.m, q_scale, q_zero_point, qmin, qmax, groups,
+                           row_qmax, q_lut, lora_down, subspace);
+  const Tensor y = call.floats(out_dtype);
+  const Held gamma(norm_weight), beta(norm_bias);
+  const LayerNorm norm{gamma.any_float(n, "norm_weight"), beta.any_float(n, "norm_bias"), eps};
+  quantize_rows(call.launcher, {any_float(y, y.numel(), "y"), n}, norm, call.p.m, quant);
+  return {y, quant.q, quant.out_scale, quant.t};
+}
+
+template <DType kType>
+void start_weight_only(const Layer& layer, bool nibbles) {
+  using Kernel = gpu::WeightOnly<kType>;
+  const typename Kernel::Params params{
+      layer.p, {layer.x.const_data_ptr(), kType}, nibbles, layer.aligned(size_of(kType))};
+  const int64_t tiles = ceil_div(layer.p.m, Kernel::kBlock) * ceil_div(layer.p.n, Kernel::kBlock);
+  layer.launcher.run<Kernel>("qlinear_weight_only", tiles, 1, Kernel::kShared, params);
+}
+
+Tensor qlinear_weight_only(const Tensor& x, OptTensor lora_t, const Tensor& weight, int64_t layout, int64_t n,
+                           int64_t k, OptTensor w_lut, const Tensor& w_scale, OptTensor bias,
+                           OptTensor lora_up, int64_t activation, OptTensor layer_scale, OptTensor residual,
+                           ScalarType out_dtype) {
+  Layer layer(x, lora_t, weight, layout, n, k, w_lut, w_scale, bias, lora_up, activation, layer_scale,
+              residual);
+  const DType type = dtype_of(x.scalar_type(), "x");
+  check(layer.x, x.scalar_type(), int64_t{layer.p.m} * k, "x");
+  layer.p.out_dtype = dtype_of(out_dtype, "out_dtype");
+  const Tensor out = new_tensor(shape_with_last(x, n), out_dtype);
+  layer.p.out = out.mutable_data_ptr();
+  if (out.numel() == 0) return out;
+  const bool nibbles = layout != kInt8;
+  if (type == DType::f32) start_weight_only<DType::f32>(layer, nibbles);
+  if (type == DType::f16) start_weight_only<DType::f16>(layer, nibbles);
+  if (type == DType::bf16) start_weight_only<DType::bf16>(layer, nibbles);
+  return out;
+}
+
 }  // namespace
 }  // namespace vitq::glue
 
 VITQ_GPU_LIBRARY(m) {
   m.impl("qlinear", TORCH_BOX(&vitq::glue::qlinear));
   m.impl("qlinear_quantize", TORCH_BOX(&vitq::glue::qlinear_quantize));
+  m.impl("qlinear_weight_only", TORCH_BOX(&vitq::glue::qlinear_weight_only));
+  m.impl("qlinear_norm_quantize", TORCH_BOX(&vitq::glue::qlinear_norm_quantize));
 }

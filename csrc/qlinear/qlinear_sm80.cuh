@@ -65,8 +65,7 @@ struct QLinear {
   }
 
  private:
-  // ---- the product
-  // -------------------------------------------------------------------------------------------
+  // ---- the product ----
 
   // Where row `row` of slab `slab` lies, in bytes: rows of the second slab are swapped in pairs, so that the
   // 8 lanes that copy 128 bytes of one row write to all banks.
@@ -215,8 +214,7 @@ struct QLinear {
     return packed;
   }
 
-  // ---- split K
-  // -----------------------------------------------------------------------------------------------
+  // ---- split K ----
 
   // Leaves this block's share where the last block of the tile to come finds it; true for that one, which
   // then has the sum of all. Integers: the order does not matter.
@@ -244,8 +242,7 @@ struct QLinear {
     return true;
   }
 
-  // ---- the epilogue
-  // ------------------------------------------------------------------------------------------
+  // ---- the epilogue ----
 
   static VITQ_DEVICE void finish(const Params& p, int m0, int n0, const Accumulators& acc) {
     auto* result = reinterpret_cast<float*>(shared());
@@ -297,8 +294,7 @@ struct QLinear {
           }
         }
         const int m = m0 + row0 + i * 16 - group, n = n0 + col0 + j * 8;
-        if (p.rank > 0 && p.lora_up.dtype == DType::f16) add_branch<DType::f16>(p, m, n, y);
-        if (p.rank > 0 && p.lora_up.dtype == DType::bf16) add_branch<DType::bf16>(p, m, n, y);
+        add_branch(p, m, n, y);
         VITQ_UNROLL
         for (int h = 0; h < 2; ++h) {
           float* to = result + (row0 + i * 16 + 8 * h) * kRow + col0 + j * 8 + 2 * column;
@@ -306,30 +302,6 @@ struct QLinear {
           to[1] = y[2 * h + 1];
         }
       }
-    }
-  }
-
-  // y[16, 8] += t·Uᵀ at row m, column n; the order of ranks inside an instruction is again ours.
-  template <DType kType>
-  static VITQ_DEVICE void add_branch(const Params& p, int m, int n, float (&y)[4]) {
-    const int group = lane() / 4, column = lane() % 4;
-    const auto* up = static_cast<const uint16_t*>(p.lora_up.data);
-    for (int r0 = 0; r0 < p.rank; r0 += 16) {
-      uint32_t a[4], b[2];
-      VITQ_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int r = r0 + 4 * column + 2 * e;
-        const bool one = r < p.rank, two = r + 1 < p.rank;
-        VITQ_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const int row = m + group + 8 * h;
-          const float* t = p.lora_t + int64_t{row < p.m ? row : p.m - 1} * p.rank + r;
-          a[h + 2 * e] = pack_16<kType>(one ? t[0] : 0.0f, two ? t[1] : 0.0f);
-        }
-        const uint16_t* u = up + int64_t{n + group < p.n ? n + group : p.n - 1} * p.rank + r;
-        b[e] = (one ? u[0] : 0u) | (two ? u[1] : 0u) << 16;
-      }
-      mma_16<kType>(y, a, b[0], b[1]);
     }
   }
 };

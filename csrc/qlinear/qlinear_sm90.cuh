@@ -118,8 +118,7 @@ struct QLinearSm90 {
   };
   static VITQ_DEVICE int steps_of(const Params& p) { return (p.linear.k + kBlockK - 1) / kBlockK; }
 
-  // ---- producers
-  // ---------------------------------------------------------------------------------------------
+  // ---- producers ----
 
   static VITQ_DEVICE void copy(const Params& p) {
     Barriers& b = barriers();
@@ -203,8 +202,7 @@ struct QLinearSm90 {
     }
   }
 
-  // ---- consumers
-  // ---------------------------------------------------------------------------------------------
+  // ---- consumers ----
 
   static VITQ_DEVICE int consumer() { return warp() / 4 - 1; }
   static VITQ_DEVICE int team_thread() { return thread() - kGroup * (kTeam == 2 ? 1 : 1 + consumer()); }

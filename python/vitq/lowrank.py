@@ -66,6 +66,7 @@ def regress(target: Tensor, cross: Tensor, c: Tensor, damping: float) -> Tensor:
     return target + torch.linalg.solve(damped(c, damping), (cross - target @ c).T).T
 
 
+@torch.no_grad()
 def compensated_rounding(
     weight: Tensor, c: Tensor, scale: Tensor, spec: QuantSpec, damping: float = 0.01
 ) -> tuple[Tensor, Tensor]:

@@ -219,3 +219,13 @@ def test_tables_are_level_tables():
     static = activation_table(w, QuantSpec(4, symmetric=False))
     assert static.symmetric
     assert static.table.bits == 4
+
+
+def test_compensated_rounding_keeps_no_graph():
+    """Of its thousands of steps, with a scale that may be learned later: it would outlive the calibration."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 8, generator=g, dtype=torch.float64)
+    scale = torch.nn.Parameter(torch.full((5,), 0.1, dtype=torch.float64))
+    weight = torch.randn(5, 8, generator=g, dtype=torch.float64).requires_grad_()
+    parts = lowrank.compensated_rounding(weight, x.T @ x / 40, scale, QuantSpec(4, granularity="per_channel"))
+    assert not any(part.requires_grad for part in parts)

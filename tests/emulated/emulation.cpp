@@ -1,4 +1,5 @@
-// The emulation itself: what it must catch, and the fragment maps by the formulas of the PTX manual. Prints what fails.
+// The emulation itself: what it must catch, and the fragment maps by the formulas of the PTX manual. Prints
+// what fails.
 #include "common/gpu/emulation.h"
 
 #include <cstdio>
@@ -95,8 +96,9 @@ int wrong_neighbours() {
   return wrong;
 }
 
-// The manual: of m16n8k32, element i of a lane's 16 of A is in row groupID for i < 4 and 8 <= i < 12, else groupID + 8,
-// and in column threadID_in_group·4 + (i & 3), + 16 from i = 8 on; of its 8 of B in row threadID_in_group·4 + (i & 3),
+// The manual: of m16n8k32, element i of a lane's 16 of A is in row groupID for i < 4 and 8 <= i < 12, else
+// groupID + 8, and in column threadID_in_group·4 + (i & 3), + 16 from i = 8 on; of its 8 of B in row
+// threadID_in_group·4 + (i & 3),
 // + 16 from i = 4 on. m16n8k16 and k64 alike, with 2 and 8 elements where k32 has 4.
 constexpr bool as_in_the_manual(int per_word) {
   using namespace emulated;

@@ -91,6 +91,21 @@ def test_hopper_multiplies_by_warpgroups():
         assert "USETMAXREG" in text
 
 
+def test_attention_multiplies_levels_from_registers():
+    """A tile's products of both kinds, V by transposed loads; sums over the keys that count only with an offset."""
+    sass = _dump("-sass", "sm_80")
+    attention = r"QAttentionILi(\d+)ELi(\d+)ELb(\d)ELb(\d)E"  # width, chunks of 32 keys, whole rows, offset
+    kernels = {match.groups(): text for name, text in sass.items() if (match := re.search(attention, name))}
+    assert {int(key[0]) for key in kernels} == {32, 64, 96, 128}
+    for key, text in kernels.items():
+        width, chunks, _, offset = map(int, key)
+        found = re.findall(r"IMMA\.[.A-Z0-9]+", text)
+        assert found.count("IMMA.16832.S8.S8") == chunks * 4 * (width // 32), key
+        assert found.count("IMMA.16832.U8.S8") == chunks * (width // 8 + 1) * (1 + offset), key
+        assert len(re.findall(r"LDSM\.16\.MT88\.4", text)) == chunks * (width // 16) * (1 + offset), key
+        assert "LDGSTS" in text
+
+
 def test_the_library_loads_and_says_why_it_does_not_serve():
     reason = _cuda.unavailable("cpu")
     assert reason == "runs on cuda tensors, not cpu" or (_cuda.EMULATED and reason is None)

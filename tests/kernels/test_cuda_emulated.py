@@ -28,12 +28,13 @@ def test_the_emulation_catches_what_is_wrong(tmp_path, name, seed):
 
 def test_kernels(library):
     """Every kernel test of the other back ends that is about ops that this one has."""
-    emulation.run(library, "test_qlinear.py", least=40)
+    emulation.run(library, "test_qlinear.py", "test_quantize.py", "test_layer_norm_quantize.py", least=70)
+    emulation.run(library, "test_qattention.py", "test_scatter.py", least=80)
 
 
 def test_what_is_its_own(library):
     """int4 products, split K, orders of threads, refusals."""
-    emulation.run(library, "emulated_cuda.py", select="", least=25)
+    emulation.run(library, "emulated_cuda.py", "emulated_cuda_quantize.py", "emulated_cuda_attention.py", select="", least=20)
 
 
 def test_sm_90a(library):
@@ -54,3 +55,4 @@ def test_kernels_under_sanitizers(tmp_path):
     library = emulation.build(tmp_path, sanitize=True)
     environment = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
     emulation.run(library, "test_qlinear.py", select="cuda and (gelu or extreme)", least=5, **environment)
+    emulation.run(library, "emulated_cuda_attention.py", select="aligned", least=10, **environment)

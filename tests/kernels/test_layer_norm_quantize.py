@@ -24,15 +24,15 @@ def exact_layer_norm(x, weight, bias, eps, implementation):
     d = x − c rounds once, d − δ once, the variance is off by 6u (its root by 3u), rstd, product and γ round once each:
     8u of the result; δ itself, a mean of once-rounded d in blocks of four, is off by 3u of the mean |d|, at most 1.
     The float32 statistics of torch, which the oracle uses, cost K-term sums and a mean rounded to float32 besides.
-    Triton's are float32 too, but centred by a first mean and summed in trees, no term through more than 32 additions:
-    32u more on δ, half of 32u more on rstd.
+    Those of a GPU are float32 too, but centred by a first mean and summed in trees, no term through more than 32
+    additions: 32u more on δ, half of 32u more on rstd.
     """
     x = x.double()
     mean = x.mean(-1, keepdim=True)
     variance = (x - mean).square().mean(-1, keepdim=True)
     centred = (x - mean) / torch.sqrt(variance + eps)
     y = centred if weight is None else centred * weight.double()
-    tree = 32 if implementation == "triton" else 0
+    tree = 32 if implementation in ("triton", "cuda") else 0
     bound = gamma(8 + tree // 2) * y.abs() + gamma(4 + tree) * (1.0 if weight is None else weight.double().abs())
     if implementation == "ref":
         worst = gamma(x.shape[-1] + 8) * (x.abs().amax(-1, keepdim=True) / torch.sqrt(variance + eps) + centred.abs())

@@ -11,7 +11,7 @@ import torch
 from attention_oracle import assert_attention, naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selected import TRITON
+from selected import CUDA, GPU, TRITON
 
 from vitq_kernels import _native, backends
 from vitq_kernels.formats import ActQuant, FocusSpec
@@ -22,8 +22,8 @@ from vitq_kernels.triton import host
 
 native = pytest.mark.skipif(_native.unavailable("cpu") is not None, reason=str(_native.unavailable("cpu")))
 ISAS = [] if _native.extension() is None else _native.extension().available_isas()
-if TRITON:
-    KERNELS = BACKENDS = ["triton"]
+if GPU:
+    KERNELS = BACKENDS = ["triton" if TRITON else "cuda"]
 else:
     # The C++ kernel once per instruction set; one skipped entry where it is not built.
     KERNELS = ISAS or [pytest.param("cpu", marks=native)]
@@ -53,8 +53,8 @@ FOCUSES = {
     "grid63": FocusSpec(bits=6, power=2.0, anchor="row", grid=63),
 }
 # A few per cent of the work where a program takes a tenth of a second, and every form seconds to compile.
-SOME = list(FOCUSES)[::5] if TRITON else list(FOCUSES)
-MOST_QUERIES = 10 if host.INTERPRETED else 200
+SOME = list(FOCUSES)[::5] if GPU else list(FOCUSES)
+MOST_QUERIES = 10 if host.INTERPRETED else 70 if CUDA else 200
 LENGTHS = (0, 1, 16, 17, 49, 50, 65, 197, 198, 257, 577, 1025)
 HEAD_DIMS = (8, 17, 32, 64, 80, 128)
 focuses = st.builds(
@@ -102,9 +102,9 @@ def oracle_args(data, focus):
 
 @contextlib.contextmanager
 def pinned(name):
-    """``ref``, ``triton``, ``cpu`` (the best instruction set) or the C++ kernel of one instruction set."""
+    """``ref``, ``triton``, ``cuda``, ``cpu`` (the best instruction set) or the C++ kernel of one instruction set."""
     extension = _native.extension()
-    with backends.backend(name if name in ("ref", "triton") else "cpu"):
+    with backends.backend(name if name in ("ref", "triton", "cuda") else "cpu"):
         if name in ISAS:
             extension.set_cpu_isa(name)
         try:
@@ -178,7 +178,7 @@ VARIANTS = [
     {"scales": "per_token", "mask": (1, False)},
     {"scales": "scalar", "bias": True, "mask": (2, True), "nq": 3},
 ]
-FORMS = [(f, v) for i, f in enumerate(FOCUSES) for v in range(len(VARIANTS)) if not TRITON or v == i % 4]
+FORMS = [(f, v) for i, f in enumerate(FOCUSES) for v in range(len(VARIANTS)) if not GPU or v == i % 4]
 
 
 @pytest.mark.parametrize("variant", range(len(VARIANTS)))
@@ -218,7 +218,7 @@ def test_head_dims(backend, d):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@settings(max_examples=20 if TRITON else 50, deadline=None)
+@settings(max_examples=20 if GPU else 50, deadline=None)
 @given(
     focuses,
     st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(0, 40), st.integers(0, 70)),

@@ -25,6 +25,9 @@ namespace vitq::gpu {
 
 constexpr int kWarp = 32;
 
+struct alignas(8) Words2 {
+  uint32_t w[2];
+};
 struct alignas(16) Words4 {
   uint32_t w[4];
 };
@@ -37,6 +40,13 @@ struct alignas(16) Floats4 {
 using Stream = cudaStream_t;
 
 VITQ_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+// The same, which a compiler neither moves nor keeps: what follows from it holds no register from one use to
+// the next.
+VITQ_DEVICE int thread_anew() {
+  int out;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(out));
+  return out;
+}
 VITQ_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 VITQ_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 VITQ_DEVICE int blocks() { return static_cast<int>(gridDim.x); }
@@ -76,6 +86,7 @@ const char* launch(int grid_x, int grid_y, int shared_bytes, Stream stream,
 using Stream = void*;
 
 inline int thread() { return emulated::current().thread; }
+inline int thread_anew() { return thread(); }
 inline int block() { return emulated::current().block; }
 inline int block_y() { return emulated::current().block_y; }
 inline int blocks() { return emulated::current().blocks; }

@@ -327,7 +327,7 @@ const char* run(int grid_x, int grid_y, int threads, int shared_bytes, const std
   std::mt19937 random(seed_of_environment());
   Block b;
   b.fibers.resize(static_cast<size_t>(threads));
-  for (Fiber& f : b.fibers) f.stack = std::make_unique<char[]>(kStack);
+  for (Fiber& f : b.fibers) f.stack = std::make_unique_for_overwrite<char[]>(kStack);
   b.memory = std::make_unique<char[]>(static_cast<size_t>(shared_bytes) + 1024);
   b.shared = b.memory.get() + (1024 - reinterpret_cast<uintptr_t>(b.memory.get()) % 1024);
   b.body = &body;

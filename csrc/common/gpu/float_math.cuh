@@ -19,10 +19,18 @@ VITQ_DEVICE float gelu(float x, Gelu kind) {
   return x;
 }
 
-// NaN if either is: what is not a number must not look small.
-VITQ_DEVICE float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
-
 VITQ_DEVICE float clamp(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
+
+// As the low-rank branch takes a value: float16 saturates, so that a rare huge one is off by what it exceeds
+// 65504 by, where an Inf would take its whole row along.
+template <DType kType>
+VITQ_DEVICE float branch_value(float x) {
+  return kType == DType::f16 && x == x ? clamp(x, -65504.0f, 65504.0f) : x;
+}
+template <DType kType>
+VITQ_DEVICE uint32_t pack_branch(float low, float high) {
+  return pack_16<kType>(branch_value<kType>(low), branch_value<kType>(high));
+}
 
 // The scale of a group whose largest magnitude is `absmax`: 1 for zeros (and what underflows), NaN beyond
 // float32.

@@ -64,7 +64,7 @@ struct Integers {
   uint32_t a[4], b[2];
 };
 
-template <int kBits>
+template <int kBits, bool kUnsignedA = false>
 void multiply_integers(void* const* lanes) {
   constexpr int kPer = 32 / kBits, kDepth = 8 * kPer;
   static int a[16][kDepth], b[8][kDepth];
@@ -76,7 +76,7 @@ void multiply_integers(void* const* lanes) {
     for (int r = 0; r < 4; ++r) {
       for (int i = 0; i < kPer; ++i) {
         const Place p = a_place(lane, r, i, kPer);
-        a[p.row][p.column] = element(call.a[r], i);
+        a[p.row][p.column] = element(call.a[r], i) & (kUnsignedA ? (1 << kBits) - 1 : -1);
       }
     }
     for (int r = 0; r < 2; ++r) {
@@ -129,6 +129,23 @@ void multiply_floats(void* const* lanes) {
       for (int k = 0; k < kDepth; ++k) sum += a[p.row][k] * b[p.column][k];
       call.d[r] = sum;
     }
+  }
+}
+
+struct Matrices {
+  uint32_t* out;
+  const void* row;
+};
+
+inline void load_matrices(void* const* lanes) {
+  static uint16_t m[4][8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    std::memcpy(m[lane / 8][lane % 8], static_cast<const Matrices*>(lanes[lane])->row, 16);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    uint32_t* out = static_cast<const Matrices*>(lanes[lane])->out;
+    const int n = lane / 4, c = lane % 4;
+    for (int i = 0; i < 4; ++i) out[i] = m[i][2 * c][n] | static_cast<uint32_t>(m[i][2 * c + 1][n]) << 16;
   }
 }
 

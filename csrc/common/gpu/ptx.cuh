@@ -2,6 +2,7 @@
 // the PTX manual, written down once more in fragment.h.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "common/dtype.h"
@@ -39,6 +40,13 @@ VITQ_DEVICE void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// d[16, 8] += a[16, 32]·b[8, 32], a of uint8, b of int8.
+VITQ_DEVICE void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 // d[16, 8] += a[16, 64]·b[8, 64] of int4.
 VITQ_DEVICE void mma_s4(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
@@ -63,6 +71,15 @@ VITQ_DEVICE void mma_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+
+// Four 8x8 matrices of 16 bits in shared memory, transposed: lane 8i + r names row r of matrix i (16 bytes,
+// aligned), and of each matrix i lane 4n + c receives rows 2c and 2c + 1 of column n.
+VITQ_DEVICE void load_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 template <class T>
@@ -93,6 +110,30 @@ VITQ_DEVICE uint16_t bfloat_of(float value) {
 VITQ_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 VITQ_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 VITQ_DEVICE float round_even(float value) { return rintf(value); }
+// NaN if either is: what is not a number must not look small.
+VITQ_DEVICE float max_or_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
+// One instruction each, a relative error of 2^-22 (of the logarithm: absolute, near 1); subnormal numbers are
+// zeros.
+VITQ_DEVICE float fast_exp2(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+VITQ_DEVICE float fast_log2(float x) {
+  float out;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+VITQ_DEVICE float fast_sqrt(float x) {
+  float out;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
 
 // The value before; all of the block's writes before it are seen by who finds its result.
 VITQ_DEVICE unsigned count_arrival(unsigned* counter, unsigned last) {
@@ -100,6 +141,22 @@ VITQ_DEVICE unsigned count_arrival(unsigned* counter, unsigned last) {
   return atomicInc(counter, last);
 }
 VITQ_DEVICE void see_arrivals() { __threadfence(); }
+
+// In shared or global memory.
+VITQ_DEVICE void raise_to(unsigned* to, unsigned value) { atomicMax(to, value); }
+
+// Both rounded to 16 bits, `low` in the low half. Volatile: out of a loop of products, where a compiler would
+// move it, a whole operand's pairs would take its registers.
+template <DType kType>
+VITQ_DEVICE uint32_t pack_16(float low, float high) {
+  uint32_t out;
+  if constexpr (kType == DType::f16) {
+    asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  } else {
+    asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  }
+  return out;
+}
 
 #else
 
@@ -114,6 +171,10 @@ inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
   emulated::Integers call{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulated::together("mma m16n8k32 s8", &call, emulated::multiply_integers<8>);
 }
+inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulated::Integers call{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulated::together("mma m16n8k32 u8 s8", &call, emulated::multiply_integers<8, true>);
+}
 inline void mma_s4(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulated::Integers call{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulated::together("mma m16n8k64 s4", &call, emulated::multiply_integers<4>);
@@ -123,6 +184,11 @@ void mma_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulated::Floats call{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   constexpr auto widen = kType == DType::f16 ? emulated::float_of_half : emulated::float_of_bfloat;
   emulated::together("mma m16n8k16", &call, emulated::multiply_floats<widen>);
+}
+
+inline void load_transposed(uint32_t (&out)[4], const void* row) {
+  emulated::Matrices call{out, row};
+  emulated::together("ldmatrix x4 trans", &call, emulated::load_matrices);
 }
 
 template <class T>
@@ -155,6 +221,11 @@ inline float float_of_bits(uint32_t bits) {
   return value;
 }
 inline float round_even(float value) { return __builtin_rintf(value); }
+inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
+inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_log2(float x) { return std::log2(x); }
+inline float fast_sqrt(float x) { return std::sqrt(x); }
 
 inline unsigned count_arrival(unsigned* counter, unsigned last) {
   const unsigned before = *counter;
@@ -162,16 +233,23 @@ inline unsigned count_arrival(unsigned* counter, unsigned last) {
   return before;
 }
 inline void see_arrivals() {}
+inline void raise_to(unsigned* to, unsigned value) { *to = *to < value ? value : *to; }
+
+template <DType kType>
+uint32_t pack_16(float low, float high) {
+  const uint32_t l = kType == DType::f16 ? half_of(low) : bfloat_of(low);
+  const uint32_t h = kType == DType::f16 ? half_of(high) : bfloat_of(high);
+  return l | h << 16;
+}
 
 #endif
 
 VITQ_DEVICE float float_of_bfloat(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
 
 template <DType kType>
-VITQ_DEVICE uint32_t pack_16(float low, float high) {
-  const uint32_t l = kType == DType::f16 ? half_of(low) : bfloat_of(low);
-  const uint32_t h = kType == DType::f16 ? half_of(high) : bfloat_of(high);
-  return l | h << 16;
+VITQ_DEVICE float float_of_16(uint32_t bits) {
+  return kType == DType::f16 ? float_of_half(static_cast<uint16_t>(bits))
+                             : float_of_bfloat(static_cast<uint16_t>(bits));
 }
 
 VITQ_DEVICE float load(const AnyFloat& x, int64_t i) {

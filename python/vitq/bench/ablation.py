@@ -104,7 +104,7 @@ def deployment_cases() -> list[Case]:
     block = {"method": "blocks", "iterations": 300, "lr_scale": 0.0, "lr_focus": 0.0, **least}
     learned = {"effort": 1.0, "reconstruct": [block]}
     packed = {"allocate": [{"method": "packs", "cap": 3}], "reconstruct": [block | {"unit": "pack"}], "effort": 1.0}
-    ranks = {"method": "rank_search", "candidates": [0, 16, 32, 48], "iterations": 200, "cost_weight": 0.3, **least}
+    ranks = {"method": "rank_search", "candidates": [0, 16, 32, 48], "iterations": 200, "cost_weight": 0.02, **least}
     evolved = {"method": "evolution", "passes": 1, "epsilon": 0.02, "relative": True, "mlp": True, "codes": "kept"}
     others = (
         ("vitq-w4a4", {}),

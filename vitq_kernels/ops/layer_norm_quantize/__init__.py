@@ -26,6 +26,7 @@ _schema.define(
     _fake,
 )
 _schema.define_triton("layer_norm_quantize", "layer_norm_quantize")
+_schema.define_cuda("layer_norm_quantize")
 
 
 def layer_norm_quantize(

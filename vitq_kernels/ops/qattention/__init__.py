@@ -44,6 +44,7 @@ _schema.define(
 )
 for _name in ("qattention", "qattention_quantize"):
     _schema.define_triton(_name, "qattention")
+    _schema.define_cuda(_name)
 
 _levels_cache: dict[tuple[FocusSpec, torch.device], Tensor] = {}
 
@@ -244,7 +245,7 @@ def qattention(
     Returns:  [B, Nq, H·d] ([B/nW, T, H·d] with ``scatter``) out_dtype, contiguous, newly allocated.
     Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.
     Numerics: both products exact in int32 (Nk ≤ 65,793, d ≤ 131,071); softmax in float32; NaN scores make a NaN row.
-    Backends: ref any | cpu | triton >= sm_80 (d <= 128, softmax_scale >= 0)
+    Backends: ref any | cpu | triton, cuda >= sm_80 (d <= 128, softmax_scale >= 0)
     Source:   AIQViT (arXiv 2502.04628) for the focusing quantizer; anchors, powers, renormalization: see FocusSpec.
     """
     _schema.expect("q", q, dtype=torch.int8, shape=_ANY)
@@ -275,7 +276,7 @@ def qattention_quantize(
 
     Returns:  QTensor of :func:`qattention`'s shape, with the projection's t if ``out.lora_down`` is given. Scales, t
               and per-row parts of ``out`` are in the order of the result's rows.
-    Backends: ref any | cpu | triton >= sm_80 (d <= 128, softmax_scale >= 0)
+    Backends: ref any | cpu | triton, cuda >= sm_80 (d <= 128, softmax_scale >= 0)
     """
     _schema.expect("q", q, dtype=torch.int8, shape=_ANY)
     layer = PreparedAttention(focus, softmax_scale, bias, levels, q.device)

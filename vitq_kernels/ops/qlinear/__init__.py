@@ -77,8 +77,9 @@ _schema.define(
 )
 for _op in ("qlinear", "qlinear_quantize", "qlinear_weight_only", "qlinear_norm_quantize"):
     _schema.define_triton(_op, "qlinear", _TRITON_LAYOUTS)
-for _op in ("qlinear", "qlinear_quantize"):
+for _op in ("qlinear", "qlinear_quantize", "qlinear_norm_quantize"):
     _schema.define_cuda(_op, ("int4_k64x2_s4", *_TRITON_LAYOUTS))
+_schema.define_cuda("qlinear_weight_only", _TRITON_LAYOUTS)
 
 
 def _codes(x: QTensor) -> Tensor:

@@ -16,6 +16,7 @@ def _fake(x, scale, zero_point, qmin, qmax, groups, row_qmax, lut, lora_down, su
 
 _schema.define("quantize", f"Tensor x, {_schema.QUANT_ARGS}", "(Tensor, Tensor, Tensor)", ref.quantize, _fake)
 _schema.define_triton("quantize", "quantize")
+_schema.define_cuda("quantize")
 
 
 def quantize(x: Tensor, quant: ActQuant) -> QTensor:
