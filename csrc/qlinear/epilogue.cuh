@@ -64,7 +64,7 @@ VITQ_DEVICE void add_branch_of(const LinearParams& p, int m, int n, float (&y)[4
   }
 }
 
-// Of a branch in 16 bits; one in float32 is added by finish_row.
+// Of a branch in 16 bits; one in float32 is added by finish_rows.
 VITQ_DEVICE void add_branch(const LinearParams& p, int m, int n, float (&y)[4]) {
   if (p.rank > 0 && p.lora_up.dtype == DType::f16) add_branch_of<DType::f16>(p, m, n, y);
   if (p.rank > 0 && p.lora_up.dtype == DType::bf16) add_branch_of<DType::bf16>(p, m, n, y);
@@ -82,9 +82,7 @@ struct LinearEpilogue {
   static VITQ_DEVICE void finish_rows(const LinearParams& p, int m, int step, int n0, float* rows,
                                       const float (&residual)[kRows][kVector]) {
     const int n = n0 + lane() * kVector;
-    float v[kRows][kVector], bias[kVector], layer_scale[kVector];
-    if (p.bias) load_columns(p, p.bias, 0, n, bias);
-    if (p.layer_scale) load_columns(p, p.layer_scale, 0, n, layer_scale);
+    float v[kRows][kVector], column[kVector];
     VITQ_UNROLL
     for (int r = 0; r < kRows; ++r) read_row(rows + r * step * kRow, v[r]);
     if (p.rank > 0 && p.lora_up.dtype == DType::f32) {
@@ -93,13 +91,21 @@ struct LinearEpilogue {
         if (m + r * step < p.m) add_branch(p, m + r * step, n, v[r]);
       }
     }
+    if (p.bias) load_columns(p, p.bias, 0, n, column);
     VITQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
       VITQ_UNROLL
       for (int e = 0; e < kVector; ++e) {
-        if (p.bias) v[r][e] += bias[e];
+        if (p.bias) v[r][e] += column[e];
         v[r][e] = gelu(v[r][e], static_cast<Gelu>(p.activation));
-        if (p.layer_scale) v[r][e] *= layer_scale[e];
+      }
+    }
+    if (p.layer_scale) load_columns(p, p.layer_scale, 0, n, column);
+    VITQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      VITQ_UNROLL
+      for (int e = 0; e < kVector; ++e) {
+        if (p.layer_scale) v[r][e] *= column[e];
         if (p.residual) v[r][e] += residual[r][e];
         if (n + e >= p.n) v[r][e] = 0.0f;
       }
@@ -136,7 +142,8 @@ struct LinearEpilogue {
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       const int r = r0 + group;
       const uint16_t* d = down + int64_t{r < p.rank_down ? r : p.rank_down - 1} * p.n;
-      for (int k = 0; k < kColumns; k += 16) {
+      VITQ_UNROLL_TWICE  // as far as registers last beside sums of a whole tile
+          for (int k = 0; k < kColumns; k += 16) {
         uint32_t a[4], b[2];
         VITQ_UNROLL
         for (int e = 0; e < 2; ++e) {

@@ -133,13 +133,6 @@ VITQ_DEVICE bool elect() {
   return chosen != 0;
 }
 
-// lane(), anew: what depends on it is computed behind this, not kept in registers around an outer loop.
-VITQ_DEVICE int fresh_lane() {
-  int out;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(out));
-  return out;
-}
-
 // Registers of each thread of the calling warpgroup from here on.
 template <int kRegisters>
 VITQ_DEVICE void take_registers() {
@@ -270,8 +263,6 @@ inline bool elect() {
   emulated::together("elect", nullptr, [](void* const*) {});
   return lane() == 0;
 }
-
-inline int fresh_lane() { return lane(); }
 
 template <int kRegisters>
 void take_registers() {
