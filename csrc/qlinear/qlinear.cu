@@ -59,7 +59,12 @@ void start_sm90(const Launcher& launcher, const gpu::LinearParams& p) {
     params.chunks = static_cast<int>(ceil_div(p.rank, Kernel::kRanks));
     describe(params.lora_up, p.lora_up.data, int64_t{p.rank} * 2, p.n, Kernel::kBlockN, Kernel::kSpanBranch);
   }
-  const int64_t tiles = ceil_div(p.m, Kernel::kBlockM) * ceil_div(p.n, Kernel::kBlockN);
+  const int64_t rows = ceil_div(p.m, Kernel::kBlockM), tiles = rows * ceil_div(p.n, Kernel::kBlockN);
+  STD_TORCH_CHECK(tiles < int64_t{1} << 30, "qlinear has ", tiles,
+                  " tiles, expected fewer than 2^30: split the batch");
+  params.rows = static_cast<int>(rows);
+  params.tiles = static_cast<int>(tiles);
+  params.steps = static_cast<int>(ceil_div(p.k, Kernel::kBlockK));
   launcher.run<Kernel>("qlinear", std::min<int64_t>(tiles, launcher.processors), 1, Kernel::kShared, params);
 }
 

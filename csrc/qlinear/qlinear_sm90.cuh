@@ -34,7 +34,9 @@ struct QLinearSm90 {
   struct Params {
     LinearParams linear;
     TensorMap x, weight, lora_up;
-    int chunks;  // of kRanks ranks of a 16-bit branch
+    // From the host, so that they take no registers: tiles under one another, all tiles, steps of K, and
+    // chunks of kRanks ranks of a 16-bit branch.
+    int rows, tiles, steps, chunks;
   };
   static constexpr int kGroup = 128, kThreads = 3 * kGroup, kBlocksPerSm = 1;
   static constexpr int kBlockM = 128 * kTeam, kBlockN = 128, kBlockK = 128, kRanks = 32;
@@ -97,26 +99,20 @@ struct QLinearSm90 {
   static VITQ_DEVICE int parity_of(int use) { return use / kStages % 2; }
   static VITQ_DEVICE char* stage_of(int use) { return shared() + slot_of(use) * kStage; }
 
-  // The tiles of a block, in order; those under one another first: a wave of blocks then shares few column
+  // A block's tile number `turn`; those under one another first: a wave of blocks then shares few column
   // tiles of the weight.
   struct Tile {
-    int rows, tiles, index, m0, n0;
+    int m0, n0, use;  // the first use of the ring
+    bool there;
 
-    explicit VITQ_DEVICE Tile(const LinearParams& p)
-        : rows((p.m + kBlockM - 1) / kBlockM), tiles(rows * ((p.n + kBlockN - 1) / kBlockN)), index(block()) {
-      locate();
-    }
-    VITQ_DEVICE bool there() const { return index < tiles; }
-    VITQ_DEVICE void next() {
-      index += blocks();
-      locate();
-    }
-    VITQ_DEVICE void locate() {
-      m0 = index % rows * kBlockM;
-      n0 = index / rows * kBlockN;
+    VITQ_DEVICE Tile(const Params& p, int turn) {
+      const int index = block() + turn * blocks();
+      m0 = index % p.rows * kBlockM;
+      n0 = index / p.rows * kBlockN;
+      use = turn * (p.steps + p.chunks);
+      there = index < p.tiles;
     }
   };
-  static VITQ_DEVICE int steps_of(const Params& p) { return (p.linear.k + kBlockK - 1) / kBlockK; }
 
   // ---- producers ----
 
@@ -125,11 +121,12 @@ struct QLinearSm90 {
     prefetch(p.x);
     prefetch(p.weight);
     if (p.chunks > 0) prefetch(p.lora_up);
-    const int steps = steps_of(p);
     int use = 0;
-    for (Tile tile(p.linear); tile.there(); tile.next()) {
+    for (int turn = 0;; ++turn) {
+      const Tile tile(p, turn);
+      if (!tile.there) break;
       VITQ_UNROLL_ONCE
-      for (int step = 0; step < steps; ++step, ++use) {
+      for (int step = 0; step < p.steps; ++step, ++use) {
         Barrier* full = &b.full[slot_of(use)];
         barrier_wait(&b.empty[slot_of(use)], parity_of(use) ^ 1);
         barrier_arrive(full, kConverters);
@@ -152,13 +149,13 @@ struct QLinearSm90 {
   // stage alone, where phases of `empty` would pass unseen.
   static VITQ_DEVICE void convert(const Params& p) {
     const LinearParams& l = p.linear;
-    const int steps = steps_of(p);
     uint32_t parities = 0;
-    int use = 0;
     if (p.chunks == 0) return;
-    for (Tile tile(l); tile.there(); tile.next()) {
-      use += steps;
-      for (int chunk = 0; chunk < p.chunks; ++chunk, ++use) {
+    for (int turn = 0;; ++turn) {
+      const Tile tile(p, turn);
+      if (!tile.there) break;
+      for (int chunk = 0; chunk < p.chunks; ++chunk) {
+        const int use = tile.use + p.steps + chunk;
         const int slot = slot_of(use);
         barrier_wait(&barriers().claimed[slot], static_cast<int>(parities >> slot & 1));
         parities ^= 1u << slot;
@@ -205,38 +202,41 @@ struct QLinearSm90 {
   // ---- consumers ----
 
   static VITQ_DEVICE int consumer() { return warp() / 4 - 1; }
-  static VITQ_DEVICE int team_thread() { return thread() - kGroup * (kTeam == 2 ? 1 : 1 + consumer()); }
-  static VITQ_DEVICE void sync_team() { sync_some<kTeam * kGroup>(kTeam == 2 ? 1 : 1 + consumer()); }
+  // The same where each part of a tile's work derives it: kept around the epilogue, it would cost registers.
+  static VITQ_DEVICE int consumer_anew() { return thread_anew() / kGroup - 1; }
+  static VITQ_DEVICE int team_thread() {
+    return kTeam == 2 ? thread_anew() - kGroup : thread_anew() % kGroup;
+  }
+  static VITQ_DEVICE void sync_team() { sync_some<kTeam * kGroup>(kTeam == 2 ? 1 : 1 + consumer_anew()); }
   static VITQ_DEVICE void release(int use) {
     if constexpr (kNibbles) sync_warp();  // other lanes' reads of the weight
     if (lane() == 0) barrier_arrive(&barriers().empty[slot_of(use)]);
   }
   // Behind the last wait for a stage of one's tile.
   static VITQ_DEVICE void hand_over() {
-    if (kTeam == 1 && lane() == 0) barrier_arrive(&barriers().turn[1 - consumer()]);
+    if (kTeam == 1 && lane() == 0) barrier_arrive(&barriers().turn[1 - consumer_anew()]);
   }
   // The first of the 64 columns of the tile that `sub` of this warpgroup multiplies.
   static VITQ_DEVICE int columns_of(int sub) { return 64 * (kTeam == 2 ? consumer() : sub); }
 
   static VITQ_DEVICE void consume(const Params& p) {
     const LinearParams& l = p.linear;
-    const int steps = steps_of(p);
-    float* scales = reinterpret_cast<float*>(shared() + kScalesAt) + (kTeam == 2 ? 0 : consumer() * kBlockM);
-    int use = 0, turn = 0;
-    for (Tile tile(l); tile.there(); tile.next(), use += steps + p.chunks, ++turn) {
-      if (kTeam == 1 && turn % 2 != consumer()) continue;
+    for (int turn = kTeam == 1 ? consumer() : 0;; turn += kTeam == 1 ? 2 : 1) {
+      const Tile tile(p, turn);
+      if (!tile.there) break;
       const int m = tile.m0 + team_thread();
       const float scale = m < l.m ? l.x_scale[int64_t{m} * l.x_scale_stride] : 0.0f;
       // Also: the waits below tell a phase from the next one only; those before have ended.
-      if constexpr (kTeam == 1) barrier_wait(&barriers().turn[consumer()], turn / 2 % 2 ^ (consumer() == 0));
+      if constexpr (kTeam == 1) barrier_wait(&barriers().turn[turn % 2], turn / 2 % 2 ^ (turn % 2 == 0));
       Sums sums;
       VITQ_UNROLL
       for (int sub = 0; sub < kSub; ++sub) {
         VITQ_UNROLL
         for (int i = 0; i < kBlockM / 2; ++i) sums[sub][i] = 0;
       }
-      if constexpr (kNibbles) multiply_nibbles(l, use, steps, sums);
-      if constexpr (!kNibbles) multiply(use, steps, sums);
+      if constexpr (kNibbles) multiply_nibbles(l, tile.use, p.steps, sums);
+      if constexpr (!kNibbles) multiply(tile.use, p.steps, sums);
+      float* scales = reinterpret_cast<float*>(shared() + kScalesAt) + (kTeam == 2 ? 0 : turn % 2 * kBlockM);
       scales[team_thread()] = scale;
       sync_team();
       if (p.chunks == 0) hand_over();
@@ -244,9 +244,9 @@ struct QLinearSm90 {
       scale_sums(l, tile.n0, scales, sums, y);
       if (p.chunks > 0) {
         if (l.lora_up.dtype == DType::f16) {
-          add_branch<DType::f16>(use + steps, p.chunks, y);
+          add_branch<DType::f16>(tile.use + p.steps, p.chunks, y);
         } else {
-          add_branch<DType::bf16>(use + steps, p.chunks, y);
+          add_branch<DType::bf16>(tile.use + p.steps, p.chunks, y);
         }
         hand_over();
       }
@@ -290,6 +290,7 @@ struct QLinearSm90 {
     VITQ_UNROLL_ONCE
     for (int step = 0; step < steps; ++step, ++use) {
       char* stage = stage_of(use);
+      const int lane = thread_anew() % kWarp;
       barrier_wait(&barriers().full[slot_of(use)], parity_of(use));
       VITQ_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -299,7 +300,7 @@ struct QLinearSm90 {
           for (int k = 0; k < 2; ++k) {
             // Again for the other half where levels need the registers.
             if (half == 0 || kProduct == Product::w4_table) {
-              read_packed(stage + kBytesX, columns_of(sub), k, packed[sub][k]);
+              read_packed(stage + kBytesX, lane, columns_of(sub), k, packed[sub][k]);
             }
             VITQ_UNROLL
             for (int r = 0; r < 4; ++r) {
@@ -328,12 +329,13 @@ struct QLinearSm90 {
   }
 
   // This lane's bytes of operand A's registers of 32 bytes of K from 32·k on.
-  static VITQ_DEVICE void read_packed(const char* w, int column0, int k, uint32_t (&out)[4]) {
+  static VITQ_DEVICE void read_packed(const char* w, int lane, int column0, int k, uint32_t (&out)[4]) {
+    const int row = warp() % 4 * 16 + lane / 4;
     VITQ_UNROLL
     for (int r = 0; r < 4; ++r) {
-      const int row = column0 + warp() % 4 * 16 + lane() / 4 + 8 * (r % 2);
-      out[r] =
-          *reinterpret_cast<const uint32_t*>(w + swizzled<kSpanW>(row, k * 32 + r / 2 * 16 + lane() % 4 * 4));
+      // Swizzling repeats every 8 rows: of those, constants remain.
+      const int at = swizzled<kSpanW>(row, k * 32 + r / 2 * 16 + lane % 4 * 4);
+      out[r] = *reinterpret_cast<const uint32_t*>(w + at + (column0 + 8 * (r % 2)) * kSpanW);
     }
   }
 
@@ -356,15 +358,19 @@ struct QLinearSm90 {
       correction[i / 2][i % 2] = l.x_zero_point != 0 && n < l.n ? l.x_zero_point * l.col_sum[n] : 0;
     }
     VITQ_UNROLL
-    for (int i = 0; i < kBlockM / 2; ++i) {
-      const int h = i / 2 % 2, m = i / 4 * 8 + lane() % 4 * 2 + i % 2;
+    for (int c = 0; c < kBlockM / 4; ++c) {
+      // Volatile, and behind barriers: or the compiler loads the scales of all columns first, and spills.
+      const float x_scale = static_cast<const volatile float*>(scales)[c / 2 * 8 + lane() % 4 * 2 + c % 2];
       VITQ_UNROLL
-      for (int sub = 0; sub < kSub; ++sub) {
-        const int total = kProduct == Product::w4 ? sums[sub][i] >> 4 : sums[sub][i];
-        y[sub][i] = static_cast<float>(total - correction[sub][h]) * (scales[m] * w_scale[sub][h]);
+      for (int h = 0; h < 2; ++h) {
+        const int i = c / 2 * 4 + h * 2 + c % 2;
+        VITQ_UNROLL
+        for (int sub = 0; sub < kSub; ++sub) {
+          const int total = kProduct == Product::w4 ? sums[sub][i] >> 4 : sums[sub][i];
+          y[sub][i] = static_cast<float>(total - correction[sub][h]) * (x_scale * w_scale[sub][h]);
+        }
       }
-      // Or the compiler loads the scales of all columns first, and spills.
-      if (i % 16 == 15) sync_warp();
+      if (c % (4 * kTeam) == 4 * kTeam - 1) sync_warp();
     }
   }
 
@@ -399,20 +405,27 @@ struct QLinearSm90 {
   static VITQ_DEVICE void finish(const LinearParams& l, int m0, int n0, const Floats& y) {
     constexpr int kFloats = kPiece * kRow;
     float* result =
-        reinterpret_cast<float*>(shared() + kResultAt) + (kTeam == 2 ? 0 : consumer() * 2 * kFloats);
+        reinterpret_cast<float*>(shared() + kResultAt) + (kTeam == 2 ? 0 : consumer_anew() * 2 * kFloats);
     const int team_warp = team_thread() / kWarp;
     VITQ_UNROLL_ONCE
     for (int piece = 0; piece < kPieces && m0 + piece * kPiece < l.m; ++piece) {
       float* rows = result + piece % 2 * kFloats;
-      VITQ_UNROLL
-      for (int q = 0; q < kPieces; ++q) {
-        if (q == piece) write_piece(y, q, rows);
-      }
-      sync_team();
       const int m = m0 + piece * kPiece;
+      // A warp's rows of the piece, two at a time; what they add from memory is on its way meanwhile.
+      constexpr int kStep = 4 * kTeam, kRows = 2;
       VITQ_UNROLL_ONCE
-      for (int row = team_warp; row < kPiece && m + row < l.m; row += 4 * kTeam) {
-        Epilogue::finish_row(l, m + row, n0, rows + row * kRow);
+      for (int row = team_warp; row < kPiece; row += kRows * kStep) {
+        float residual[kRows][Epilogue::kVector];
+        VITQ_UNROLL
+        for (int r = 0; r < kRows; ++r) Epilogue::load_residual(l, m + row + r * kStep, n0, residual[r]);
+        if (row == team_warp) {
+          VITQ_UNROLL
+          for (int q = 0; q < kPieces; ++q) {
+            if (q == piece) write_piece(y, q, rows);
+          }
+          sync_team();
+        }
+        Epilogue::finish_rows(l, m + row, kStep, n0, rows + row * kRow, residual);
       }
       if (l.lora_down) {
         sync_team();

@@ -88,7 +88,9 @@ struct WeightOnly {
     }
     sync();
     for (int row = warp(); row < kBlock && m0 + row < p.m; row += kThreads / kWarp) {
-      Epilogue::finish_row(p, m0 + row, n0, result + row * kRow);
+      float residual[1][Epilogue::kVector];
+      Epilogue::load_residual(p, m0 + row, n0, residual[0]);
+      Epilogue::finish_rows(p, m0 + row, 0, n0, result + row * kRow, residual);
     }
   }
 

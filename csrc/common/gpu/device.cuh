@@ -13,12 +13,14 @@
 #define VITQ_HOST_DEVICE __host__ __device__ __forceinline__
 #define VITQ_UNROLL _Pragma("unroll")
 #define VITQ_UNROLL_ONCE _Pragma("unroll 1")
+#define VITQ_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #include "common/gpu/emulation.h"
 #define VITQ_DEVICE inline
 #define VITQ_HOST_DEVICE inline
 #define VITQ_UNROLL
 #define VITQ_UNROLL_ONCE
+#define VITQ_UNROLL_TWICE
 #endif
 
 namespace vitq::gpu {

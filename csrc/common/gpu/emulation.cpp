@@ -135,7 +135,8 @@ void fail(const std::string& what) {
 template <class All>
 void meet(Meeting& m, int first, int count, const char* what, void* argument, const All& all) {
   if (m.arrived > 0 && std::strcmp(m.what, what) != 0) {
-    fail(std::string("threads of one warp or warpgroup diverge: some are at ") + m.what + ", one at " + what);
+    const std::string who = count == kLanes ? "lanes of one warp" : "threads of one warpgroup";
+    fail(who + " diverge: some are at " + m.what + ", one at " + what);
   }
   m.what = what;
   m.arguments[g_block->running->index.thread - first] = argument;
