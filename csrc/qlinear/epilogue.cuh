@@ -55,7 +55,7 @@ VITQ_DEVICE void add_branch_of(const LinearParams& p, int m, int n, float (&y)[4
       for (int h = 0; h < 2; ++h) {
         const int row = m + group + 8 * h;
         const float* t = p.lora_t + int64_t{row < p.m ? row : p.m - 1} * p.rank + r;
-        a[h + 2 * e] = pack_16<kType>(one ? t[0] : 0.0f, two ? t[1] : 0.0f);
+        a[h + 2 * e] = pack_branch<kType>(one ? t[0] : 0.0f, two ? t[1] : 0.0f);
       }
       const uint16_t* u = up + int64_t{n + group < p.n ? n + group : p.n - 1} * p.rank + r;
       b[e] = (one ? u[0] : 0u) | (two ? u[1] : 0u) << 16;
@@ -151,7 +151,7 @@ struct LinearEpilogue {
           for (int h = 0; h < 2; ++h) {
             // Rows past the end were not finished: what they hold stays in rows that are not stored.
             const float* from = y + 8 * h * kRow + k + 2 * e;
-            a[h + 2 * e] = pack_16<kType>(from[0], from[1]);
+            a[h + 2 * e] = pack_branch<kType>(from[0], from[1]);
           }
           const int n = n0 + k + 4 * column + 2 * e;
           b[e] = (n < p.n ? d[n] : 0u) | (n + 1 < p.n ? d[n + 1] : 0u) << 16;

@@ -193,8 +193,8 @@ struct QLinearSm90 {
         if (i >= kBlockM * kParts) break;
         const float (&u)[4] = t[a][0].v, (&v)[4] = t[a][1].v;
         *reinterpret_cast<Words4*>(stage + swizzled<kSpanBranch>(i / kParts, i % kParts * 16)) = {
-            pack_16<kType>(u[0], u[1]), pack_16<kType>(u[2], u[3]), pack_16<kType>(v[0], v[1]),
-            pack_16<kType>(v[2], v[3])};
+            pack_branch<kType>(u[0], u[1]), pack_branch<kType>(u[2], u[3]), pack_branch<kType>(v[0], v[1]),
+            pack_branch<kType>(v[2], v[3])};
       }
     }
   }

@@ -68,8 +68,7 @@ struct Early {
 };
 
 void divergence() {
-  expect(says(launch<Divergent>(1, 1, 0, nullptr, {}), "threads of one warp or warpgroup diverge"),
-         "a lane elsewhere");
+  expect(says(launch<Divergent>(1, 1, 0, nullptr, {}), "lanes of one warp diverge"), "a lane elsewhere");
   const char* message = launch<Early>(1, 1, 0, nullptr, {});
   expect(says(message, "waits forever at sync"), "a thread that left");
   expect(launch<Copies<true>>(0, 0, 512, nullptr, {}) == nullptr, "a launch after failed ones");

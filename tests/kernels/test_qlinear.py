@@ -156,6 +156,27 @@ def test_dtypes(implementation, name, dtype):
     check(*make_case(g, 11, 40, 70, 8, name, True, dtype=dtype, activation="gelu_erf"), out_dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_huge_values_do_not_spoil_a_branch(implementation, dtype):
+    """What float16 cannot hold saturates where the branch is multiplied in it; an Inf would take the row along."""
+    x, weight, w_scale, kw = make_case(torch.Generator().manual_seed(4), 5, 40, 70, 8, "w8", False, dtype=dtype)
+    x.t[2, 3] = -3e5
+    top = 65504.0 if GPU and dtype == torch.float16 else float("inf")
+    kept = replace(x, t=x.t.clamp(-top, top))
+    assert_within(vk.qlinear(x, weight, w_scale, **kw), *exact_qlinear(kept, weight, w_scale, kw))
+    down = torch.randn(3, 70, generator=torch.Generator().manual_seed(5)).to(dtype)
+    bias = torch.zeros(70)
+    bias[9] = 2e5
+    act = vk.ActQuant(scale=torch.ones(1), lora_down=down)
+    got = vk.qlinear_quantize(x, weight, w_scale, bias, out=act, **kw).t
+    y, bound = exact_qlinear(kept, weight, w_scale, kw | {"bias": bias})
+    y = y.clamp(-top, top)
+    u = ROUNDOFF[dtype] if GPU else 0.0  # y is rounded to the dtype of lora_down
+    weights = down.double().abs().T
+    assert_within(got, y @ down.double().T, (bound + (u + gamma(80)) * y.abs()) @ weights)
+    assert got.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["w8", "w4"])
 def test_sums_are_exact_on_extreme_data(implementation, name):
     """All operands at their extremes: any 16-bit saturation on the way would show (KERNELS §5)."""
