@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from vitq_kernels.formats import QuantSpec
 
+from . import lowrank
 from .simulate import SimModel, recording
 
 BINS = 2048
@@ -64,6 +66,11 @@ class InputStats:
     def second_moment(self) -> Tensor:
         """[K, K] float64, E[x·xᵀ] of the sampled rows."""
         return moment(self.rows, self.rows)
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """[K, K] float64, every principal direction of the sampled rows, the strongest first."""
+        return lowrank.principal_directions(self.second_moment(), len(self.low))
 
 
 def moment(y: Tensor, x: Tensor) -> Tensor:

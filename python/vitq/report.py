@@ -162,8 +162,12 @@ def _picked(frontier: dict[str, Any]) -> dict[str, str]:
 
 def _components(frontier: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per layer: the bits picked, Ω of every choice."""
-    choices = [f"Ω at W{w}A{a}" for w, a in frontier["choices"]]
+    choices = [f"Ω at {_choice(*choice)}" for choice in frontier["choices"]]
     return [
-        {"layer": path, "picked": "W{}A{}".format(*frontier["picked_bits"][path]), **dict(zip(choices, omegas))}
+        {"layer": path, "picked": _choice(*frontier["picked_bits"][path]), **dict(zip(choices, omegas))}
         for path, omegas in frontier["sensitivity"].items()
     ]
+
+
+def _choice(weights: int, activations: int, rank: int | None = None) -> str:
+    return f"W{weights}A{activations}" + (f" rank {rank}" if rank is not None else "")

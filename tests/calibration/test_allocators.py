@@ -20,7 +20,7 @@ from vitq.observers import InputStats
 from vitq.recipes import load_recipe, parse
 from vitq.simulate import SimModel
 from vitq.stages import Calibration, find
-from vitq.stages.bits import Allocation
+from vitq.stages.bits import Allocation, Choice
 from vitq.stages.fisher import _errors
 from vitq.stages.greedy import lower
 from vitq.stages.reparameterize import ReparameterizeOptions, channel_map
@@ -199,7 +199,7 @@ def test_types_count_alike_whatever_the_size_of_their_traces():
     for i in range(2):
         path = f"blocks.{i}.attn.qkv"
         linear = c.reference.twin().linears[path]
-        allocation.setting(path, (3, 3))(linear)
+        allocation.setting(path, Choice(3, 3))(linear)
         lost.append(((linear.codes() * linear.quant.scale[:, None] - linear.weight).detach().square().mean()).item())
     assert ratio == pytest.approx(
         traces["blocks.0.attn.qkv"] * lost[0] / (traces["blocks.1.attn.qkv"] * lost[1]), rel=1e-5
@@ -214,10 +214,10 @@ def test_a_quantized_model_is_probed_and_left_as_it_was():
     with torch.no_grad():
         before, z = c.sim(x), c.reference(x)
         other = c.sim.twin()
-        allocation.setting(path, (5, 5))(other.linears[path])
+        allocation.setting(path, Choice(5, 5))(other.linears[path])
         want = distance(z, other(x), "l2")
-    settings = {path: [allocation.setting(path, (b, b)) for b in (4, 5)]}
-    restore = {path: allocation.setting(path, (4, 4))}
+    settings = {path: [allocation.setting(path, Choice(b, b)) for b in (4, 5)]}
+    restore = {path: allocation.setting(path, Choice(4, 4))}
     got = block_sensitivities(c.sim, c.sim.family.blocks()[1], x, z, settings, batch=4, restore=restore)
     assert got[path] == pytest.approx([distance(z, before, "l2"), want], rel=1e-5)
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_relevance_gives_the_best_bits_there_are(name):
             errors.append([])
             for b in (3, 4, 5):
                 other = SimModel(adapter_for(model))
-                allocation.setting(path, (b, b))(other.linears[path])
+                allocation.setting(path, Choice(b, b))(other.linears[path])
                 errors[-1].append(share[path] * distance(z, other(x), "l2"))
     limit = int(0.15 * sum(4 * sim.linears[path].weight.numel() for path in share))
     fits = (c for c in itertools.product(range(3), repeat=8) if sum(s[j] for s, j in zip(sizes, c)) <= limit)

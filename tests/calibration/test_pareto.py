@@ -226,6 +226,8 @@ def recipe(budget: dict, options: dict | None = None, **fields):
         ({"size": 0.2, "bitops": 0.04}, {"activation_bits": "free"}, {"activations": "dynamic"}),
         ({"size": 0.55}, {"activation_bits": "fixed"}, {"low_rank": {"kind": "error", "rank": 16}}),
         ({"size": 0.2}, {}, {"weight_levels": "table", "activation_levels": "table"}),
+        ({"size": 0.35}, {"ranks": [16, 0]}, {"low_rank": {"kind": "subspace", "rank": 16}}),
+        ({"bitops": 0.6}, {"ranks": [0, 16]}, {"low_rank": {"kind": "error", "rank": 0}}),
     ],
 )
 def test_the_finished_model_has_the_bits_that_were_picked(budget, options, fields):
@@ -239,12 +241,17 @@ def test_the_finished_model_has_the_bits_that_were_picked(budget, options, field
     record = state.metrics["frontier"]
     linears = {path: linear for path, linear in state.linears().items() if path in record["sensitivity"]}
     assert len(linears) == 8
-    assert {p: [l.weight.bits, l.act.bits] for p, l in linears.items()} == record["picked_bits"]
+    ranks = {p: [l.lora.rank] if "ranks" in options else [] for p, l in linears.items()}
+    assert {p: [l.weight.bits, l.act.bits, *ranks[p]] for p, l in linears.items()} == record["picked_bits"]
+    if "ranks" in options:
+        assert {0, 16} == {l.lora.rank for l in linears.values()}, "a budget between none and all"
     point = record["points"][record["picked"]]
     assert [record["choices"][int(c)] for c in point["chosen"]] == list(record["picked_bits"].values())
-    if not linears["blocks.0.attn.qkv"].lora.rank:
-        size = sum(-(-l.codes.numel() * l.weight.bits // 8) + 4 * len(l.codes) for l in linears.values())
-        assert point["size"] == pytest.approx(size / sum(4 * l.codes.numel() for l in linears.values()))
+    size = sum(
+        -(-l.codes.numel() * l.weight.bits // 8) + 4 * len(l.codes) + 2 * l.lora.rank * sum(l.codes.shape)
+        for l in linears.values()
+    )
+    assert point["size"] == pytest.approx(size / sum(4 * l.codes.numel() for l in linears.values()))
     fitting = [p for p in record["points"] if all(p[a] <= limit for a, limit in budget.items())]
     assert point in fitting
     assert point["error"] == min(p["error"] for p in fitting)
@@ -285,6 +292,28 @@ def test_latency_is_measured_and_shared_by_what_runs_alike():
     point = record["points"][record["picked"]]
     chosen = [times[int(c)] for times, c in zip(record["latency_ms"].values(), point["chosen"])]
     assert point["latency"] == pytest.approx(sum(chosen) / record["latency_ms_float"])
+
+
+def test_a_branch_has_a_measured_price():
+    model = minmax.vit()
+    options = {"latency_seconds": 0.001, "ranks": [0, 16], "bits": [8]}
+    low_rank = {"kind": "subspace", "rank": 16}
+    state = calibrate(model, minmax.images(model, 4), recipe({"latency": 100.0}, options, low_rank=low_rank)).state
+    record = state.metrics["frontier"]
+    assert record["choices"] == [[8, 8, 0], [8, 8, 16]]
+    assert all(len(times) == 2 and times[0] != times[1] for times in record["latency_ms"].values())
+
+
+def test_ranks_are_refused_where_they_mean_nothing():
+    with pytest.raises(ValueError, match=r"ranks is \(-1,\), expected ranks >= 0"):
+        recipe({"size": 0.2}, {"ranks": [-1]})
+    model = minmax.vit()
+    x = minmax.images(model, 4)
+    with pytest.raises(ValueError, match=r"ranks \(16,\) and low_rank.kind 'none', expected a kept branch"):
+        calibrate(model, x, recipe({"size": 0.2}, {"ranks": [16]}))
+    many = {"ranks": list(range(0, 144, 16)), "bits": [2, 3, 4, 5, 6, 7, 8]}
+    with pytest.raises(ValueError, match="make 63 choices a layer, expected at most 62"):
+        calibrate(model, x, recipe({"size": 0.2}, many, low_rank={"kind": "error", "rank": 16}))
 
 
 def test_an_interrupted_allocation_resumes(tmp_path):

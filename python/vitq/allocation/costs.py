@@ -71,7 +71,9 @@ def latency(layer: Layer, states: list[LinearState], batch: int, seconds: float)
     x = torch.randn(batch * layer.rows, layer.k, generator=torch.Generator().manual_seed(0))
     weight = torch.zeros(layer.n, layer.k)
     modules = [QLinear.from_state(state) for state in states]
-    names = [f"{module.layout}, table={module.weight_spec.table is not None}" for module in modules]
+    names = [
+        f"{m.layout}, table={m.weight_spec.table is not None}, rank={s.lora.rank}" for m, s in zip(modules, states)
+    ]
     calls = {name: lambda module=module: module(x) for name, module in zip(names, modules)}
     with torch.inference_mode():
         times = compare({"float": lambda: functional.linear(x, weight), **calls}, seconds)

@@ -105,6 +105,7 @@ def deployment_cases() -> list[Case]:
     learned = {"effort": 1.0, "reconstruct": [block]}
     packed = {"allocate": [{"method": "packs", "cap": 3}], "reconstruct": [block | {"unit": "pack"}], "effort": 1.0}
     ranks = {"method": "rank_search", "candidates": [0, 16, 32, 48], "iterations": 200, "cost_weight": 0.02, **least}
+    both = {"method": "pareto", "bits": [2, 3, 4, 5, 6, 8], "ranks": [0, 16, 32]}
     evolved = {"method": "evolution", "passes": 1, "epsilon": 0.02, "relative": True, "mlp": True, "codes": "kept"}
     others = (
         ("vitq-w4a4", {}),
@@ -118,6 +119,7 @@ def deployment_cases() -> list[Case]:
         ("+ level tables of weights", {"weight_levels": "table"}),
         ("+ ridge before rounding", {"compensate": [{**solve, "ridge": True}]}),
         ("+ ranks searched under a price", {"allocate": [ranks], "effort": 1.0}),
+        ("+ bits and ranks from the frontier, as many bytes", {"allocate": [both]}),
         ("+ reconstruction, 300 steps a block", learned),
         ("+ reconstruction, 300 steps a pack", packed),
         ("+ scales evolved, 1 pass", {"refine": [evolved]}),

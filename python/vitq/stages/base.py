@@ -151,12 +151,14 @@ class Calibration:
         """Every linear layer that is no boundary."""
         return {path: linear for path, linear in self.sim.linears.items() if not self.boundary(path)}
 
-    def rank(self, path: str) -> int:
-        """Rank of a layer's low-rank branch: what ``allocate`` chose, else the recipe's, as layer and kernels allow."""
+    def rank(self, path: str, wanted: int | None = None) -> int:
+        """Rank of a layer's low-rank branch: ``wanted``, else what ``allocate`` chose, else the recipe's, as layer and
+        kernels allow."""
         low_rank = self.recipe.low_rank
         if low_rank.kind == "none" or self.boundary(path):
             return 0
-        return kernel_rank(self.ranks.get(path, low_rank.rank), *self.sim.linears[path].shape)
+        wanted = self.ranks.get(path, low_rank.rank) if wanted is None else wanted
+        return kernel_rank(wanted, *self.sim.linears[path].shape)
 
     def batches(self, x: Tensor) -> tuple[Tensor, ...]:
         """Inputs [B, ...] of a unit in the recipe's batches."""

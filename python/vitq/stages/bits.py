@@ -7,7 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -23,8 +23,18 @@ from ..scales import Search, set_activation, set_weight
 from ..simulate import SimModel
 from .base import Calibration, Options
 
-Choice = tuple[int, int]  # bits of weights, of activations
 COSTS = "size, bitops, latency"
+
+
+class Choice(NamedTuple):
+    """Bits of weights and of activations; rank of the branch, or None for what the recipe says."""
+
+    weights: int
+    activations: int
+    rank: int | None = None
+
+    def plain(self) -> list[int]:
+        return [value for value in self if value is not None]
 
 
 class Budget(Options):
@@ -78,8 +88,8 @@ class BitsOptions(Options):
     def choices(self, act_bits: int) -> list[Choice]:
         """Candidate bits of a layer; ``act_bits`` are the recipe's."""
         if self.activation_bits == "free":
-            return list(product(self.bits, self.bits))
-        return [(b, b if self.activation_bits == "tied" else act_bits) for b in self.bits]
+            return [Choice(*pair) for pair in product(self.bits, self.bits)]
+        return [Choice(b, b if self.activation_bits == "tied" else act_bits) for b in self.bits]
 
 
 class ProbeOptions(BitsOptions):
@@ -103,7 +113,7 @@ def set_bits(
     weight_importance: Literal["input", "none"] = "input",
     branch: bool = False,
 ) -> None:
-    """Quantize a layer anew in the recipe's formats at ``choice``, with ``branch`` also start the recipe's branch.
+    """Quantize a layer anew in the recipe's formats at ``choice``, with ``branch`` also start its branch.
 
     Args:
         linear, path: the layer, of the model being quantized or of a probe.
@@ -113,18 +123,18 @@ def set_bits(
     """
     simulated = calibration.sim.linears[path].simulated
     recipe, stats = calibration.recipe, calibration.observations().inputs[path]
-    kind, rank = recipe.low_rank.kind, calibration.rank(path) if branch else 0
-    weight_spec = replace(recipe.weight_spec(False), bits=choice[0])
-    act_spec = replace(recipe.activation_spec(False), bits=choice[1])
+    kind, rank = recipe.low_rank.kind, calibration.rank(path, choice.rank) if branch else 0
+    weight_spec = replace(recipe.weight_spec(False), bits=choice.weights)
+    act_spec = replace(recipe.activation_spec(False), bits=choice.activations)
     rows = stats.rows
     if rank and kind == "subspace":
-        down = lowrank.principal_directions(stats.second_moment(), rank).half().float()
+        down = stats.directions[:rank].half().float()
         linear.set_low_rank(kind, down, linear.weight @ down.T)
         rows = rows - rows @ down.T @ down
     importance = rows.square().mean(0) if weight_importance == "input" else None
     set_weight(linear, linear.weight, weight_spec, weights, importance, recipe.weight_levels == "table")
     set_activation(linear, rows, act_spec, activations, recipe.activation_levels == "table")
-    linear.simulated = None if simulated is None else simulated.at(choice[1])
+    linear.simulated = None if simulated is None else simulated.at(choice.activations)
     if rank and kind == "error":
         with torch.no_grad():
             lost = (linear.weight - linear.codes() * linear.quant.scale.unsqueeze(1)).double()
@@ -133,11 +143,11 @@ def set_bits(
 
 
 class Allocation:
-    """The components (linear layers inside blocks), what each choice of bits costs, and what may be spent.
+    """The components (linear layers inside blocks), what each choice costs, and what may be spent.
 
     Attributes:
         choices: candidates of every component.
-        layers: path -> Layer, in execution order.
+        layers: path -> Layer with the recipe's branch, in execution order.
         costs: axis -> ``float``, what the float components cost, and ``layers``: path -> cost of each choice. A method
             that budgets latency measures it.
     """
@@ -149,13 +159,18 @@ class Allocation:
         self.costs: dict[str, dict[str, Any]] = {
             "size": {
                 "float": sum(layer.float_size for layer in self.layers.values()),
-                "layers": {path: [layer.size(w) for w, _ in self.choices] for path, layer in self.layers.items()},
+                "layers": {p: [self._layer(p, c).size(c.weights) for c in self.choices] for p in self.layers},
             },
             "bitops": {
                 "float": sum(layer.float_bitops for layer in self.layers.values()),
-                "layers": {path: [layer.bitops(*c) for c in self.choices] for path, layer in self.layers.items()},
+                "layers": {p: [self._layer(p, c).bitops(*c[:2]) for c in self.choices] for p in self.layers},
             },
         }
+
+    def _layer(self, path: str, choice: Choice) -> Layer:
+        """The layer's work with the branch that ``choice`` gives it."""
+        layer = self.layers[path]
+        return layer if choice.rank is None else replace(layer, rank=self.calibration.rank(path, choice.rank))
 
     def limits(self) -> dict[str, Fraction]:
         """Axis -> what may be spent on it."""
@@ -212,7 +227,7 @@ class Allocation:
                 continue
             linear, states = probe.linears[path], []
             for choice in self.choices:
-                self.setting(path, choice, branch=layer.rank > 0)(linear)
+                self.setting(path, choice, branch=self._layer(path, choice).rank > 0)(linear)
                 states.append(linear.export())
                 make_float(linear)
             times[layer] = latency(layer, states, batch, seconds)
@@ -228,9 +243,12 @@ class Allocation:
         return lambda linear: set_bits(self.calibration, linear, path, choice, *searches, branch)
 
     def give(self, chosen: dict[str, int]) -> None:
-        """Quantize the model being calibrated at ``chosen``: path -> index of its choice."""
+        """Quantize the model being calibrated at ``chosen`` (path -> index of its choice); branches start later."""
         for path, j in chosen.items():
-            self.setting(path, self.choices[j])(self.calibration.sim.linears[path])
+            choice = self.choices[j]
+            self.setting(path, choice)(self.calibration.sim.linears[path])
+            if choice.rank is not None:
+                self.calibration.ranks[path] = choice.rank
 
     def note(self, chosen: dict[str, int], **more: Any) -> None:
         """Leave the bits ``chosen``, what they cost as fractions of float32's, and ``more`` in the metrics."""
@@ -238,7 +256,7 @@ class Allocation:
             axis: sum(cost["layers"][path][j] for path, j in chosen.items()) / cost["float"]
             for axis, cost in self.costs.items()
         }
-        bits = {path: list(self.choices[j]) for path, j in chosen.items()}
+        bits = {path: self.choices[j].plain() for path, j in chosen.items()}
         self.calibration.metrics["allocation"] = {"bits": bits, **spent, **more}
 
 

@@ -40,7 +40,7 @@ from ..quantizers import FocusQuantizer
 from ..scales import Search, set_operands
 from ..simulate import recording
 from .base import Calibration, Options, Pack, method
-from .bits import Allocation, BitsOptions, Budget, set_bits
+from .bits import Allocation, BitsOptions, Budget, Choice, set_bits
 
 CANDIDATES = {3: (2, 3, 4), 4: (3, 4, 6), 6: (4, 6, 8)}
 
@@ -332,7 +332,7 @@ def _set_bits(calibration: Calibration, options: PackOptions, block: BlockSite, 
     """Quantize everything of a block anew at ``bits``."""
     sim = calibration.sim
     for path, linear in sim.linears_of(block).items():
-        set_bits(calibration, linear, path, (bits, bits), options.weights, options.activations)
+        set_bits(calibration, linear, path, Choice(bits, bits), options.weights, options.activations)
     attention = sim.attention_of(block)
     if attention is not None:
         operand = replace(calibration.recipe.operand_spec(), bits=bits)

@@ -48,7 +48,7 @@ def relevance(calibration: Calibration, options: RelevanceOptions) -> None:
         cost = sensitivities(allocation, calibration.reference.twin())
     else:
         # The noise of the weights and that of the activations.
-        cost = {path: [4.0**-w + 4.0**-a for w, a in allocation.choices] for path in paths}
+        cost = {path: [4.0**-c.weights + 4.0**-c.activations for c in allocation.choices] for path in paths}
     errors = {path: [share[path] * c for c in cost[path]] for path in paths}
     frontier, picked = allocation.best(allocation.components(errors))
     chosen = dict(zip(paths, frontier.chosen[picked].tolist()))
