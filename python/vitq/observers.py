@@ -87,7 +87,7 @@ class Observations:
 
     Attributes:
         inputs: linear path -> InputStats.
-        qkv: attention path -> [B', N, 3·H·d] fused outputs of qkv of the first images.
+        qkv: attention path -> [B', N, 3·H·d] what is to be quantized of the fused outputs of qkv, of the first images.
     """
 
     inputs: dict[str, InputStats]
@@ -99,7 +99,6 @@ def observe(sim: SimModel, images: Tensor, batch: int, rows: int = 4096, attenti
     """Run ``images`` through a float ``sim``; keep about ``rows`` rows a layer and ``attention_images`` images' qkv."""
     stats = {path: InputStats() for path in sim.linears}
     qkv: dict[str, list[Tensor]] = {path: [] for path in sim.attentions}
-    names = {site.qkv.path: path for path, site in sim.attention_sites.items()}
     keep = 0
     share = 0.0
 
@@ -108,11 +107,14 @@ def observe(sim: SimModel, images: Tensor, batch: int, rows: int = 4096, attenti
         x = linear.rows(inputs[0])
         # A layer wider than the sample would have a singular second moment.
         stats[path].update(x, int(share * max(rows, 4 * x.shape[1])) + 1)
-        if path in names and keep > 0:
-            per_image = output.shape[0] // size
-            qkv[names[path]].append(output[: keep * per_image].clone())
 
-    with recording(sim.linears, record):
+    def record_qkv(path: str, inputs: tuple, output: Tensor) -> None:
+        if keep > 0:
+            per_image = output.shape[0] // size
+            qkv[path].append(output[: keep * per_image].clone())
+
+    stages = {path: attention.stage for path, attention in sim.attentions.items()}
+    with recording(sim.linears, record), recording(stages, record_qkv):
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
             size, share, keep = len(part), len(part) / len(images), min(len(part), attention_images - start)
