@@ -98,7 +98,8 @@ class SimModel(nn.Module):
                 self.model.set_submodule(path, SimBlocks(blocks, attentions))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+        """What the family reads from the model's output (see ``Family.output``)."""
+        return self.family.output(self.model(x))
 
     def linears_of(self, unit: LinearSite | BlockSite) -> dict[str, SimLinear]:
         """The linear layers of a site of ``sequence`` in execution order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import timm_family
+from . import timm_family, transformers_family
 from .sites import Family
 
 
@@ -16,5 +16,7 @@ def adapter_for(model: nn.Module) -> Family:
     for kind, family in timm_family.FAMILIES.items():
         if isinstance(model, kind):
             return family(model)
+    if transformers_family.is_transformers(model):
+        return transformers_family.TransformersViT(model)
     known = ", ".join(kind.__name__ for kind in timm_family.FAMILIES)
-    raise TypeError(f"model is {type(model).__name__}, expected one of timm's {known}")
+    raise TypeError(f"model is {type(model).__name__}, expected one of timm's {known}, or a vision model of transformers")

@@ -85,12 +85,15 @@ class BlockFamily(Family):
                 where = f"{name}.{child}"
                 if not isinstance(linear, nn.Linear) or where in covered:
                     continue
-                if type(module) in self.holders and type(linear) is nn.Linear:
+                if self._holds(module) and type(linear) is nn.Linear:
                     yield self._linear(where, "other")
                 else:
                     self._refuse(
                         where, f"belongs to a {type(module).__name__}, whose use of it is not known: stays float"
                     )
+
+    def _holds(self, module: nn.Module) -> bool:
+        return type(module) in self.holders
 
     def _layer_scale(self, block: str, name: str) -> str | None:
         """γ's name: of a LayerScale (Swin's blocks have none)."""

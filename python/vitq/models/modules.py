@@ -173,7 +173,7 @@ class Shell(nn.Module):
     """
 
     def __init__(self, inner: nn.Module, folded: Iterable[str] = ()) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not of a library's layer, which a shell may be a kind of, too
         self.inner, self.folded = inner, frozenset(folded)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

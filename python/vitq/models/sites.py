@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -172,6 +172,10 @@ class Family(ABC):
     @abstractmethod
     def attention_bias(self, site: AttentionSite) -> Tensor | None:
         """[H, N, N] float32 additive scores of ``site`` (relative position), or None."""
+
+    def output(self, y: Any) -> Tensor:
+        """The one tensor of what ``model`` returns that methods compare and predictions are read from."""
+        return y
 
     def sequence(self) -> list[LinearSite | BlockSite]:
         """All sites in execution order: blocks, and the linear layers between them."""
