@@ -78,6 +78,10 @@ def _present(module: nn.Module | None) -> nn.Module | None:
     return None if isinstance(module, nn.Identity) else module
 
 
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is vit.Attention and _present(module.q_norm) is None and _present(module.k_norm) is None
+
+
 def _obstacle(module: nn.Module) -> str | None:
     """Why a timm attention is no ``modules.Attention``."""
     if type(module) not in _PLAIN:
@@ -179,8 +183,8 @@ class TimmViT(TimmFamily):
     ) -> Iterator[tuple[str, nn.Module]]:
         mlp = gated_mlp(block.mlp)
         native, summed = type(block) is vit.Block, self._sums(block)
-        plain = native and summed and not any(map(_present, (block.attn.q_norm, block.attn.k_norm)))
-        form = None if plain else _attention(block.attn, rope, shared)
+        # timm's own attention stays where a kernel computes it as it is.
+        form = None if native and summed and _is_plain(block.attn) else _attention(block.attn, rope, shared)
         if form is not None and summed and not native:
             gammas = (_gamma(block, 1), _gamma(block, 2))
             inner = modules.Block(block.norm1, form, block.norm2, mlp or block.mlp, *gammas)
