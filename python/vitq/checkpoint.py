@@ -97,6 +97,9 @@ class WeightsFile(_Strict):
     bytes: Annotated[int, Field(ge=0)]
 
 
+Sites = dict[str, Annotated[LinearConfig | AttentionConfig, Field(discriminator="kind")]]
+
+
 class Config(_Strict):
     """``config.json``.
 
@@ -113,7 +116,7 @@ class Config(_Strict):
     recipe: dict[str, Any]
     source: dict[str, Any]
     metrics: dict[str, Any]
-    sites: dict[str, Annotated[LinearConfig | AttentionConfig, Field(discriminator="kind")]]
+    sites: Sites
     float_bytes: int
     weights: WeightsFile
     digest: str = ""
@@ -135,7 +138,7 @@ def save(path: str | os.PathLike, state: ModelState, *, overwrite: bool = False)
     """
     folder = Path(path)
     _check_target(folder, overwrite)
-    tensors, sites = _disassemble(state)
+    tensors, sites = disassemble(state)
     fields = {k: _plain(f"state.{k}", getattr(state, k)) for k in ("kwargs", "data", "recipe", "source", "metrics")}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
@@ -218,11 +221,7 @@ def load_state(path: str | os.PathLike) -> tuple[ModelState, Config]:
         tensors = load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file}: is no safetensors file: {error}") from error
-    reader = _Reader(file, tensors)
-    sites = {name: reader.site(name, site) for name, site in config.sites.items()}
-    floats = {name.removeprefix("float."): reader.take(name) for name in list(tensors) if name.startswith("float.")}
-    if tensors:
-        raise CheckpointError(f"{file}: holds {sorted(tensors)[0]!r}, which {CONFIG} does not mention")
+    sites, floats = assemble(file, tensors, config.sites)
     data = config.data.model_dump(exclude_none=True)
     try:
         plain = {k: getattr(config, k) for k in ("kwargs", "recipe", "source", "metrics")}
@@ -352,7 +351,8 @@ def _linear_config(state: LinearState) -> LinearConfig:
     )
 
 
-def _disassemble(state: ModelState) -> tuple[dict[str, Tensor], dict[str, LinearConfig | AttentionConfig]]:
+def disassemble(state: ModelState) -> tuple[dict[str, Tensor], dict[str, LinearConfig | AttentionConfig]]:
+    """A state as tensors on the CPU by their names in a file, and what its sites are besides."""
     tensors: dict[str, Tensor] = {}
     sites: dict[str, LinearConfig | AttentionConfig] = {}
     for path, linear in state.linears().items():
@@ -387,6 +387,21 @@ def _float_bytes(state: ModelState, tensors: dict[str, Tensor]) -> int:
     kept = (".bias", ".bias_table")
     parts = sum(t.nbytes for n, t in tensors.items() if n.startswith("float.") or n.endswith(kept))
     return parts + sum(4 * linear.codes.numel() for linear in state.linears().values())
+
+
+def assemble(
+    file: Path, tensors: dict[str, Tensor], configs: dict[str, LinearConfig | AttentionConfig]
+) -> tuple[dict[str, SiteState], dict[str, Tensor]]:
+    """Inverse of :func:`disassemble`: the sites and floats of a ModelState; empties ``tensors``.
+
+    Raises: CheckpointError naming ``file`` and what is missing, malformed or left over.
+    """
+    reader = _Reader(file, tensors)
+    sites = {name: reader.site(name, site) for name, site in configs.items()}
+    floats = {name.removeprefix("float."): reader.take(name) for name in list(tensors) if name.startswith("float.")}
+    if tensors:
+        raise CheckpointError(f"{file}: holds {sorted(tensors)[0]!r}, which {CONFIG} does not mention")
+    return sites, floats
 
 
 class _Reader:
