@@ -104,6 +104,29 @@ def gap_table(record: dict) -> str:
     return table(rows, columns)
 
 
+def models_table(record: dict, library: str) -> str:
+    """One row per class of models with the same verdict for the same reasons."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in record["models"]:
+        if row["library"] == library:
+            key = (row["kind"], row["verdict"], round(row["attention"], 2), tuple(row["reasons"]))
+            groups.setdefault(key, []).append(row)
+    order = ("integer", "partly", "refused")
+    rows = []
+    for (kind, verdict, attention, reasons), members in sorted(
+        groups.items(), key=lambda item: (order.index(item[0][1]), item[0][0], -len(item[1]))
+    ):
+        names = ", ".join(f"`{row['name']}`" for row in members[:2]) + (", …" if len(members) > 2 else "")
+        why = "<br>".join(reason.replace("|", "\\|").replace("*", "\\*") for reason in reasons)
+        rows.append({"kind": kind, "n": len(members), "names": names, "verdict": verdict,
+                     "attention": None if verdict == "refused" else f"{attention:.0%}", "why": why})  # fmt: skip
+    columns = {"kind": "class", "n": "models", "names": "such as", "verdict": "verdict",
+               "attention": "integer attention", "why": "what stays float, and why"}  # fmt: skip
+    count = {v: sum(r["verdict"] == v for r in record["models"] if r["library"] == library) for v in order}
+    total = ", ".join(f"{n} {verdict}" for verdict, n in count.items())
+    return f"{library} {record['versions'][library]}: {total}.\n\n{table(rows, columns)}"
+
+
 def gpu_record() -> dict | None:
     """The newest results of ``make gpu-check``, or None."""
     files = [path for path in RESULTS.glob("*.json") if not path.stem.endswith((".wrong", ".partial"))]
@@ -129,7 +152,11 @@ def pages() -> dict[Path, str]:
     cost = calibration_table(json.loads((RESULTS / "calibration_cost.json").read_text()))
     methods = replace(methods, "calibration", cost)
     methods = replace(methods, "leak", gap_table(json.loads((RESULTS / "evolution_gap.json").read_text())))
-    texts = {"gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
+    record = json.loads((RESULTS / "models.json").read_text())
+    models = (ROOT / "docs" / "models.md").read_text()
+    for library in ("timm", "transformers"):
+        models = replace(models, library, models_table(record, library))
+    texts = {"models.md": models, "gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
     return {ROOT / "README.md": readme} | {ROOT / "docs" / name: text for name, text in texts.items()}
 
 

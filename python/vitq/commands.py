@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from .convert import to_integer
 from .data import load_data, splits
 from .evaluate import agreement, predict, sqnr_db, top1
 from .models import adapter_for
+from .models import support as supported
 from .restore import to_simulated
 from .sources import ModelSource, load_float
 
@@ -61,6 +62,14 @@ BENCH_COLUMNS = {
     "speedup": "speed-up",
     "peak_mb": "peak MB",
     "model_mb": "model MB",
+}
+SUPPORT_COLUMNS = {
+    "name": "model",
+    "kind": "class",
+    "verdict": "verdict",
+    "attention": "integer attention",
+    "weights": "integer weights",
+    "reasons": "what stays float, and why",
 }
 WARMUP_COLUMNS = {
     "gpu": "GPU",
@@ -368,6 +377,21 @@ def _describe_checkpoint(args: argparse.Namespace, out: Console) -> None:
     console.print_rows(out, title, rows, {"path": "", "how": "what"})
     record = {"architecture": config.architecture, "recipe": config.recipe, "source": config.source, "bytes": size}
     _emit(args, {**record, "float_bytes": config.float_bytes, "integer": report.integer, "float": report.floating})
+
+
+def list_models(args: argparse.Namespace) -> None:
+    out = console.make(args.json)
+    found = []
+    with console.progress() as bar:
+        task = bar.add_task("trying", total=None)
+        for one in supported.support(args.pattern):
+            found.append(one)
+            bar.update(task, description=one.name)
+    if not found:
+        raise ValueError(f"pattern is {args.pattern!r}, which no vision transformer of timm or transformers matches")
+    rows = [asdict(one) | {"reasons": "; ".join(one.reasons)} for one in found]
+    console.print_rows(out, "vision transformers", rows, SUPPORT_COLUMNS)
+    _emit(args, {"versions": supported.versions(), "models": [asdict(one) for one in found]})
 
 
 def demo(args: argparse.Namespace) -> None:

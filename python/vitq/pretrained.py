@@ -69,33 +69,28 @@ class VitqQuantizer(HfQuantizer):
     def __init__(self, quantization_config: VitqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.tensors: dict[str, Tensor] = {}
-        self.dtype, self.device = None, torch.device("cpu")
+        self.file, self.dtype = Path(), None
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map} - {None}
-        try:
-            devices = [torch.device(place) for place in places]
-        except (RuntimeError, TypeError):
-            devices = []
-        if len(devices) != len(places) or len(devices) > 1:
-            raise ValueError(f"device_map is {device_map!r}, expected one device for the whole model")
-        self.device = devices[0] if devices else self.device
+        if device_map is not None:
+            raise ValueError(f"device_map is {device_map!r}, expected None: move the loaded model with .to(device)")
 
-    def update_device_map(self, device_map: Any) -> None:
-        return None  # the finished model moves at once
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.dtype = dtype
+        return dtype
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        files = [Path(file) for file in kwargs["checkpoint_files"]]
         for file in files:
             try:
                 self.tensors |= load_file(file)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{file}: is no safetensors file: {error}") from error
-        self.file, self.dtype = files[0] if files else Path(), kwargs.get("dtype")
+        self.file = files[0]
         # Nothing is left to load or to initialize: the integer modules come from the tensors.
         for parts in (model._modules, model._parameters, model._buffers):
             parts.clear()
-        model._keys_to_ignore_on_load_unexpected = [""]
+        model._keys_to_ignore_on_load_unexpected, model._is_hf_initialized = {""}, True
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -107,12 +102,12 @@ class VitqQuantizer(HfQuantizer):
             integer = to_integer(skeleton, ModelState(type(model).__name__, sites, floats))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{self.file}: does not fit {type(model).__name__}: {error}") from error
-        integer.to(self.device, self.dtype)
+        integer.to(self.dtype)
         _take_over(model, integer, self)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return dict(self.tensors), {METHOD: str(VERSION)}
+        return dict(self.tensors), {}
 
     def is_serializable(self) -> bool:
         return True
