@@ -132,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
     p = command("info", run.info, "What is built, what is live, and why not; or what a checkpoint holds.")
     p.add_argument("checkpoint", nargs="?")
 
-    p = command("list-models", run.list_models, "Which vision transformers can be quantized, how far, and why not further.")
+    p = command(
+        "list-models", run.list_models, "Vision transformers that can be quantized, how far, and why not further."
+    )
     p.add_argument("pattern", nargs="?", default="*", help="architectures, such as 'vit_*' (default: all; minutes)")
 
     p = command("demo", run.demo, "The main job on the shipped model and real handwriting.")

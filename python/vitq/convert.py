@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vitq_kernels.formats import AttentionState, LinearState, QuantSpec
 from vitq_kernels.nn import FloatBranch, QAttention, QBlock, QBlocks, QLinear, QMlp, QModule, QPatchEmbed, prepack
 
-from .models.sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite
 from .models.adapters import adapter_for
+from .models.sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite
 from .state import ModelState, SiteState
 
 

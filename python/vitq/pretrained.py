@@ -129,7 +129,7 @@ def _take_over(model: nn.Module, integer: nn.Module, quantizer: VitqQuantizer) -
 
 
 def to_pretrained(model: nn.Module, state: ModelState, backend: str | None = None) -> nn.Module:
-    """The integer model of ``state``, whose ``save_pretrained`` writes what ``from_pretrained`` reads back, bit for bit.
+    """The integer model of ``state``: ``save_pretrained`` writes what ``from_pretrained`` reads back, bit for bit.
 
     Args:   as :func:`vitq.convert.to_integer`; ``model`` of transformers, left untouched.
     Raises: TypeError, ValueError: as there.

@@ -91,7 +91,7 @@ def test_linears_are_listed_in_execution_order():
         order, seen = [site.path for site in family.linears()], []
         for path in order:
             module = family.model.get_submodule(path)
-            module.register_forward_hook(lambda *a, path=path: seen.append(path))
+            module.register_forward_hook(lambda *a, path=path, seen=seen: seen.append(path))
         family.model(images(family.model))
         assert list(dict.fromkeys(seen)) == order
 

@@ -11,7 +11,7 @@ from .sites import Family
 def adapter_for(model: nn.Module) -> Family:
     """The adapter of ``model``'s family.
 
-    Raises: TypeError for a model of no known family.
+    Raises: TypeError for a model of no known family, naming what no adapter knows.
     """
     for kind, family in timm_family.FAMILIES.items():
         if isinstance(model, kind):
@@ -19,4 +19,20 @@ def adapter_for(model: nn.Module) -> Family:
     if transformers_family.is_transformers(model):
         return transformers_family.TransformersViT(model)
     known = ", ".join(kind.__name__ for kind in timm_family.FAMILIES)
-    raise TypeError(f"model is {type(model).__name__}, expected one of timm's {known}, or a vision model of transformers")
+    raise TypeError(
+        f"model is {type(model).__name__}, expected one of timm's {known}, or a vision model of transformers; "
+        f"{unknown(model)}"
+    )
+
+
+def unknown(model: nn.Module) -> str:
+    """What of a model without an adapter would have to be described."""
+    kinds = [type(module).__name__ for module in model.modules()]
+    attentions = sorted({kind for kind in kinds if "attn" in kind.lower() or "attention" in kind.lower()})
+    convolutions, norms = (sum(name in kind for kind in kinds) for name in ("Conv2d", "BatchNorm"))
+    found = {
+        f"attention {', '.join(attentions)}": len(attentions),
+        f"{convolutions} convolutions": convolutions,
+        f"{norms} batch norms": norms,
+    }
+    return "no adapter for its " + (", ".join(what for what, count in found.items() if count) or "layers")

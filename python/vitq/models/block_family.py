@@ -1,4 +1,4 @@
-"""What the adapters of timm and transformers share: sites of modules in the form of :mod:`.modules` or of timm's own."""
+"""What the adapters of timm and transformers share: sites of modules in the form of :mod:`.modules` or timm's own."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from .adapters import adapter_for
+from .adapters import adapter_for, unknown
 
 #: Modules of timm whose architectures have attention among tokens.
 _TIMM = (
@@ -95,9 +95,7 @@ def _tried(library: str, name: str, make: Callable[[], nn.Module]) -> Support:
     try:
         family = adapter_for(model)
     except TypeError as error:
-        attentions = {type(m).__name__ for m in model.modules() if re.search("attn|attention", type(m).__name__.lower())}
-        which = f"; its attention: {', '.join(sorted(attentions))}" if attentions else ""
-        reason = f"no adapter{which}" if library == "timm" else str(error)
+        reason = unknown(model) if library == "timm" else str(error)
         return Support(library, name, kind, "refused", 0.0, 0.0, (reason,))
     blocks = family.blocks()
     attention = len(family.attentions()) / max(1, len(blocks))

@@ -36,9 +36,7 @@ class _Names:
 
 
 _CLIP = _Names()
-_DINO = _Names(
-    "norm1", "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", norm2="norm2"
-)
+_DINO = _Names("norm1", "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", norm2="norm2")
 _VIT = replace(_DINO, norm1="layernorm_before", norm2="layernorm_after")
 _YOLOS = _Names(
     "layernorm_before",
