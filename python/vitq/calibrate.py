@@ -60,7 +60,7 @@ def calibrate(
     """Quantize ``model`` by ``recipe``.
 
     Args:
-        model: float timm model (see ``vitq.models.adapter_for``); left untouched.
+        model: float model of timm or transformers (see ``vitq.models.adapter_for``); left untouched.
         images ([B, C, H, W] float32): preprocessed calibration images.
         recipe: a Recipe, a shipped recipe's name or a YAML file.
         seed: of every random choice; the same seed, model, images and thread count give the same state, bit for bit.

@@ -108,6 +108,22 @@ def test_bench_of_a_checkpoint_and_of_an_architecture(quantized, capsys):
     assert [row["model"] for row in figures(capsys, *argv)["rows"]] == ["float32", "minmax-w4a4"]
 
 
+def test_list_models(capsys):
+    assert main(["list-models", "*t*_tiny_patch16_224", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    assert rows["deit_tiny_patch16_224"]["verdict"] == "integer"
+    assert rows["deit_tiny_patch16_224"]["attention"] == 1.0
+    assert rows["deit_tiny_patch16_224"]["weights"] > 0.95
+    assert main(["list-models", "cait_xxs24_224", "--json"]) == 0
+    (cait,) = json.loads(capsys.readouterr().out)["models"]
+    assert (cait["verdict"], cait["attention"]) == ("partly", 0.0)
+    assert any("talking heads" in reason for reason in cait["reasons"])
+    assert main(["list-models", "visformer_tiny"]) == 0
+    assert "no adapter" in "".join(capsys.readouterr().out.split("\n"))
+    assert main(["list-models", "resnet18"]) == 2
+    assert "pattern is 'resnet18'" in capsys.readouterr().err
+
+
 def test_info(quantized, capsys):
     record = figures(capsys, "info")
     assert record["backends"]["ref"] == "live"
