@@ -7,6 +7,7 @@ import minmax
 import pytest
 import timm
 import torch
+import vitq
 from families import made
 from minmax import minmax_state, simulated, sqnr
 from timm.layers import RmsNorm, SwiGLU
@@ -17,8 +18,9 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
+from vitq.calibrate import calibrate
 from vitq.convert import to_integer
-from vitq.models import adapter_for
+from vitq.models import adapter_for, state_data
 
 from vitq_kernels.nn import QAttention, QBlock
 
@@ -149,3 +151,27 @@ def test_attention_of_another_form_is_refused_by_name():
             TypeError, match=r"model is MaxxVit.* no adapter for its attention AttentionCl, .* batch norms"
         ):
             adapter_for(timm.create_model("maxvit_rmlp_pico_rw_256"))
+
+
+def test_checkpoints_of_rewritten_models(tmp_path):
+    name, kwargs = "vit_small_patch16_rope_mixed_224", {"depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 7}
+    kwargs |= {"img_size": 32, "patch_size": 8}
+    model = made(timm.create_model, name, **kwargs)
+    x = minmax.images(model)
+    done = calibrate(model, x, "vitq-w4a8", architecture=name, kwargs=kwargs, data=state_data(model))
+    vitq.save(tmp_path / "out", done.state)
+    # Learned rotations come from the checkpoint, not from the architecture that is built to be filled.
+    assert torch.equal(vitq.load(tmp_path / "out")(x), to_integer(model, done.state)(x))
+
+
+@pytest.mark.parametrize("name", ["eva02", "swin-v2"])
+def test_compile_and_export(name):
+    model = MODELS[name][0]()
+    x = minmax.images(model)
+    integer = to_integer(model, minmax_state(model, x, **families.STATES[1]))
+    exported = torch.export.export(integer, (x,))
+    torch._dynamo.reset()
+    compiled = torch.compile(integer, fullgraph=True, backend="aot_eager")
+    want = integer(x)
+    assert torch.equal(exported.module()(x), want)
+    assert torch.equal(compiled(x), want)
