@@ -29,10 +29,8 @@ def unknown(model: nn.Module) -> str:
     """What of a model without an adapter would have to be described."""
     kinds = [type(module).__name__ for module in model.modules()]
     attentions = sorted({kind for kind in kinds if "attn" in kind.lower() or "attention" in kind.lower()})
-    convolutions, norms = (sum(name in kind for kind in kinds) for name in ("Conv2d", "BatchNorm"))
-    found = {
-        f"attention {', '.join(attentions)}": len(attentions),
-        f"{convolutions} convolutions": convolutions,
-        f"{norms} batch norms": norms,
-    }
-    return "no adapter for its " + (", ".join(what for what, count in found.items() if count) or "layers")
+    # One convolution embeds the patches.
+    beside = {"Conv2d": ("convolutions", 1), "BatchNorm": ("batch norms", 0)}
+    found = ["attention " + ", ".join(attentions)] if attentions else []
+    found += [what for name, (what, usual) in beside.items() if sum(name in kind for kind in kinds) > usual]
+    return f"no adapter for its {', '.join(found) or 'layers'}"
