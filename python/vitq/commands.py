@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import json
 import platform
@@ -141,6 +140,7 @@ def quantize(args: argparse.Namespace) -> None:
         metrics["frontier"] = frontier | {"points": [frontier["points"][frontier["picked"]]], "picked": 0}
     checkpoint.save(target, replace(done.state, metrics=metrics), overwrite=args.force)
     _write_allocation(target, frontier, metrics.get("packs"), f"{source.name}, {recipe.name}")
+    reporting.write_evaluation(target, None)
     if not args.work_dir:
         shutil.rmtree(work, ignore_errors=True)
     record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}
@@ -149,6 +149,7 @@ def quantize(args: argparse.Namespace) -> None:
         rows = jobs.evaluate(jobs.predict_splits(model, splits), done.calibrated.sim, done.integer, splits)
         times = jobs.time_models({"float": model, "integer": done.integer}, [1], 1.0)
         record["runs"] = jobs.summarize(recipe, done, model, checkpoint.disk_bytes(target), rows, times)
+        reporting.write_evaluation(target, record["runs"])
         console.print_rows(out, f"{source.name}, {recipe.name}", record["runs"], RUN_COLUMNS)
         run = record["runs"][0]
         out.print(
@@ -160,15 +161,15 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def _write_allocation(folder: Path, frontier: dict[str, Any] | None, packs: list[Any] | None, title: str) -> None:
-    """``frontier.json`` and, where matplotlib is there, the pictures; those of an earlier checkpoint go."""
+    """``frontier.json`` and the pictures; those of an earlier checkpoint go."""
     data = folder / reporting.FRONTIER
     data.unlink(missing_ok=True)
     if frontier is not None:
         data.write_text(json.dumps(frontier, indent=1) + "\n")
-    for name, draw, record in (("frontier.png", draw_frontier, frontier), ("packs.png", draw_packs, packs)):
+    for name, draw, record in (("frontier.svg", draw_frontier, frontier), ("packs.svg", draw_packs, packs)):
         (folder / name).unlink(missing_ok=True)
-        if record is not None and importlib.util.find_spec("matplotlib"):
-            draw(record, title).savefig(folder / name, dpi=130)
+        if record is not None:
+            (folder / name).write_text(str(draw(record, title)), encoding="utf-8")
 
 
 def _reasons(integer: nn.Module) -> str:
@@ -328,11 +329,11 @@ def report(args: argparse.Namespace) -> None:
     out = console.make(args.json)
     target = Path(args.output)
     _refuse_existing(target, args)
-    page = reporting.render(Path(args.checkpoint))
+    figures = reporting.collect(Path(args.checkpoint))
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    target.write_text(reporting.render(figures), encoding="utf-8")
     out.print(f"{target}: {target.stat().st_size / 1e3:.0f} kB")
-    _emit(args, {"output": str(target), "bytes": target.stat().st_size})
+    _emit(args, {"output": str(target), "page_bytes": target.stat().st_size, "figures": figures})
 
 
 def info(args: argparse.Namespace) -> None:
