@@ -53,7 +53,7 @@ def propagation(reference: SimModel, sim: SimModel, images: Tensor) -> dict[str,
     own, through = _Sqnr(), _Sqnr()
     units = [site.path for site in sim.sequence]
     watched = list(dict.fromkeys([*units, *sim.linears]))
-    histograms = {path: torch.zeros(2, BINS, dtype=torch.float64) for path in sim.attentions}
+    histograms = {path: torch.zeros(2, BINS, dtype=torch.float64, device="cpu") for path in sim.attentions}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str, inputs: tuple, output: Tensor) -> None:
@@ -88,9 +88,9 @@ def _histogram(reference: SimModel, sim: SimModel, path: str, qkv: Tensor) -> Te
     focus = sim.attentions[path].focus
     if focus is not None and focus.anchor == "row":
         p = p / p.amax(-1, keepdim=True)
-    p = p[p > 0]
+    p = p[p > 0].cpu()
     index = (2 * (p.log2() + OCTAVES)).floor().clamp(0, BINS - 1).long()
-    return torch.stack([torch.bincount(index, w, BINS) for w in (torch.ones_like(p), p)]).double().cpu()
+    return torch.stack([torch.bincount(index, w, BINS) for w in (torch.ones_like(p), p)])
 
 
 def _shares(histogram: Tensor) -> dict[str, list[float]]:
