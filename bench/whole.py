@@ -27,7 +27,7 @@ from .models import MODELS as TRAINED
 from .registry import Prepared, benchmark, peers
 
 EAGER = "torch eager fp32"
-#: Logits of the integer model against its simulation before it is timed: the same bits but for torch's own float modules.
+#: Logits of the integer model against its simulation: the same bits but for torch's own float modules.
 GATE_DB = 80.0
 CALIBRATION, EVALUATION = 32, 64
 STATIC = {"calibration": {"images": CALIBRATION}, "compensate": [], "reconstruct": [], "allocate": []}
