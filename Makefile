@@ -41,8 +41,11 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'bench/*.cpp')
 
+# With the peers in the environment (pip install .[bench]) beside them; without, they are named as absent.
 bench: $(STAMP)
-	$(PY) bench/run.py
+	$(PY) -m bench.run
+	$(PY) -m bench.run --isa avx2 --peers none
+	$(PY) -m bench.update_docs
 
 # With the python that is active, which brings torch and triton for the GPU; nothing is installed.
 GPU_PYTHON ?= python3

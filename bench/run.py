@@ -36,6 +36,7 @@ AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
 TIMEOUT = 3600.0  # of one process
+PROFILED = "ViT-S/16 b1"
 
 
 def machine(about: dict[str, Any]) -> str:
@@ -114,6 +115,15 @@ def _pinned(threads: int) -> Callable[[], None] | None:
     return lambda: os.sched_setaffinity(0, own)
 
 
+def _short(value: Any) -> Any:
+    """Numbers to six digits: more is noise, and bytes in the repository."""
+    if isinstance(value, dict):
+        return {key: _short(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_short(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def selection(only: list[str] | None, quick: bool) -> dict[str, list[str]]:
     """Benchmark → cases, of "name" and "name:case" words. Raises: ValueError for what there is not."""
     known = registry.benchmarks
@@ -165,13 +175,17 @@ def main(argv: list[str] | None = None) -> int:
                 bench = registry.benchmarks[name]
                 for peer in [None, *(peers if bench.peers else [])]:
                     run.job(bench, cases, threads, peer)
+        if args.only is None:
+            case = "digits b1" if args.quick else PROFILED
+            job = {"bench": "profile", "cases": [case], "threads": counts[0], "peer": None, "modules": modules}
+            record["profiles"] = run.process(job)
     if args.only is None:
         try:
             record["instructions"] = instructions.count()
         except instructions.Unavailable as error:
             record["absent"]["instruction counts"] = str(error)
     target = args.output or RESULTS / f"{machine(about)}.json"
-    target.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    target.write_text(json.dumps(_short(record), indent=1, allow_nan=False) + "\n")
     for name, reason in record["absent"].items():
         print(f"absent: {name}: {reason}")
     for name, reason in record["wrong"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from vitq import checkpoint, jobs
+from vitq.bench import host
 from vitq.bench.latency import tensor_bytes
+from vitq.bench.profile import profile
 from vitq.convert import to_integer
 from vitq.data import load_calibration, load_data
 from vitq.evaluate import agreement, sqnr_db
@@ -118,7 +121,7 @@ def _ours(name: str, example: Tensor, beside_peer: bool = False) -> dict[str, nn
 def _accuracy(reference: Tensor, run, images: Tensor, batch: int) -> dict[str, Any]:
     logits = torch.cat([run(part).float() for part in images.split(batch)])
     found = sqnr_db(reference, logits)
-    return {"sqnr_db": found if found < 200 else None, "agreement": agreement(reference, logits)}
+    return {"sqnr_db": found if math.isfinite(found) else None, "agreement": agreement(reference, logits)}
 
 
 def _case(case: str) -> tuple[str, int]:
@@ -137,7 +140,8 @@ def model(case: str, peer: str | None) -> Prepared:
     name, batch = _case(case)
     floating, (calibration, images) = _float(name), _images(name)
     images = images[: len(images) // batch * batch]
-    reference, example = floating(images), images[:batch].contiguous()
+    reference = torch.cat([floating(part) for part in images.split(batch)])
+    example = images[:batch].contiguous()
     runs = {EAGER: floating}
     if peer:
         # Some trace or compile: with autograd's own tensors, as outside.
@@ -166,3 +170,17 @@ def block(case: str) -> Prepared:
     for label, integer in _ours(name, images).items():
         calls[label] = lambda module=integer.blocks[0]: module(x)
     return Prepared(calls)
+
+
+def profiles(case: str, n_threads: int) -> dict[str, Any]:
+    """Label → ``vitq.bench.profile.profile`` of the float model and of the first of ours; "ceilings" says why not."""
+    name, batch = _case(case)
+    images = _images(name)[1][:batch]
+    try:
+        ceilings, out = host.measure(n_threads), {}
+    except host.Unmeasured as error:
+        ceilings, out = None, {"ceilings": str(error)}
+    label, integer = next(iter(_ours(name, images).items()))
+    for who, model in ((EAGER, _float(name)), (label, integer)):
+        out[who] = {"case": case, **profile(model, images, n_threads, ceilings)}
+    return out

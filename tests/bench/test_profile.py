@@ -12,6 +12,7 @@ from vitq.cli import main
 from vitq.models.digits_vit import NAME
 
 import vitq_kernels as vk
+from vitq_kernels.formats import FocusSpec, LinearState, LowRankSpec, QuantSpec
 from vitq_kernels.nn import QLinear
 from vitq_kernels.testing import cpu_isa, isas
 
@@ -19,15 +20,15 @@ M, K, N, R = 6, 32, 48, 16
 FLAT = Host("x", 1, {"float32": 1e9, "int8": 2e9, "int4": 4e9}, {1 << 10: 8e9, 1 << 20: 1e9})
 
 
-def linear_state(bits: int, rank: int = R) -> vk.LinearState:
+def linear_state(bits: int, rank: int = R) -> LinearState:
     side = {"lora_down": torch.zeros(rank, K).half(), "lora_up": torch.zeros(N, rank).half()} if rank else {}
-    return vk.LinearState(
+    return LinearState(
         torch.ones(N, K, dtype=torch.int8),
         torch.ones(N),
-        vk.QuantSpec(bits, granularity="per_channel"),
+        QuantSpec(bits, granularity="per_channel"),
         bias=torch.zeros(N),
-        act=vk.QuantSpec(8, granularity="per_token", dynamic=True),
-        lora=vk.LowRankSpec(rank),
+        act=QuantSpec(8, granularity="per_token", dynamic=True),
+        lora=LowRankSpec(rank),
         **side,
     )
 
@@ -67,7 +68,7 @@ def test_attention_is_counted():
 
     class Attention(nn.Module):
         def forward(self, x):
-            return vk.qattention(q, k, v, scale, scale, scale, focus=vk.FocusSpec())
+            return vk.qattention(q, k, v, scale, scale, scale, focus=FocusSpec())
 
     (call,) = [c for c in calls_of(Attention(), torch.zeros(1)) if c.op == "qattention"]
     assert call.operations == {"int8": 2 * 2 * (2 * 3 * 5 * 5 * 8)}
@@ -79,7 +80,7 @@ def test_passes_that_differ_are_refused():
 
         def forward(self, x):
             self.calls += 1
-            return x + 1 if self.calls % 4 else x * 2
+            return x + 1 if self.calls < 5 else x * 2
 
     with pytest.raises(RuntimeError, match="two passes of the model consist of different operators"):
         profile.calls_of(Moody(), torch.ones(2), 1, passes=3)
@@ -108,7 +109,7 @@ def test_ceilings_are_finite_and_of_the_selected_instruction_set():
     assert set(found.peak) == {"float32", "int8", "int4"}
     assert all(1e6 < rate < 1e15 for rate in (*found.peak.values(), *found.bandwidth.values()))
     assert tuple(found.bandwidth) == host.SETS
-    with cpu_isa("portable"), pytest.raises(host.Unmeasured, match="no probe for .* portable"):
+    with cpu_isa("portable"), pytest.raises(host.Unmeasured, match="instruction set portable"):
         host.measure(1)
 
 
