@@ -1,5 +1,6 @@
 """Instructions that each CPU kernel executes, by valgrind: the same number on a busy machine and on an idle one.
 
+    make instructions      # counts, and what changed against bench/results/instructions.json
     python -m bench.instructions [--json PATH]
 
 Kernels run on AVX2, the widest set that valgrind knows, without torch (``bench/native/instructions.cpp``), one thread.
@@ -71,7 +72,9 @@ def main() -> None:
     for case, instructions in counts.items():
         print(f"{instructions:>14,}  {case}")
     if args.json:
-        args.json.write_text(json.dumps({"instructions": counts}, indent=1) + "\n")
+        compiler = _run(["c++", "--version"]).stdout.splitlines()[0]  # another one makes other instructions
+        record = {"environment": {"compiler": compiler}, "instructions": counts}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def absent_list(record: dict[str, Any]) -> str:
 
 
 def instructions_table(record: dict[str, Any]) -> str:
-    rows = [{"kernel": k, "instructions": f"{n:,}"} for k, n in record.get("instructions", {}).items()]
+    rows = [{"kernel": k, "instructions": f"{n:,}"} for k, n in record["instructions"].items()]
     return table(rows, {"kernel": "kernel", "instructions": "instructions of a call"})
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from vitq.bench.environment import cores, environment
 
-from . import RESULTS, ROOT, instructions, registry
+from . import RESULTS, ROOT, registry
 from . import environment as child_environment
 
 MODULES = ("bench.ops", "bench.whole", "bench.peers")
@@ -179,11 +179,6 @@ def main(argv: list[str] | None = None) -> int:
             case = "digits b1" if args.quick else PROFILED
             job = {"bench": "profile", "cases": [case], "threads": counts[0], "peer": None, "modules": modules}
             record["profiles"] = run.process(job)
-    if args.only is None:
-        try:
-            record["instructions"] = instructions.count()
-        except instructions.Unavailable as error:
-            record["absent"]["instruction counts"] = str(error)
     target = args.output or RESULTS / f"{machine(about)}.json"
     target.write_text(json.dumps(_short(record), indent=1, allow_nan=False) + "\n")
     for name, reason in record["absent"].items():

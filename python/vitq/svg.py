@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from html import escape
 
 BLUE, LIGHT, RED, GREY = "#1b6ca8", "#7fb3d5", "#b9501b", "#5a6b7c"
-COLORS = (BLUE, RED, LIGHT, "#3f8f5b", "#8a5bab", GREY, "#c79a2b", "#2b9c9c")
+COLORS = (
+    BLUE, RED, LIGHT, "#3f8f5b", "#8a5bab", GREY, "#c79a2b", "#2b9c9c",
+    "#d98cb3", "#6b4226", "#9bc53d", "#22223b", "#f4a259", "#5b5bd6", "#c1121f", "#a3b18a",
+)  # fmt: skip
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400.0, 46.0, 10.0, 8.0, 34.0
 LINE = 15.0  # height of a row of text
 
@@ -111,7 +114,8 @@ class Picture:
     def __str__(self) -> str:
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:.0f} {self.height:.0f}" role="img" '
-            f'aria-label="{escape(self.label)}" font-family="system-ui, sans-serif" font-size="11">{self.body}</svg>\n'
+            f'aria-label="{escape(self.label)}" font-family="system-ui, sans-serif" font-size="11">'
+            f'<rect width="100%" height="100%" fill="#fff"/>{self.body}</svg>\n'
         )
 
 
