@@ -105,6 +105,7 @@ def _states(name: str) -> dict[str, Any]:
     return states
 
 
+@torch.inference_mode()  # with gradients the simulation takes other operators
 def _ours(name: str, example: Tensor, beside_peer: bool = False) -> dict[str, nn.Module]:
     """Label → integer model, checked on one image. Raises: AssertionError where one is not its simulation."""
     model, out = _float(name), {}

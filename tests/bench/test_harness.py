@@ -88,6 +88,12 @@ def test_whole_models_and_a_peer(tmp_path, monkeypatch):
     assert beside["baseline_agreement"] == 1.0
     assert beside["ours_sqnr_db"] == pytest.approx(row["ours_sqnr_db"], abs=0.01)
     assert harness.measure(block, "digits b1", 1, 0.0, rounds=2)[0]["ratio"] > 0
+    found = whole.profiles("digits b1", 1)
+    found.pop("ceilings", None)
+    assert set(found) == {whole.EAGER, "W4A8 static"}
+    record = {"rows": [row], "profiles": found}
+    assert "| W4A8 static | qattention_quantize | 6 |" in pages.profile_table(record)
+    assert {"accuracy"} <= set(pages.pictures({**record, "rows": [{**row, "case": "digits b1"}]}))
     monkeypatch.setattr(whole, "to_simulated", lambda model, state: model)
     with pytest.raises(AssertionError, match="dB of the simulation, expected 80"):
         harness.measure(model, "digits b2", 1, 0.0, rounds=2)
