@@ -132,7 +132,8 @@ def stack(pictures: Sequence[Picture], title: str = "") -> Picture:
 def legend(names: Sequence[tuple[str, str]], y: float) -> tuple[list[str], float]:
     """Names with their colours in rows from ``y`` on, and the height that they take."""
     parts, x, top = [], LEFT, y
-    for name, color in names:
+    for whole, color in names:
+        name = whole if len(whole) <= 50 else f"{whole[:24]}…{whole[-25:]}"  # what fits into a row
         width = 18 + 6.2 * len(name)
         if x > LEFT and x + width > WIDTH - RIGHT:
             x, y = LEFT, y + LINE
