@@ -15,10 +15,11 @@ from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # for who runs this file itself
 
 from vitq import recipes  # noqa: E402
 
+from bench import pages as cpu  # noqa: E402
 from bench.accuracy import report as accuracy  # noqa: E402
 from bench.gpu import report  # noqa: E402
 from bench.tables import table  # noqa: E402
@@ -57,12 +58,30 @@ def demo_table(summary: dict) -> str:
     return table(list(rows.values()), columns)
 
 
-def bench_tables(result: dict) -> str:
-    """Models and single layers."""
-    columns = {"model": "model", "batch": "batch", "threads": "threads", "latency_ms": "ms", "speedup": "speed-up",
-               "model_mb": "MB"}  # fmt: skip
-    rows = [{**r, "model_mb": r["model_bytes"] / 1e6} for r in result["models"]]
-    return table(rows, columns)
+def readme_table(record: dict) -> str:
+    """ViT-S/16 on one thread, without peers."""
+    rows = [row for row in cpu.contenders(record) if row["case"].startswith("ViT-S") and row["threads"] == 1]
+    ours = [row for row in rows if row["who"] == cpu.EAGER or row["mb"] is not None]
+    columns = {"case": "model, batch", "who": "what", "ms": "ms", "speedup": "speed-up", "mb": "MB"}
+    return table(ours, columns)
+
+
+def cpu_page(text: str) -> str:
+    """docs/cpu.md of the newest results."""
+    record, held = cpu.newest(), cpu.newest("avx2")
+    links = [f"![{picture.label}](figures/cpu-{name}.svg)" for name, picture in cpu.pictures(record).items()]
+    for name, body in (
+        ("models", cpu.models_table(record)),
+        ("absent", cpu.absent_list(record)),
+        ("pictures", "\n\n".join(links)),
+        ("linear", cpu.ops_table(record, "linear")),
+        ("linear-avx2", cpu.ops_table(held, "linear")),
+        ("attention", cpu.ops_table(record, "attention")),
+        ("profile", cpu.profile_table(record)),
+        ("instructions", cpu.instructions_table(json.loads((RESULTS / "instructions.json").read_text()))),
+    ):
+        text = replace(text, name, body)
+    return text
 
 
 def methods_table() -> str:
@@ -115,7 +134,7 @@ def pages() -> dict[Path, str]:
     """Page → its text with every table made anew."""
     readme = (ROOT / "README.md").read_text()
     readme = replace(readme, "demo", demo_table(json.loads((RESULTS / "demo.json").read_text())))
-    readme = replace(readme, "bench", bench_tables(json.loads((RESULTS / "cpu.json").read_text())))
+    readme = replace(readme, "bench", readme_table(cpu.newest()))
     gpu, record = (ROOT / "docs" / "gpu.md").read_text(), gpu_record()
     for name, body in (
         ("roofline", report.roofline_table()),
@@ -129,7 +148,8 @@ def pages() -> dict[Path, str]:
     cost = calibration_table(json.loads((RESULTS / "calibration_cost.json").read_text()))
     methods = replace(methods, "calibration", cost)
     methods = replace(methods, "leak", gap_table(json.loads((RESULTS / "evolution_gap.json").read_text())))
-    texts = {"gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
+    texts = {"cpu.md": cpu_page((ROOT / "docs" / "cpu.md").read_text())}
+    texts |= {"gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
     return {ROOT / "README.md": readme} | {ROOT / "docs" / name: text for name, text in texts.items()}
 
 
@@ -146,7 +166,11 @@ def main() -> None:
             print(f"{path.relative_to(ROOT)} is out of date: run bench/update_docs.py")
         else:
             path.write_text(text)
-    raise SystemExit(int(args.check and bool(stale)))
+    drawn = cpu.write_pictures(cpu.newest(), ROOT / "docs" / "figures", args.check)
+    if args.check:
+        for path in drawn:
+            print(f"{path.relative_to(ROOT)} is out of date: run bench/update_docs.py")
+    raise SystemExit(int(args.check and bool(stale or drawn)))
 
 
 if __name__ == "__main__":
