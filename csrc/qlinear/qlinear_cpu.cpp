@@ -154,10 +154,14 @@ class Linear {
 
   void finish(const Workspace& work, int64_t row, int64_t rows, const int32_t* sums, float* dst,
               int64_t ld) const {
-    const auto product = [&](int64_t r, int c) VITQ_LAMBDA {
-      const I sum = (I)((U)load(sums + r * kTileN + c) + (U)load(work.column + c));
-      const float x_scale = args_.x_scale[args_.x_scale_per_row ? row + r : 0];
-      return to_float(sum) * (load(work.w_scale + c) * x_scale);
+    const float* x_scale = args_.x_scale + (args_.x_scale_per_row ? row : 0);
+    const int64_t scale_step = args_.x_scale_per_row ? 1 : 0;
+    const auto product = [&](int c) VITQ_LAMBDA {
+      const F w_scale = load(work.w_scale + c);
+      const U column = (U)load(work.column + c);
+      return [=](int64_t r) VITQ_LAMBDA {
+        return to_float((I)((U)load(sums + r * kTileN + c) + column)) * (w_scale * x_scale[r * scale_step]);
+      };
     };
     finish_tile<kTileN, P::kRows>(args_.tail, work.terms, w_.n, row, rows, product, dst, ld, args_.out,
                                   args_.out_dtype);
