@@ -75,6 +75,18 @@ struct PanelTail {
   }
 };
 
+// Asks for what finish_tile will add. Tiles go down the columns of the residual, which no hardware prefetcher
+// follows: asked for before the tile is multiplied, it has arrived when it is needed.
+template <int NP>
+VITQ_INLINE void prefetch_residual(const LinearTail& tail, const PanelTail<NP>& panel, int64_t n_total,
+                                   int64_t row, int64_t rows) {
+  if (!tail.residual) return;
+  const int64_t line = tail.residual.dtype == DType::f32 ? 16 : 32;  // elements
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < panel.width; c += line)
+      __builtin_prefetch(tail.residual.at((row + i) * n_total + panel.n0 + c).data);
+}
+
 // Finishes `rows` rows of a panel: dst[i·ld + c] = γ·act(product + (t·Uᵀ)[i, c] + bias) + residual, all NP
 // columns (those past `width` hold nothing of use). product(c) gives a function of the row: kLanes columns of
 // the scaled product, from column c.

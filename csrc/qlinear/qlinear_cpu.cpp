@@ -141,6 +141,7 @@ class Linear {
         const int64_t rows = smaller<int64_t>(P::kRows, last - i);
         for (int64_t line = 0; line < share && next < next_end; ++line, next += 64)
           __builtin_prefetch(next, 0, 2);
+        if (k + steps == k4_) prefetch_residual(args_.tail, terms, w_.n, i, rows);
         const auto* a = codes_.template at<typename P::Code>() + i * lda_ + k * 4;
         int32_t* sums = work.sums + (k4_ > P::kSliceK4 ? (i - row) * kTileN : 0);
         with_rows<P::kRows>(rows, [&]<int MR>() VITQ_LAMBDA {
