@@ -20,7 +20,7 @@ __attribute__((target("avx512vbmi"), noinline)) static void look_up_vbmi(const u
 #endif
 
 // codes[i] = table[codes[i]] for codes in [0, top]; up to 63 bytes behind the last one may be overwritten.
-VITQ_INLINE void look_up(const uint8_t* table, int top, int64_t n, uint8_t* codes) {
+VITQ_INLINE void look_up(const uint8_t* table, [[maybe_unused]] int top, int64_t n, uint8_t* codes) {
 #if defined(__AVX512BW__)
   static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
   if (vbmi) return look_up_vbmi(table, n, codes);
