@@ -174,15 +174,11 @@ def ops(check: Check) -> None:
         shape = ", ".join(f"{k}={v}" for k, v in row.items() if len(k) == 1)
         return f"{shape}: " + ", ".join(f"{name} {1e3 * ms:.1f} µs" for name, ms in row["ms"].items())
 
+    parts = {"attention": (ops.attentions, shapes.attentions, 0.06), "products": (ops.products, shapes.products, 0.2),
+             "rows": (ops.rows, shapes.rows, 0.06)}  # fmt: skip
     with backend("triton"):
-        if reason := ops.attention_missing():
-            check.leave_out(f"attention: missing, {reason}")
-        else:
-            check.rows(
-                "attention", ops.attentions(machine), check.left(0.05), len(shapes.attentions(machine.dry)), figures
-            )
-        check.rows("products", ops.products(machine), check.left(0.14), len(shapes.products(machine.dry)), figures)
-        check.rows("rows", ops.rows(machine), check.left(0.04), len(shapes.rows(machine.dry)), figures)
+        for key, (rows, cases, share) in parts.items():
+            check.rows(key, rows(machine), check.left(share), len(cases(machine.dry)), figures)
 
 
 def models(check: Check) -> None:

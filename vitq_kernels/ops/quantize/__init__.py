@@ -45,6 +45,7 @@ def run_quantize(x: Tensor, epilogue: _schema.Epilogue, backend: str | None = No
         _schema.expect("x", x, dtype=_schema.FLOATS)
         if x.dim() == 0:
             raise ValueError("x has shape (), expected [..., K]")
-        epilogue.fit(_schema.rows(x), x.shape[-1], x.device)
-        passed = epilogue.passed = case, x.device.type
-    return epilogue.wrap(backends.resolve("quantize", passed[1], None, backend).fn(x, *epilogue.args))
+        sizes = _schema.rows(x), x.shape[-1]
+        epilogue.fit(*sizes, x.device)
+        passed = epilogue.passed = case, x.device.type, sizes
+    return epilogue.wrap(backends.resolve("quantize", passed[1], None, backend, passed[2]).fn(x, *epilogue.args))
