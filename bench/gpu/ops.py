@@ -148,18 +148,16 @@ def product_variants(machine: Machine, m: int, k: int, n: int) -> dict[str, Vari
         codes = torch.randint(-top, top, (n, k), generator=g, device=device, dtype=torch.int8)
         layer = vk.pack_weight(codes, bits, layout), w_scale, bias
         variants[f"{name} rank {RANK}"] = product(coded[act_bits], *layer, up, native(machine, layout))
-        if name != "w4a4":
-            variants[name] = product(coded[act_bits], *layer, None)
+        if name == "w4a4":
+            continue
+        variants[name] = product(coded[8], *layer, None)
         if name == "w8":
             variants[WHOLE] = _whole(x, down, *layer, up)
-            if n == 4 * k:
-                variants[GELU] = _gelu_quantize(machine, coded[8], *layer, up)
-            if n == k:
-                variants[NORM] = _norm_quantize(machine, coded[8], *layer, up)
+        if n == 4 * k:
+            variants[f"{name} rank {RANK}, GELU + quantize"] = _gelu_quantize(machine, coded[8], *layer, up)
+        if n == k:
+            variants[f"{name} rank {RANK}, LayerNorm + quantize"] = _norm_quantize(machine, coded[8], *layer, up)
     return variants
-
-
-GELU, NORM = f"{ALONE}, GELU + quantize", f"{ALONE}, residual + LayerNorm + quantize"
 
 
 def native(machine: Machine, layout: str) -> bool:

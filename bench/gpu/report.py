@@ -101,7 +101,7 @@ def versus(record: Record, key: str) -> list[dict[str, Any]]:
     found = []
     for row in record.get(key, ()):
         ratios = {name: _speedup(row, f"{name} cuda", name) for name in row["ms"]}
-        sizes = {size: row[size] for size in SIZES if size in row}
+        sizes = {name: size for name, size in row.items() if name in SIZES}
         found.append(sizes | {name: ratio for name, ratio in ratios.items() if ratio is not None})
     return found
 
@@ -119,7 +119,7 @@ def versus_tables(record: Record) -> str:
         ratios = [row[name] for row in rows for name in names if name in row]
         won = f"{sum(x >= serving.LEAST for x in ratios)} of {len(ratios)}"
         middle = f"median {statistics.median(ratios):.2f}×, worst {min(ratios):.2f}×, best {max(ratios):.2f}×"
-        sizes = {size: size for size in SIZES if size in rows[0]}
+        sizes = {name: name for name in rows[0] if name in SIZES}
         parts += [f"{title}: the C++ kernels win {won}; {middle}.", table(rows, sizes | {name: name for name in names})]
     return "\n\n".join(parts)
 

@@ -67,13 +67,13 @@ def main() -> None:
 
     machine = Machine(os.environ.get("VITQ_CHECK_DEVICE", "cuda"))
     with torch.no_grad(), vk.backend("triton"):
-        # The second and third product are fused with what is behind it, the fourth has a long K, which the C++ kernels
-        # split; the last two are enough tiles for those of sm_90a.
-        products = [(19, 72, 56), (19, 16, 64), (9, 80, 80), (5, 2064, 24)]
-        products += [] if machine.dry else [(1500, 64, 1416), (2600, 2048, 1700)]
+        # Fused with what is behind them, of a long K, which the C++ kernels split, and enough tiles for sm_90a's.
+        more = [(19, 16, 64), (9, 80, 80), (5, 2064, 24), (1500, 64, 1416), (2600, 2048, 1700)]
+        products = [(19, 72, 56)] + ([] if machine.dry else more)
+        heads = [(2, 2, 17, 32, 2)] + ([] if machine.dry else [(1, 1, 300, 64, 0)])
         kinds = [ops.product_variants(machine, *shape) for shape in products]
         kinds += [ops.row_variants(machine, 7, k) for k in (72, 80)]
-        kinds += [ops.attention_variants(machine, *shape) for shape in ((2, 2, 17, 32, 2), (1, 1, 300, 64, 0))]
+        kinds += [ops.attention_variants(machine, *shape) for shape in heads]
         for variants in kinds:
             for name in ops.check(ops.on_back_ends(machine, variants)):
                 machine.synchronize()
