@@ -45,6 +45,8 @@ gpu::FocusLaw law_of(const Tensor& levels, double step, double offset, double b1
   return f;
 }
 
+// q [B, H, Nq, d], k and v [B, H, Nk, d] to out [rows, H·d]: a block for each 64 queries of a head. Bias and
+// mask, where there are any, take shared memory that blocks without them have for more of their kind.
 template <class Kernel>
 void start(const Launcher& launcher, const QAttentionArgs& a, const gpu::AttentionParams& p) {
   const int64_t tiles = (a.nq + Kernel::kRows - 1) / Kernel::kRows;

@@ -14,17 +14,24 @@ using gpu::Product;
 // Of packing.LAYOUTS.
 constexpr int64_t kInt8 = 0, kInt4 = 4, kInt4ByInt4 = 5;
 
+// Tiles. A block of 128x128 reads half the operands for a product that one of 64x64 does; its three stages of
+// 32 KiB, or four of 24 where the weight has nibbles, are the 99 KiB that a block may have on sm_86 and
+// sm_89. A warp's share is 64x32, or 32x32 of a small tile: two small blocks fit on a processor.
 template <Product kProduct, bool kAligned>
 using Large = gpu::QLinear<kProduct, 128, 128, 2, 4, kProduct == Product::s8 ? 3 : 4, kAligned>;
 template <Product kProduct, bool kAligned>
 using Small = gpu::QLinear<kProduct, 64, 64, 2, 2, 4, kAligned>;
 
-// How K is cut among blocks: as many as there are processors to spare, each with work for its pipeline.
+// How K is cut among blocks: as often as there are processors to spare; each with the steps of 128 that fill
+// a pipeline of four stages; at most 8 times, since the last block of a tile to come reads what all others
+// have left.
 int64_t splits_of(int64_t tiles, int64_t steps, int processors) {
   const int64_t spare = tiles > 0 ? processors / tiles : 1;
   return std::max<int64_t>(1, std::min({spare, steps / 4, int64_t{8}}));
 }
 
+// x [M, K] by weight [N, weight_row bytes] to out [M, N]: a block for each tile and share of K. partial:
+// [tiles, splits, threads, accumulators] int32, counters [tiles]: see gather() of the kernel.
 template <class Kernel>
 void start(const Launcher& launcher, gpu::LinearParams& p) {
   const int64_t tiles = ceil_div(p.m, Kernel::kBlockRows) * ceil_div(p.n, Kernel::kBlockColumns);
@@ -42,6 +49,9 @@ void start(const Launcher& launcher, gpu::LinearParams& p) {
 
 bool at_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// As above, without shares: as many blocks as processors, which take tile after tile. Boxes of the copy
+// engine: kBlockM rows of kSpanX codes of x, kBlockN rows of kSpanW bytes of the weight and of kSpanBranch
+// bytes of lora_up [N, rank].
 template <Product kProduct, int kTeam>
 void start_sm90(const Launcher& launcher, const gpu::LinearParams& p) {
   using Kernel = gpu::QLinearSm90<kProduct, kTeam>;
@@ -296,6 +306,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qlinear_norm_quantize(
   return {y, quant.q, quant.out_scale, quant.t};
 }
 
+// x [M, K] floats. One tile size and no split of K: a layer comes here because its activations stay floats,
+// its few rows are limited by the bytes of the weight, which 64 rows read once.
 template <DType kType>
 void start_weight_only(const Layer& layer, bool nibbles) {
   using Kernel = gpu::WeightOnly<kType>;
