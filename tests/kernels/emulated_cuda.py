@@ -83,6 +83,19 @@ def test_split_sums_are_the_whole_ones(processors, name, monkeypatch):
         assert torch.equal(got, vk.qlinear(x, weight, w_scale, **kw))
 
 
+@pytest.mark.parametrize("k", [64, 70])
+def test_groups_of_a_large_tile(k):
+    """128 columns with a scale of their own: inside a tile, or behind it where rows start anywhere."""
+    x, weight, w_scale, kw = linear_tests.make_case(generator(), 20, k, 256, 0, "w8", True)
+    a = vk.ActQuant(groups=2)
+    got, want = (
+        vk.qlinear_quantize(x, weight, w_scale, out=a, **kw),
+        vk.quantize(vk.qlinear(x, weight, w_scale, **kw), a),
+    )
+    assert torch.equal(got.q, want.q)
+    assert torch.equal(got.scale, want.scale)
+
+
 @pytest.mark.parametrize("seed", ["1", "2", "3"])
 def test_any_order_of_threads(seed, monkeypatch):
     monkeypatch.setenv("VITQ_EMULATION_SEED", seed)
