@@ -48,10 +48,12 @@ def _ranges(won: list[tuple[int, bool]]) -> Ranges:
     return tuple((end, yes) for end, (_, yes) in zip([*ends, math.inf], won))
 
 
-@torch.compiler.assume_constant_result
 def _measured(op: str, layout: str) -> tuple[tuple[tuple[int, ...], Ranges], ...]:
     name = host.name()
     return () if name is None else _table(name).get((op, layout), ())
+
+
+_measured._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
 
 
 def _nearest(op: str, layout: str, rest: tuple[int, ...]) -> Ranges:
