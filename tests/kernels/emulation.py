@@ -70,3 +70,7 @@ def run(library: Path, *files: str, least: int, select: str = "cuda", **environm
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, done.stdout[-2000:]
     assert "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+if __name__ == "__main__":
+    print(build())

@@ -48,7 +48,7 @@ def layer_norm_quantize(
     Returns:  QTensor of y: codes [..., K] ([B, S, K] with ``gather``), scale, t = y·Dᵀ [M, R] float32.
     Raises:   TypeError for a dtype, ValueError for a shape, device or eps that does not fit.
     Numerics: statistics in two passes, accumulated in float32 or better; the rest as :func:`quantize`.
-    Backends: ref any | cpu | triton >= sm_80
+    Backends: ref any | cpu | triton, cuda >= sm_80
     """
     return run_layer_norm_quantize(x, weight, bias, eps, _schema.Epilogue(quant), gather)
 

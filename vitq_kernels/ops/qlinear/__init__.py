@@ -293,7 +293,7 @@ def qlinear_quantize(
 
     Args, raises and numerics: as :func:`qlinear` and :func:`quantize`; ``out.lora_down`` is the next layer's [R', N].
     Returns:  QTensor of [..., N] codes, contiguous, newly allocated.
-    Backends: ref any | cpu | triton >= sm_80
+    Backends: ref any | cpu | triton, cuda >= sm_80
     """
     layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, _codes(x).device)
     return layer.qlinear_quantize(x, _schema.Epilogue(out), activation, residual)
@@ -317,7 +317,7 @@ def qlinear_weight_only(
     Args:     x ([..., K] float); the others as :func:`qlinear`; lora_t ([M, R] float32) = x·Dᵀ.
     Returns:  [..., N] of out_dtype (default: x's), contiguous, newly allocated.
     Numerics: products and sums in float32; codes are exact in it.
-    Backends: ref any | cpu | triton >= sm_80
+    Backends: ref any | cpu | triton, cuda >= sm_80
     """
     _schema.expect("x", x, dtype=_schema.FLOATS)
     layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, x.device)

@@ -33,7 +33,7 @@ def quantize(x: Tensor, quant: ActQuant) -> QTensor:
     Numerics: the reciprocal of the scale is rounded to float32 once, the product once; ties to even. A row of zeros has
               scale 1. NaN becomes the code of 0, ±Inf saturates under static scales; a row with NaN or Inf has a NaN
               dynamic scale, so that what follows is NaN rather than silently wrong.
-    Backends: ref any | cpu | triton >= sm_80
+    Backends: ref any | cpu | triton, cuda >= sm_80
     """
     return run_quantize(x, _schema.Epilogue(quant))
 
