@@ -116,8 +116,9 @@ def gpu_records() -> list[dict]:
 def serving_tables() -> dict[Path, str]:
     """The files of vitq_kernels/tuning/serving.py, of every GPU that was measured."""
     return {
-        serving.FOLDER / f"{slug(record['environment']['gpu'])}{serving.ENDING}": report.serving_table(record)
+        serving.FOLDER / f"{slug(record['environment']['gpu'])}{serving.ENDING}": text
         for record in reversed(gpu_records())
+        if (text := report.serving_table(record))
     }
 
 

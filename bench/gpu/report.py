@@ -125,7 +125,8 @@ def versus_tables(record: Record) -> str:
 
 
 def serving_table(record: Record) -> str:
-    """The file by which dispatch knows where the C++ kernels won (``vitq_kernels/tuning/serving.py``)."""
+    """The file by which dispatch knows where the C++ kernels won (``vitq_kernels/tuning/serving.py``); "" if only one
+    back end was timed."""
     least: dict[tuple, float] = {}
     for key in TIMED:
         for row in record.get(key, ()):
@@ -133,6 +134,8 @@ def serving_table(record: Record) -> str:
                 if (speedup := _speedup(row, f"{name} cuda", name)) is not None:
                     at = op, layout, tuple(sizes)
                     least[at] = min(least.get(at, speedup), speedup)
+    if not least:
+        return ""
     about = {key: record["environment"][key] for key in ("gpu", "commit")}
     rows = [[op, layout, *sizes, round(speedup, 3)] for (op, layout, sizes), speedup in sorted(least.items())]
     return json_rows(about | {"date": record["date"], "rows": rows}) + "\n"
