@@ -36,7 +36,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     env = environment() | {"OMP_NUM_THREADS": "1"} | variables
     env.pop("VITQ_BACKEND", None)
     return subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
+        [sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
     )
 
 
@@ -47,7 +47,8 @@ def both(names: set[str]) -> set[str]:
 
 def test_every_step_runs_without_a_gpu(tmp_path, emulated):
     before = sorted(RESULTS.iterdir())
-    run = python("-m", "bench.gpu.check", "--dry-run", "--output", str(tmp_path), VITQ_EMULATED_CUDA=emulated)
+    command = "-m", "bench.gpu.check", "--dry-run", "--minutes", "14", "--output", str(tmp_path)
+    run = python(*command, VITQ_EMULATED_CUDA=emulated)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert run.stdout.strip().splitlines()[-1].startswith("interpreter: all checks passed")
     assert sorted(RESULTS.iterdir()) == before
@@ -57,7 +58,7 @@ def test_every_step_runs_without_a_gpu(tmp_path, emulated):
     assert not record["wrong"]
     assert set(record["step_seconds"]) == {"build", "ceilings", "tests", "ops", "models"}
     checks = record["checks"]
-    for kind in ("kernel tests", "ViT shapes", "kernel tests, C++", "ViT shapes, C++", "own paths, C++"):
+    for kind in ("kernel tests", "ViT shapes", "own paths, C++"):
         assert checks[kind].endswith("passed")
     for case in ("float16", "bfloat16 cuda"):
         assert checks[f"the same bits in every call, {case}"] == "ok"
@@ -94,7 +95,10 @@ sys.exit(check.main(["--dry-run", "--only", "ceilings", "ops", "--output", sys.a
 def test_a_wrong_kernel_stops_the_run_with_its_coordinates(tmp_path):
     run = python("-c", PLANT, str(tmp_path))
     assert run.returncode == 1, run.stdout[-4000:] + run.stderr[-4000:]
-    assert "WRONG in ops: product of M=17, K=64, N=48, w8: result: 1 of 816 elements off; first at (3, 5)" in run.stdout
+    assert (
+        "WRONG in ops: product of M=17, K=64, N=48, w8 rank 32: result: 1 of 816 elements off; first at (3, 5)"
+        in run.stdout
+    )
     assert "SOMETHING IS WRONG" in run.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["interpreter.wrong.json"]
 
