@@ -1,4 +1,5 @@
-"""Write the measured tables into the documentation: every figure there comes from a file that a command made.
+"""Write the measured tables into the documentation: every figure there comes from a file that a command made. Of what
+was measured on GPUs, write the tables by which the back ends of a GPU are chosen, too.
 
 python bench/update_docs.py [--demo build/demo/summary.json] [--check]
 """
@@ -23,6 +24,7 @@ from bench import pages as cpu  # noqa: E402
 from bench.accuracy import report as accuracy  # noqa: E402
 from bench.gpu import report  # noqa: E402
 from bench.tables import table  # noqa: E402
+from vitq_kernels.tuning import serving, slug  # noqa: E402
 
 
 def replace(text: str, name: str, body: str) -> str:
@@ -123,19 +125,28 @@ def gap_table(record: dict) -> str:
     return table(rows, columns)
 
 
-def gpu_record() -> dict | None:
-    """The newest results of ``make gpu-check``, or None."""
+def gpu_records() -> list[dict]:
+    """The results of ``make gpu-check``, the newest first."""
     files = [path for path in RESULTS.glob("*.json") if not path.stem.endswith((".wrong", ".partial"))]
     records = [record for path in files if "peaks" in (record := json.loads(path.read_text()))]
-    return max(records, key=lambda record: record["date"], default=None)
+    return sorted(records, key=lambda record: record["date"], reverse=True)
+
+
+def serving_tables() -> dict[Path, str]:
+    """The files of vitq_kernels/tuning/serving.py, of every GPU that was measured."""
+    return {
+        serving.FOLDER / f"{slug(record['environment']['gpu'])}{serving.ENDING}": text
+        for record in reversed(gpu_records())
+        if (text := report.serving_table(record))
+    }
 
 
 def pages() -> dict[Path, str]:
-    """Page → its text with every table made anew."""
+    """Page, or table of a GPU → its text made anew."""
     readme = (ROOT / "README.md").read_text()
     readme = replace(readme, "demo", demo_table(json.loads((RESULTS / "demo.json").read_text())))
     readme = replace(readme, "bench", readme_table(cpu.newest()))
-    gpu, record = (ROOT / "docs" / "gpu.md").read_text(), gpu_record()
+    gpu, record = (ROOT / "docs" / "gpu.md").read_text(), next(iter(gpu_records()), None)
     for name, body in (
         ("roofline", report.roofline_table()),
         ("goals", report.goal_table(record)),
@@ -150,7 +161,8 @@ def pages() -> dict[Path, str]:
     methods = replace(methods, "leak", gap_table(json.loads((RESULTS / "evolution_gap.json").read_text())))
     texts = {"cpu.md": cpu_page((ROOT / "docs" / "cpu.md").read_text())}
     texts |= {"gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
-    return {ROOT / "README.md": readme} | {ROOT / "docs" / name: text for name, text in texts.items()}
+    texts = {ROOT / "docs" / name: text for name, text in texts.items()}
+    return {ROOT / "README.md": readme} | texts | serving_tables()
 
 
 def main() -> None:
@@ -160,7 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.demo:
         shutil.copy(args.demo, RESULTS / "demo.json")
-    stale = {path: text for path, text in pages().items() if path.read_text() != text}
+    stale = {path: text for path, text in pages().items() if not path.exists() or path.read_text() != text}
     for path, text in stale.items():
         if args.check:
             print(f"{path.relative_to(ROOT)} is out of date: run bench/update_docs.py")
