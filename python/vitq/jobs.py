@@ -125,13 +125,16 @@ def evaluate(
 
 def time_models(models: dict[str, nn.Module], batches: Iterable[int], seconds: float) -> list[dict[str, Any]]:
     """``compare_models`` on random images of the first model's input size, at torch's current number of threads."""
-    shape = state_data(next(iter(models.values())))["input_size"]
-    generator = torch.Generator().manual_seed(0)
     rows = []
     for batch in batches:
-        images = torch.randn(batch, *shape, generator=generator)
-        rows += compare_models(models, images, torch.get_num_threads(), seconds)
+        rows += compare_models(models, random_images(models, batch), torch.get_num_threads(), seconds)
     return rows
+
+
+def random_images(models: dict[str, nn.Module], batch: int) -> Tensor:
+    """[B, C, H, W] of the first model's input size, always the same."""
+    shape = state_data(next(iter(models.values())))["input_size"]
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def summarize(recipe: Recipe, done: Quantized, floating: nn.Module, size: int, splits: list[dict], times: list[dict]):
