@@ -84,13 +84,23 @@ def linear_input(calibration: Calibration, unit: Unit, path: str, x: Tensor) -> 
 class _Moments:
     """Means of products over rows, with what bias and subspace explain taken out (a Schur complement).
 
-    The side's last column is the bias's.
+    The side's last column is the bias's. ``least``: what must be added to the diagonal of xx where the side explains
+    all of it (fewer rows than its columns, a class token that has seen no image) and rounding errors are left.
     """
 
     xx: Tensor
     yx: Tensor
     side_x: Tensor
     side_y: Tensor
+    least: float
+
+    def damping(self, wanted: float) -> float:
+        """``wanted``, relative to the mean diagonal of xx as ``lowrank.damped`` takes it, or what ``least`` asks."""
+        value = max(wanted, self.least / max(float(self.xx.diagonal().mean()), 1e-12))
+        # Float32 moments of nearly constant inputs may leave a complement that is not even definite; NaN never is.
+        while value < 1e12 and int(torch.linalg.cholesky_ex(lowrank.damped(self.xx, value)).info):
+            value *= 10.0
+        return value
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, side: Tensor) -> _Moments:
@@ -99,12 +109,8 @@ class _Moments:
         side_y = torch.linalg.solve(s, moment(side, y))
         xs, ys = moment(x, side), moment(y, side)
         xx = moment(x, x)
-        left = xx - xs @ side_x
-        least = 1e-9 * (xx.diagonal().sum() + side[:, :-1].double().square().sum(1).mean()) / len(xx)
-        if bool(left.diagonal().mean() < least):
-            # Rounding errors of an input that the side explains, such as a class token that has seen no image yet.
-            left = least * torch.eye(len(xx)).to(xx)
-        return cls(left, moment(y, x) - ys @ side_x, side_x, side_y)
+        least = 1e-6 * xx.diagonal().mean() + 1e-8 * side[:, :-1].double().square().sum(1).mean() / len(xx)
+        return cls(xx - xs @ side_x, moment(y, x) - ys @ side_x, side_x, side_y, float(least))
 
 
 def _solve(
@@ -132,12 +138,13 @@ def _solve(
     with torch.no_grad():
         seen = linear.decoded(residual)
     m = _Moments.of(seen, y, side)
-    target = lowrank.regress(weight, m.yx, m.xx, options.damping) if options.ridge else weight
+    damping = m.damping(options.damping)
+    target = lowrank.regress(weight, m.yx, m.xx, damping) if options.ridge else weight
     if kind == "merged" and rank:
-        up, down = _merged(target - weight, m.xx, rank, options.damping)
+        up, down = _merged(target - weight, m.xx, rank, damping)
         linear.set_low_rank(kind, down.float(), up.float())
         target = weight
-    _round(recipe, options, linear, target, m.xx, boundary)
+    _round(recipe, options, linear, target, m.xx, boundary, damping)
     with torch.no_grad():
         error = y - seen @ (linear.codes() * linear.quant.scale.unsqueeze(1)).T
     if kind == "error" and rank:
@@ -165,7 +172,9 @@ def _merged(delta: Tensor, c: Tensor, rank: int, damping: float) -> tuple[Tensor
     ) * k**-0.5
 
 
-def _round(recipe, options: ClosedFormOptions, linear: SimLinear, target: Tensor, c: Tensor, boundary: bool) -> None:
+def _round(
+    recipe, options: ClosedFormOptions, linear: SimLinear, target: Tensor, c: Tensor, boundary: bool, damping: float
+) -> None:
     spec = replace(recipe.weight_spec(boundary), bits=linear.quant.spec.bits)
     table = recipe.weight_levels == "table" and not boundary
     linear.weight.data = target.float()
@@ -174,9 +183,7 @@ def _round(recipe, options: ClosedFormOptions, linear: SimLinear, target: Tensor
     set_weight(linear, effective, spec, options.weights, c.diagonal().float(), table)
     if options.rounding == "compensated":
         quant = linear.quant
-        _, latent = lowrank.compensated_rounding(
-            effective.double(), c, quant.scale.double(), quant.spec, options.damping
-        )
+        _, latent = lowrank.compensated_rounding(effective.double(), c, quant.scale.double(), quant.spec, damping)
         linear.weight.data += latent.float() - effective
 
 
