@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from . import clouds
 from .bundled import augment_fraction, draw
 from .contours import CONTOUR_SET
 from .digits import DIGITS, calibration_images, load_digits
@@ -29,6 +30,8 @@ BUNDLED = {images.name: images for images in (DIGITS, CONTOUR_SET)}
 
 def splits(source: str | Path) -> tuple[str, ...]:
     """The splits of `source` to evaluate on."""
+    if clouds.is_source(source):
+        return clouds.splits(source)
     return tuple(name for name in BUNDLED[source].counts if name != "train") if source in BUNDLED else ("test",)
 
 
@@ -48,6 +51,8 @@ def load_data(source: str | Path, split: str, model: nn.Module, limit: int | Non
         ValueError: what `Bundled.load` and `load_folder` refuse, or `limit` below 1 or above what there is.
         ImportError: the digits without scikit-learn.
     """
+    if clouds.is_cloud_model(model):
+        return clouds.load_clouds(source, split, model, limit, seed=seed)
     if source in BUNDLED:
         return BUNDLED[source].load(split, limit=limit, seed=seed, **_square_format(source, model))
     data = load_folder(source, split, model)

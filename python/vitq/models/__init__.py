@@ -2,8 +2,11 @@
 
 from .digits_vit import vit_digits_patch4_32
 from .outlier import outlier_variant
+from .points import PointMAE, PointMAEFamily
 from .sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite
-from .timm_family import adapter_for, state_data
+from .timm_family import ADAPTERS, adapter_for, state_data
+
+ADAPTERS[PointMAE] = PointMAEFamily
 
 __all__ = [
     "AttentionSite",
@@ -12,6 +15,8 @@ __all__ = [
     "LinearSite",
     "MlpSite",
     "NormSite",
+    "PointMAE",
+    "PointMAEFamily",
     "adapter_for",
     "outlier_variant",
     "state_data",

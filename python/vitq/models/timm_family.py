@@ -19,6 +19,8 @@ from .sites import AttentionSite, BlockSite, BranchSite, Family, LinearSite, Mlp
 
 _LAYER_NORMS = (nn.LayerNorm, norm.LayerNorm, norm.LayerNormFp32)
 _FUSED = {act.GELU: "gelu_erf", act.GELUTanh: "gelu_tanh"}
+#: Adapters of models that are not timm's, by the model's class.
+ADAPTERS: dict[type[nn.Module], type[Family]] = {}
 # Modules that only ever *call* their linear layers, so that these can be swapped one by one.
 _HOLDERS = (vit.Attention, swin.WindowAttention, attention_pool.AttentionPoolLatent, mlp.Mlp, mlp.GluMlp, mlp.SwiGLU)
 
@@ -32,11 +34,22 @@ def adapter_for(model: nn.Module) -> Family:
         return TimmViT(model)
     if isinstance(model, swin.SwinTransformer):
         return TimmSwin(model)
-    raise TypeError(f"model is {type(model).__name__}, expected a timm VisionTransformer (DeiT too) or SwinTransformer")
+    for kind, family in ADAPTERS.items():
+        if isinstance(model, kind):
+            return family(model)
+    known = "".join(f", {kind.__name__}" for kind in ADAPTERS)
+    raise TypeError(
+        f"model is {type(model).__name__}, expected a timm VisionTransformer (DeiT too) or SwinTransformer{known}"
+    )
 
 
 def state_data(model: nn.Module) -> dict[str, Any]:
-    """``ModelState.data`` of a timm model: input size, normalization, crop, and class names where timm knows them."""
+    """``ModelState.data`` of a timm model: input size, normalization, crop, and class names where timm knows them.
+
+    A model of our own that takes no images says so itself, in ``vitq_data``.
+    """
+    if hasattr(model, "vitq_data"):
+        return dict(model.vitq_data)
     config = data_config(model)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     data = {key: config[key] for key in keys} | {"num_classes": model.num_classes}
