@@ -43,8 +43,8 @@ def _contours(name: str, architecture: str, images: int, learning_rate: float = 
 
 #: Models of point clouds, by name.
 CLOUDS = {
-    "clouds": Trained(ModelSource("point_mae_primitives"), "primitives", 25_600, batch=32, stream="clouds"),
-    "parts": Trained(ModelSource("point_mae_parts"), "primitives", 12_800, batch=32, stream="parts"),
+    "clouds": Trained(ModelSource("point_mae_primitives"), "primitives", 16_000, batch=32, stream="clouds"),
+    "parts": Trained(ModelSource("point_mae_parts"), "primitives", 9_600, batch=32, stream="parts"),
 }
 
 #: By name. Tokens: 65, 65, 65, and 256 in windows of 16.

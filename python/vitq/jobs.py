@@ -57,8 +57,8 @@ def quantize(
     """Calibrate ``model`` and build its integer form, if it has one.
 
     Args:
-        images: [B, C, H, W] preprocessed calibration images (clouds: [B, N, C]), or where to take the recipe's number of them from
-            ("digits", "contours" or an image folder).
+        images: [B, C, H, W] preprocessed calibration images (clouds: [B, N, C]), or where to take the recipe's number
+            of them from (see ``vitq.data.load_data``).
         work_dir: keeps progress for resuming.
         device: where to calibrate, default where the model is.
     """

@@ -1,4 +1,4 @@
-"""Images to calibrate and to evaluate with: bundled ones (digits, contours) or any image folder."""
+"""Images to calibrate and to evaluate with: bundled ones (digits, contours) or any image folder; clouds likewise."""
 
 from pathlib import Path
 
@@ -39,7 +39,8 @@ def load_data(source: str | Path, split: str, model: nn.Module, limit: int | Non
     """A split as a data set of (image [C, H, W] float32, label) pairs, preprocessed as `model` expects.
 
     Args:
-        source: "digits", "contours", or the path of an image folder (see `load_folder` for its layout).
+        source: "digits", "contours", or the path of an image folder (see `load_folder` for its layout); for a
+            point-cloud model "primitives" or a data set (see `clouds`), and what is said of images holds of clouds.
         split: "train", "test", or for the bundled ones also "hard".
         model: a timm model; its configuration decides image size and normalisation.
         limit: how many images, drawn without repetition under `seed` and kept in the split's order; None
@@ -74,6 +75,8 @@ def load_calibration(source: str | Path, model: nn.Module, n: int, *, seed: int 
     Raises:
         ValueError: as for `load_data`, or `augment` outside [0, 1].
     """
+    if clouds.is_cloud_model(model):
+        return clouds.calibration_clouds(source, model, n, seed, augment)
     if source in BUNDLED:
         return BUNDLED[source].calibration(n, seed, augment, **_square_format(source, model))
     images = torch.stack([image for image, _ in load_data(source, "train", model, n, seed=seed)])

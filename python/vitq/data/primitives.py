@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -101,9 +102,9 @@ def _torus(ring: float, tube: float, arc: float = 2 * np.pi, **place) -> Piece:
 
     def surface(rng: np.random.Generator, n: int) -> np.ndarray:
         around, along = rng.uniform(0, 2 * np.pi, n), rng.uniform(-arc / 2, arc / 2, n)
-        # The inner side has less area: angles are kept as often as their radius is long.
-        inside = rng.uniform(0, 1, n) > (ring + tube * np.cos(around)) / (ring + tube)
-        around = np.where(inside, np.pi - around, around)
+        # The inner side has less area: an angle stays as often as its radius is long, of twice the ring's.
+        moved = rng.uniform(0, 1, n) > (ring + tube * np.cos(around)) / (2 * ring)
+        around = np.where(moved, np.pi - around, around)
         radius = ring + tube * np.cos(around)
         return np.stack([radius * np.cos(along), radius * np.sin(along), tube * np.sin(around)], 1)
 
@@ -183,7 +184,7 @@ PARTS = tuple(f"{name} {part}" for name, (_, parts) in _OBJECTS.items() for part
 def parts_of() -> list[range]:
     """The parts of each category, as positions in ``PARTS``."""
     ends = np.cumsum([0, *(len(parts) for _, parts in _OBJECTS.values())]).tolist()
-    return [range(a, b) for a, b in zip(ends, ends[1:])]
+    return [range(a, b) for a, b in pairwise(ends)]
 
 
 def classes(split: str, index: Tensor, limits: Nuisance | None = None) -> tuple[Tensor, Tensor]:

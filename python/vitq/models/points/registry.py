@@ -60,7 +60,7 @@ def point_mae_primitives(pretrained: bool = False, **kwargs) -> PointMAEClassifi
 
 @register_model
 def point_mae_parts(pretrained: bool = False, **kwargs) -> PointMAEPartSegmenter:
-    """Part segmentation of ``vitq.data.primitives``: 512 points, 32 groups of 16, width 96, 6 blocks; weights shipped."""
+    """Part segmentation of ``vitq.data.primitives``, otherwise as ``point_mae_primitives``."""
     arguments = TINY | {"num_classes": len(PARTS), "categories": len(CATEGORIES), "propagation": (96, 96)}
     arguments |= {"class_names": list(PARTS)}
     return _built("point_mae_parts", PointMAEPartSegmenter, pretrained, arguments, kwargs)

@@ -19,8 +19,8 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
     """Farthest-point sampling: the first point, then always the one farthest from all that are chosen.
 
     Args:    points ([B, N, C] float); count: how many.
-    Returns: [B, count] int64. Of points equally far the first is taken, so that a cloud has one result; a point is taken
-             twice only where fewer than ``count`` points differ.
+    Returns: [B, count] int64. Of points equally far the first is taken, so that a cloud has one result; a point is
+             taken twice only where fewer than ``count`` points differ.
     Raises:  ValueError: other than three dimensions, or ``count`` outside 1..N.
     """
     _check_cloud("points", points)
