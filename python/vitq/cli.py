@@ -132,8 +132,11 @@ def parser() -> argparse.ArgumentParser:
     p = command("info", run.info, "What is built, what is live, and why not; or what a checkpoint holds.")
     p.add_argument("checkpoint", nargs="?")
 
-    p = command("demo", run.demo, "The main job on the shipped model and real handwriting.")
+    p = command("demo", run.demo, "The main job on the shipped models: real handwriting, or another task.")
     p.add_argument("--output", default="build/demo")
+    p.add_argument("--task", help="cloud-classification or part-segmentation (default: handwritten digits)")
+    p.add_argument("--recipes", type=lambda text: text.split(","), help="of a task: only these, comma-separated")
+    p.add_argument("--limit", type=_positive, help="of a task: so many samples per split")
     return top
 
 

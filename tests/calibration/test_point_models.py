@@ -14,7 +14,13 @@ from torch import nn
 from vitq import checkpoint, jobs
 from vitq.convert import to_integer
 from vitq.models import adapter_for
-from vitq.models.points import PointMAEClassifier, PointMAEPartSegmenter
+from vitq.models.points import (
+    PointMAEClassifier,
+    PointMAEPartSegmenter,
+    PointTransformerClassifier,
+    PointTransformerPartSegmenter,
+)
+from vitq.models.points.point_transformer import VectorAttention
 from vitq.models.points.sampling import farthest_points, interpolate, nearest, take
 from vitq.recipes import load_recipe
 from vitq.restore import to_simulated
@@ -50,7 +56,20 @@ def segmenter(**more) -> nn.Module:
     return spread(PointMAEPartSegmenter(**(arguments | more)))
 
 
-MODELS = {"classifier": classifier, "normals": lambda: classifier(in_channels=6), "parts": segmenter}
+VECTOR = {"num_points": 40, "planes": (8, 16, 32), "blocks": (2, 2, 2), "strides": (1, 2, 4), "neighbours": (4, 6, 9)}
+VECTOR |= {"share": 4}
+
+
+def vector_classifier(**more) -> nn.Module:
+    return spread(PointTransformerClassifier(num_classes=5, **(VECTOR | more)))
+
+
+def vector_segmenter() -> nn.Module:
+    return spread(PointTransformerPartSegmenter(num_classes=7, categories=3, **VECTOR))
+
+
+PLAIN = {"classifier": classifier, "normals": lambda: classifier(in_channels=6), "parts": segmenter}
+MODELS = PLAIN | {"vector": lambda: vector_classifier(in_channels=6), "vector-parts": vector_segmenter}
 STATES = {
     "static": {},
     "w4a4-dynamic": {
@@ -177,7 +196,11 @@ def test_every_linear_layer_is_a_site_in_execution_order(name):
     assert [site.path for site in family.linears()] == seen
     roles = {site.path: site.role for site in family.linears()}
     assert [path for path, role in roles.items() if role == "head"] == [seen[-1]]
-    assert roles["encoder.first_conv.0"] == roles["pos_embed.0"] == "patch_embed"
+    first = {path for path, role in roles.items() if role == "patch_embed"}
+    if name in PLAIN:
+        assert first == {"encoder.first_conv.0", "pos_embed.0"}
+    else:
+        assert first == {"enc1.0.linear"} | {path for path in seen if path.endswith("linear_p.0")}
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -224,7 +247,7 @@ def test_degenerate_clouds(name):
         logits = m(x)
         assert bool(logits.isfinite().all())
         # One place without extent: only where it lies matters, and each of its points is a part like any other.
-        if name == "parts":
+        if name.endswith("parts"):
             torch.testing.assert_close(logits[0], logits[0, :1].expand_as(logits[0]))
         with pytest.raises(ValueError, match="clouds have 1 points, expected at least 8"):
             m(x[:, :1])
@@ -243,6 +266,46 @@ def test_categories_are_checked():
         model(x)
 
 
+def test_vector_attention_by_hand():
+    """One point after another, one neighbour after another."""
+    layer = spread(VectorAttention(6, 3)).double()
+    points, x = torch.randn(1, 5, 3).double(), torch.randn(1, 5, 6).double()
+    near = nearest(points, points, 3)[1]
+    want = torch.zeros(5, 6).double()
+    for i in range(5):
+        scores, values = [], []
+        for j in near[0, i].tolist():
+            delta = layer.linear_p((points[0, j] - points[0, i]).view(1, 3))[0]
+            difference = layer.linear_k(x[0, j]) - layer.linear_q(x[0, i]) + delta
+            scores.append(layer.linear_w(difference.view(1, -1))[0])
+            values.append(layer.linear_v(x[0, j]) + delta)
+        weight = torch.stack(scores).softmax(0)
+        want[i] = sum(w.repeat(3) * value for w, value in zip(weight, values))
+    torch.testing.assert_close(layer(points, x, near)[0], want)
+
+
+def test_published_names_of_point_transformer():
+    with torch.device("meta"):
+        shapes = {
+            n: tuple(p.shape) for n, p in timm.create_model("point_transformer_shapenetpart").state_dict().items()
+        }
+    assert shapes["enc2.0.linear.weight"] == (64, 35)
+    assert shapes["enc5.2.transformer2.linear_w.2.weight"] == (64, 512)
+    assert shapes["dec5.0.linear1.0.weight"] == (512, 1024)
+    assert "dec5.0.linear2.1.weight" not in shapes
+    assert shapes["dec4.0.linear2.0.weight"] == (256, 512)
+    assert shapes["dec4.0.linear1.0.weight"] == (256, 256)
+    assert shapes["cls.3.weight"] == (50, 32)
+
+
+def test_vector_attention_is_listed_as_float():
+    model = vector_classifier()
+    report = to_integer(model, minmax_state(model, clouds(model))).vitq_report
+    assert "softmax" in report.floating["enc2.1.transformer2"]
+    assert "sampling" in report.floating["enc2.0"]
+    assert {"enc2.1.transformer2.linear_w.2", "enc2.0.linear", "cls.3"} <= report.integer.keys()
+
+
 def test_order_of_points_does_not_matter_beyond_the_first():
     model = classifier()
     x = clouds(model)
@@ -251,7 +314,7 @@ def test_order_of_points_does_not_matter_beyond_the_first():
 
 
 @pytest.mark.parametrize("recipe", ["minmax-w4a4", "vitq-w4a8", "aiqvit-w4a8", "repq-vit-tables"])
-@pytest.mark.parametrize("name", ["classifier", "parts"])
+@pytest.mark.parametrize("name", ["classifier", "parts", "vector-parts"])
 def test_recipes_run_and_what_is_calibrated_is_what_runs(name, recipe, tmp_path):
     model = MODELS[name]()
     x = clouds(model, 12)

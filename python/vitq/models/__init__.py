@@ -2,11 +2,12 @@
 
 from .digits_vit import vit_digits_patch4_32
 from .outlier import outlier_variant
-from .points import PointMAE, PointMAEFamily
+from .points import PointMAE, PointMAEFamily, PointTransformer, PointTransformerFamily
 from .sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite
 from .timm_family import ADAPTERS, adapter_for, state_data
 
 ADAPTERS[PointMAE] = PointMAEFamily
+ADAPTERS[PointTransformer] = PointTransformerFamily
 
 __all__ = [
     "AttentionSite",
@@ -17,6 +18,8 @@ __all__ = [
     "NormSite",
     "PointMAE",
     "PointMAEFamily",
+    "PointTransformer",
+    "PointTransformerFamily",
     "adapter_for",
     "outlier_variant",
     "state_data",

@@ -1,23 +1,18 @@
 """Point-cloud models: Point-MAE's arrangement and Point Transformer, registered with timm by being imported."""
 
-from .family import PointMAEFamily
+from . import registry
+from .family import PointMAEFamily, PointTransformerFamily
 from .point_mae import PointMAE, PointMAEClassifier, PointMAEPartSegmenter
-from .registry import (
-    point_mae_modelnet40,
-    point_mae_parts,
-    point_mae_primitives,
-    point_mae_scanobjectnn,
-    point_mae_shapenetpart,
-)
+from .point_transformer import PointTransformer, PointTransformerClassifier, PointTransformerPartSegmenter
 
 __all__ = [
     "PointMAE",
     "PointMAEClassifier",
     "PointMAEFamily",
     "PointMAEPartSegmenter",
-    "point_mae_modelnet40",
-    "point_mae_parts",
-    "point_mae_primitives",
-    "point_mae_scanobjectnn",
-    "point_mae_shapenetpart",
+    "PointTransformer",
+    "PointTransformerClassifier",
+    "PointTransformerFamily",
+    "PointTransformerPartSegmenter",
+    "registry",
 ]

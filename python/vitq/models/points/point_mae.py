@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .sampling import check_clouds, farthest_points, interpolate, nearest, take
+from .sampling import check_categories, check_clouds, farthest_points, interpolate, nearest, take
 
 # Of a pretraining checkpoint: what only rebuilds masked points.
 _PRETRAINING = ("MAE_decoder.", "decoder_pos_embed.", "increase_dim.", "mask_token")
@@ -113,16 +113,9 @@ class PointMAE(nn.Module):
         class_names: list[str] | None = None,
     ) -> None:
         super().__init__()
-        if in_channels < 3:
-            raise ValueError(f"in_channels is {in_channels}, expected at least 3")
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"class_names has {len(class_names)}, expected num_classes, {num_classes}")
         self.num_classes, self.in_channels, self.width = num_classes, in_channels, trans_dim
         self.least = max(num_group, group_size)
-        self.vitq_data: dict[str, Any] = {"input_size": (num_points, in_channels), "mean": (), "std": ()}
-        self.vitq_data |= {"num_classes": num_classes, "interpolation": "none"}
-        if class_names is not None:
-            self.vitq_data["class_names"] = list(class_names)
+        self.vitq_data = cloud_data(num_classes, num_points, in_channels, class_names)
         self.group_divider = Group(num_group, group_size)
         self.encoder = MiniPointNet(in_channels, encoder_width, trans_dim)
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, trans_dim))
@@ -215,11 +208,7 @@ class PointMAEPartSegmenter(PointMAE):
     def forward(self, x: Tensor) -> Tensor:
         """Raises: ValueError: a shape that does not fit, values that are not finite, a category that is none."""
         check_clouds(x, self.in_channels + 1, self.least)
-        x, category = x[..., :-1], x[:, 0, -1].long()
-        if not torch.compiler.is_compiling() and x.device.type == "cpu" and len(x):
-            low, high = int(category.min()), int(category.max())
-            if low < 0 or high >= self.categories:
-                raise ValueError(f"categories of clouds are {low} to {high}, expected 0 to {self.categories - 1}")
+        x, category = x[..., :-1], check_categories(x[:, 0, -1], self.categories)
         points, n = x[..., :3], x.shape[1]
         groups, centres = self.group_divider(x)
         seen = self.blocks(self.encoder(groups), self.pos_embed(centres))
@@ -247,6 +236,17 @@ class Propagation(nn.Module):
         for layer, norm in zip(self.mlp_convs, self.mlp_bns):
             x = torch.relu(norm(layer(x)))
         return x
+
+
+def cloud_data(classes: int, points: int, channels: int, class_names: list[str] | None) -> dict[str, Any]:
+    """``ModelState.data`` of a point-cloud model. Raises: ValueError for arguments that do not fit each other."""
+    if channels < 3:
+        raise ValueError(f"in_channels is {channels}, expected at least 3")
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"class_names has {len(class_names)}, expected num_classes, {classes}")
+    names = {} if class_names is None else {"class_names": list(class_names)}
+    data = {"input_size": (points, channels), "mean": (), "std": (), "interpolation": "none"}
+    return {**data, "num_classes": classes, **names}
 
 
 def _mlp(k: int, hidden: int, n: int) -> nn.Sequential:

@@ -60,13 +60,13 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return rows.reshape(*index.shape, values.shape[-1])
 
 
-def interpolate(queries: Tensor, points: Tensor, features: Tensor) -> Tensor:
-    """[B, M, F], features [B, N, F] of the three nearest ``points``, weighted by the inverse squared distance.
+def interpolate(queries: Tensor, points: Tensor, features: Tensor, power: int = 2) -> Tensor:
+    """[B, M, F], features [B, N, F] of the three nearest ``points``, weighted by 1 / (distance^power + 1e-8).
 
-    Source: PointNet++'s feature propagation (arXiv 1706.02413), with its 1e-8 beside the distance.
+    Source: PointNet++'s feature propagation (arXiv 1706.02413) with power 2, Point Transformer's with power 1.
     """
     distance, index = nearest(queries, points, min(3, points.shape[1]))
-    weight = 1.0 / (distance + 1e-8)
+    weight = 1.0 / ((distance.sqrt() if power == 1 else distance) + 1e-8)
     weight = weight / weight.sum(-1, keepdim=True)
     return (take(features, index) * weight.unsqueeze(-1)).sum(2)
 
@@ -82,6 +82,16 @@ def check_clouds(x: Tensor, channels: int, points: int) -> None:
         raise ValueError(f"clouds have {x.shape[1]} points, expected at least {points}")
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(x.isfinite().all()):
         raise ValueError("clouds have NaN or Inf, expected finite coordinates")
+
+
+def check_categories(column: Tensor, categories: int) -> Tensor:
+    """[B] int64 of a channel [B] that holds categories, checked as :func:`check_clouds` checks coordinates."""
+    category = column.long()
+    if column.device.type == "cpu" and not torch.compiler.is_compiling() and len(category):
+        low, high = int(category.min()), int(category.max())
+        if low < 0 or high >= categories:
+            raise ValueError(f"categories of clouds are {low} to {high}, expected 0 to {categories - 1}")
+    return category
 
 
 def _check_cloud(name: str, x: Tensor) -> None:
