@@ -13,6 +13,7 @@ from minmax import minmax_state, sqnr
 from torch import nn
 from vitq import checkpoint, jobs
 from vitq.convert import to_integer
+from vitq.export import to_program
 from vitq.models import adapter_for
 from vitq.models.points import (
     PointMAEClassifier,
@@ -315,9 +316,9 @@ def test_order_of_points_does_not_matter_beyond_the_first():
 
 @pytest.mark.parametrize("recipe", ["minmax-w4a4", "vitq-w4a8", "aiqvit-w4a8", "repq-vit-tables"])
 @pytest.mark.parametrize("name", ["classifier", "parts", "vector-parts"])
-def test_recipes_run_and_what_is_calibrated_is_what_runs(name, recipe, tmp_path):
+def test_recipes_run_and_what_is_calibrated_is_what_runs(name, recipe):
     model = MODELS[name]()
-    x = clouds(model, 12)
+    x = clouds(model, 48)
     source = ModelSource("point_mae_primitives", pretrained=False)
     done = jobs.quantize(model, source, load_recipe(recipe, fast=True), x)
     with torch.no_grad():
@@ -335,6 +336,16 @@ def test_checkpoints_of_clouds(tmp_path):
     loaded = checkpoint.load(tmp_path / "c")
     assert loaded.vitq_config.data.input_size == (512, 4)
     assert torch.equal(loaded(x), done.integer(x))
+
+
+@pytest.mark.parametrize("name", ["classifier", "vector-parts"])
+def test_export_takes_any_number_of_clouds(name):
+    model = MODELS[name]()
+    integer = to_integer(model, minmax_state(model, clouds(model)))
+    program = to_program(integer, model.vitq_data["input_size"])
+    x = clouds(model, 3)
+    with torch.no_grad():
+        assert torch.equal(program.module()(x), integer(x))
 
 
 def test_models_are_refused_that_cannot_be():

@@ -158,7 +158,7 @@ class PointMAEClassifier(PointMAE):
     def forward(self, x: Tensor) -> Tensor:
         check_clouds(x, self.in_channels, self.least)
         groups, centres = self.group_divider(x)
-        b = len(x)
+        b = x.shape[0]
         tokens = torch.cat([self.cls_token.expand(b, -1, -1), self.encoder(groups)], 1)
         positions = torch.cat([self.cls_pos.expand(b, -1, -1), self.pos_embed(centres)], 1)
         y = self.norm(self.blocks(tokens, positions)[-1])
