@@ -19,7 +19,8 @@ FORMATS = ("exported", "aoti")
 def to_program(model: nn.Module, size: tuple[int, ...], batch: int | None = None) -> ExportedProgram:
     """``model`` as a graph of operators, on its own device and in its own dtype.
 
-    Args: size: (C, H, W) of an image, (N, C) of a cloud; batch: None makes the batch size an input's property, as it is in eager mode.
+    Args: size: (C, H, W) of an image, (N, C) of a cloud; batch: None makes the batch size an input's property, as it is
+    in eager mode.
     """
     parameter = next(p for p in model.parameters())
     # Two images: tracers take a batch of one for a constant.

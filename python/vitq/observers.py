@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -39,6 +40,18 @@ class Histogram:
         return cls(centres, weights)
 
 
+def thinned(x: Tensor, keep: int) -> Tensor:
+    """About ``keep`` of the rows of x [T, ...], at an even stride, or more.
+
+    Rows come in repeated structures (points of a group, tokens of a window): a stride with a divisor in common with T
+    would meet some places of them over and over and others never, such as the centre of every group.
+    """
+    stride = max(1, x.shape[0] // max(1, keep))
+    while gcd(stride, x.shape[0]) > 1:
+        stride -= 1
+    return x[::stride]
+
+
 @dataclass
 class InputStats:
     """Rows [T, K] that enter a linear layer.
@@ -55,8 +68,7 @@ class InputStats:
         low, high = x.amin(0), x.amax(0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        stride = max(1, x.shape[0] // max(1, keep))
-        self.parts.append(x[::stride].clone())
+        self.parts.append(thinned(x, keep).clone())
 
     @property
     def rows(self) -> Tensor:

@@ -3,8 +3,11 @@
 import minmax
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from vitq.calibrate import calibrate
 from vitq.models import adapter_for
+from vitq.observers import thinned
 from vitq.recipes import parse
 from vitq.simulate import SimModel
 from vitq.stages import Calibration, find
@@ -251,3 +254,19 @@ def test_rank_mixture():
     assert candidates(options, (96, 288)) == [0, 16, 32, 48]
     with pytest.raises(ValueError, match="needs a branch"):
         step(calibration(minmax.vit(), {}), "allocate", "rank_search")
+
+
+@given(groups=st.integers(1, 40), size=st.integers(1, 20), keep=st.integers(1, 60))
+def test_thinned_rows_meet_every_place_of_a_group(groups, size, keep):
+    x = torch.arange(groups * size)
+    chosen = thinned(x, keep)
+    assert len(chosen) >= min(keep, len(x))
+    gaps = chosen.diff().unique()
+    assert len(gaps) <= 1
+    # Places within a group are met within one of equally often, as often as there are rows enough.
+    counts = (chosen % size).bincount(minlength=size)
+    assert int(counts.max() - counts.min()) <= 1
+
+
+def test_thinned_rows_of_a_square():
+    assert thinned(torch.arange(4096), 64).diff().unique().tolist() == [63]

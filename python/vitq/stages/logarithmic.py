@@ -21,6 +21,7 @@ from torch import Tensor
 from vitq_kernels.formats import FocusSpec
 
 from ..levels import snapped
+from ..observers import thinned
 from ..quantizers import FocusQuantizer, LogLevels, ShiftedLog, SimLinear, SimulationOnly
 from ..scales import put_probabilities, search_probabilities
 from .base import Calibration, Options, method
@@ -74,7 +75,7 @@ def log_levels(calibration: Calibration, options: LogOptions) -> None:
             if block.mlp is not None and sim.linears[block.mlp.fc2.path].act.scale is not None:
                 path = block.mlp.fc2.path
                 rows = calibration.observations().inputs[path].rows
-                _behind_gelu(sim.linears[path], rows[:: max(1, len(rows) // options.rows)], options)
+                _behind_gelu(sim.linears[path], thinned(rows, options.rows), options)
 
 
 @torch.no_grad()
