@@ -104,6 +104,27 @@ def gap_table(record: dict) -> str:
     return table(rows, columns)
 
 
+def tasks_table(rows: list[dict]) -> str:
+    """A table per task: recipes down, splits and metrics across; the float model's first."""
+    tables = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        lines: dict[str, dict] = {"float": {"recipe": "float"}}
+        columns = {"recipe": task}
+        for row in (row for row in rows if row["task"] == task):
+            line = lines.setdefault(row["recipe"], {"recipe": row["recipe"]})
+            key = f"{row['split']} {row['metric']}"
+            columns[key] = key
+            lines["float"][key] = row["float"]
+            line[key] = row["simulated"] if row["integer"] is None else row["integer"]
+            line.setdefault("sqnr", {})[row["split"]] = f"{row['sqnr_db']:.1f}"
+            line["same"] = None if row["identical"] is None else "yes" if row["identical"] else "no"
+        for line in lines.values():
+            line["sqnr"] = " / ".join(line["sqnr"].values()) if "sqnr" in line else None
+        columns |= {"sqnr": "SQNR dB by split", "same": "identical"}
+        tables.append(table(list(lines.values()), columns))
+    return "\n\n".join(tables)
+
+
 def gpu_record() -> dict | None:
     """The newest results of ``make gpu-check``, or None."""
     files = [path for path in RESULTS.glob("*.json") if not path.stem.endswith((".wrong", ".partial"))]
@@ -129,7 +150,9 @@ def pages() -> dict[Path, str]:
     cost = calibration_table(json.loads((RESULTS / "calibration_cost.json").read_text()))
     methods = replace(methods, "calibration", cost)
     methods = replace(methods, "leak", gap_table(json.loads((RESULTS / "evolution_gap.json").read_text())))
-    texts = {"gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
+    tasks = json.loads((RESULTS / "tasks.json").read_text())["rows"]
+    tasks = replace((ROOT / "docs" / "tasks.md").read_text(), "tasks", tasks_table(tasks))
+    texts = {"tasks.md": tasks, "gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
     return {ROOT / "README.md": readme} | {ROOT / "docs" / name: text for name, text in texts.items()}
 
 
