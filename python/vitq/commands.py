@@ -251,7 +251,7 @@ def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The float model and its integer forms; latency does not depend on what the images show."""
     source = _source(args)
     model = load_float(source)
-    images = torch.randn(8, *jobs.state_data(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    images = jobs.noise(model, 8, torch.Generator().manual_seed(0))
     models: dict[str, nn.Module] = {"float32": model}
     with _progress() as progress:
         for name in args.recipe.split(","):

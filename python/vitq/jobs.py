@@ -123,13 +123,21 @@ def evaluate(
     return rows
 
 
+def noise(model: nn.Module, n: int, generator: torch.Generator) -> Tensor:
+    """``n`` random images (or clouds) of ``model``'s input size; clouds of objects are all of the first category."""
+    images = torch.randn(n, *state_data(model)["input_size"], generator=generator)
+    if hasattr(model, "categories"):
+        images[..., -1] = 0.0
+    return images
+
+
 def time_models(models: dict[str, nn.Module], batches: Iterable[int], seconds: float) -> list[dict[str, Any]]:
-    """``compare_models`` on random images of the first model's input size, at torch's current number of threads."""
-    shape = state_data(next(iter(models.values())))["input_size"]
+    """``compare_models`` on random images for the first model, at torch's current number of threads."""
+    model = next(iter(models.values()))
     generator = torch.Generator().manual_seed(0)
     rows = []
     for batch in batches:
-        images = torch.randn(batch, *shape, generator=generator)
+        images = noise(model, batch, generator)
         rows += compare_models(models, images, torch.get_num_threads(), seconds)
     return rows
 
