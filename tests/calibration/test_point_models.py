@@ -167,6 +167,19 @@ def test_public_checkpoints_load_by_their_names():
         other.load_state_dict(pretrained)
 
 
+def test_public_files_load_as_weights(tmp_path):
+    arguments = {"depth": 1, "trans_dim": 32, "num_heads": 2, "head_width": 16, "encoder_width": 8}
+    source = ModelSource("point_mae_modelnet40", pretrained=False, kwargs=arguments)
+    model = load_float(source)
+    public = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"base_model": public, "epoch": 3, "best_metrics": {"acc": 93.8}}, tmp_path / "ckpt.pth")
+    loaded = load_float(replace(source, seed=1, weights=str(tmp_path / "ckpt.pth")))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    torch.save({"base_model": {k: v for k, v in public.items() if "cls_head" not in k}}, tmp_path / "pretrained.pth")
+    with pytest.raises(ValueError, match="do not fit the model.*Missing.*cls_head_finetune"):
+        load_float(replace(source, weights=str(tmp_path / "pretrained.pth")))
+
+
 def test_published_shapes():
     """Those of the fine-tuned checkpoints, by name."""
     with torch.device("meta"):
