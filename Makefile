@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-tasks: each sets up .venv by itself on a machine with Python >= 3.11, a C++ compiler and make.
+# make demo | test | lint | bench | bench-tasks | instructions: each sets up .venv by itself on a machine with Python >= 3.11, a C++ compiler and make.
 # make gpu-check: on a machine with a GPU, in the Python environment that is active.
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint format bench bench-tasks gpu-check clean
+.PHONY: demo test lint format bench bench-tasks instructions gpu-check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/bin/python:
@@ -34,15 +34,25 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'bench/*.cpp' 'python/*.c')
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp')
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'bench/*.cpp' 'python/*.c')
 
+# With the peers in the environment (pip install .[bench]) beside them; without, they are named as absent.
 bench: $(STAMP)
-	$(PY) bench/run.py
+	$(PY) -m bench.run
+	$(PY) -m bench.run --isa avx2 --peers none
+	-$(PY) -m bench.instructions --json bench/results/instructions.json
+	$(PY) -m bench.update_docs
+
+# What a change of a CPU kernel does to its instruction counts; needs valgrind (apt-get install valgrind).
+instructions: $(STAMP)
+	@mkdir -p build
+	$(PY) -m bench.instructions --json build/instructions.json
+	$(PY) -m bench.compare bench/results/instructions.json build/instructions.json
 
 bench-tasks: $(STAMP)
 	$(PY) -m bench.tasks

@@ -132,14 +132,15 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "VITQ_BUILD_CUDA": "OFF",
         }
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         if cuda():
             options |= {
                 "VITQ_BUILD_CUDA": "ON",
+                "VITQ_NVCC_THREADS": jobs,
                 "CMAKE_CUDA_COMPILER": nvcc(),
                 "VITQ_CUDA_ARCHITECTURES": cuda_architectures(),
             }
         define = [f"-D{name}={value}" for name, value in options.items()]
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         cmake = tool("cmake")
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *define], check=True)
         subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)

@@ -1,4 +1,5 @@
-"""Write the measured tables into the documentation: every figure there comes from a file that a command made.
+"""Write the measured tables into the documentation: every figure there comes from a file that a command made. Of what
+was measured on GPUs, write the tables by which the back ends of a GPU are chosen, too.
 
 python bench/update_docs.py [--demo build/demo/summary.json] [--check]
 """
@@ -15,13 +16,15 @@ from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # for who runs this file itself
 
 from vitq import recipes  # noqa: E402
 
+from bench import pages as cpu  # noqa: E402
 from bench.accuracy import report as accuracy  # noqa: E402
 from bench.gpu import report  # noqa: E402
 from bench.tables import table  # noqa: E402
+from vitq_kernels.tuning import serving, slug  # noqa: E402
 
 
 def replace(text: str, name: str, body: str) -> str:
@@ -57,12 +60,30 @@ def demo_table(summary: dict) -> str:
     return table(list(rows.values()), columns)
 
 
-def bench_tables(result: dict) -> str:
-    """Models and single layers."""
-    columns = {"model": "model", "batch": "batch", "threads": "threads", "latency_ms": "ms", "speedup": "speed-up",
-               "model_mb": "MB"}  # fmt: skip
-    rows = [{**r, "model_mb": r["model_bytes"] / 1e6} for r in result["models"]]
-    return table(rows, columns)
+def readme_table(record: dict) -> str:
+    """ViT-S/16 on one thread, without peers."""
+    rows = [row for row in cpu.contenders(record) if row["case"].startswith("ViT-S") and row["threads"] == 1]
+    ours = [row for row in rows if row["who"] == cpu.EAGER or row["mb"] is not None]
+    columns = {"case": "model, batch", "who": "what", "ms": "ms", "speedup": "speed-up", "mb": "MB"}
+    return table(ours, columns)
+
+
+def cpu_page(text: str) -> str:
+    """docs/cpu.md of the newest results."""
+    record, held = cpu.newest(), cpu.newest("avx2")
+    links = [f"![{picture.label}](figures/cpu-{name}.svg)" for name, picture in cpu.pictures(record).items()]
+    for name, body in (
+        ("models", cpu.models_table(record)),
+        ("absent", cpu.absent_list(record)),
+        ("pictures", "\n\n".join(links)),
+        ("linear", cpu.ops_table(record, "linear")),
+        ("linear-avx2", cpu.ops_table(held, "linear")),
+        ("attention", cpu.ops_table(record, "attention")),
+        ("profile", cpu.profile_table(record)),
+        ("instructions", cpu.instructions_table(json.loads((RESULTS / "instructions.json").read_text()))),
+    ):
+        text = replace(text, name, body)
+    return text
 
 
 def methods_table() -> str:
@@ -125,19 +146,28 @@ def tasks_table(rows: list[dict]) -> str:
     return "\n\n".join(tables)
 
 
-def gpu_record() -> dict | None:
-    """The newest results of ``make gpu-check``, or None."""
+def gpu_records() -> list[dict]:
+    """The results of ``make gpu-check``, the newest first."""
     files = [path for path in RESULTS.glob("*.json") if not path.stem.endswith((".wrong", ".partial"))]
     records = [record for path in files if "peaks" in (record := json.loads(path.read_text()))]
-    return max(records, key=lambda record: record["date"], default=None)
+    return sorted(records, key=lambda record: record["date"], reverse=True)
+
+
+def serving_tables() -> dict[Path, str]:
+    """The files of vitq_kernels/tuning/serving.py, of every GPU that was measured."""
+    return {
+        serving.FOLDER / f"{slug(record['environment']['gpu'])}{serving.ENDING}": text
+        for record in reversed(gpu_records())
+        if (text := report.serving_table(record))
+    }
 
 
 def pages() -> dict[Path, str]:
-    """Page → its text with every table made anew."""
+    """Page, or table of a GPU → its text made anew."""
     readme = (ROOT / "README.md").read_text()
     readme = replace(readme, "demo", demo_table(json.loads((RESULTS / "demo.json").read_text())))
-    readme = replace(readme, "bench", bench_tables(json.loads((RESULTS / "cpu.json").read_text())))
-    gpu, record = (ROOT / "docs" / "gpu.md").read_text(), gpu_record()
+    readme = replace(readme, "bench", readme_table(cpu.newest()))
+    gpu, record = (ROOT / "docs" / "gpu.md").read_text(), next(iter(gpu_records()), None)
     for name, body in (
         ("roofline", report.roofline_table()),
         ("goals", report.goal_table(record)),
@@ -152,8 +182,10 @@ def pages() -> dict[Path, str]:
     methods = replace(methods, "leak", gap_table(json.loads((RESULTS / "evolution_gap.json").read_text())))
     tasks = json.loads((RESULTS / "tasks.json").read_text())["rows"]
     tasks = replace((ROOT / "docs" / "tasks.md").read_text(), "tasks", tasks_table(tasks))
-    texts = {"tasks.md": tasks, "gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
-    return {ROOT / "README.md": readme} | {ROOT / "docs" / name: text for name, text in texts.items()}
+    texts = {"cpu.md": cpu_page((ROOT / "docs" / "cpu.md").read_text())}
+    texts |= {"tasks.md": tasks, "gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
+    texts = {ROOT / "docs" / name: text for name, text in texts.items()}
+    return {ROOT / "README.md": readme} | texts | serving_tables()
 
 
 def main() -> None:
@@ -163,13 +195,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.demo:
         shutil.copy(args.demo, RESULTS / "demo.json")
-    stale = {path: text for path, text in pages().items() if path.read_text() != text}
+    stale = {path: text for path, text in pages().items() if not path.exists() or path.read_text() != text}
     for path, text in stale.items():
         if args.check:
             print(f"{path.relative_to(ROOT)} is out of date: run bench/update_docs.py")
         else:
             path.write_text(text)
-    raise SystemExit(int(args.check and bool(stale)))
+    drawn = cpu.write_pictures(cpu.newest(), ROOT / "docs" / "figures", args.check)
+    if args.check:
+        for path in drawn:
+            print(f"{path.relative_to(ROOT)} is out of date: run bench/update_docs.py")
+    raise SystemExit(int(args.check and bool(stale or drawn)))
 
 
 if __name__ == "__main__":

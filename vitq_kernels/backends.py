@@ -2,8 +2,9 @@
 
 An implementation is registered per op as ``(name, unavailable(device), supports(**meta))``; both answer None for yes
 or the reason why not. ``resolve`` walks the preference order of the device and raises an error that lists every reason
-if nothing serves the call. A module's ``backend``, else ``with backend(name)``, else ``VITQ_BACKEND=<name>`` (read at
-import) pins the choice; a pinned back end that does not serve the call is an error, too.
+if nothing serves the call. Between the two back ends of a GPU it goes by what was measured (``tuning.serving``). A
+module's ``backend``, else ``with backend(name)``, else ``VITQ_BACKEND=<name>`` (read at import) pins the choice; a
+pinned back end that does not serve the call is an error, too.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch.compiler import is_compiling
 
+from .tuning import serving
+
 NAMES = ("cuda", "triton", "cpu", "ref")
-# The C++ GPU kernels ("cuda") serve who asks for them: no measurement yet says where they win.
+# The C++ GPU kernels ("cuda") come before these where they were measured to win, and serve who asks for them.
 _PREFERENCE = {"cuda": ("triton", "ref"), "cpu": ("cpu", "ref")}
 
 
@@ -54,7 +57,7 @@ class Implementation:
 _ENVIRONMENT = os.environ.get("VITQ_BACKEND")
 
 _table: dict[str, dict[str, Implementation]] = {}
-_resolved: dict[tuple[str, str, str | None, str | None], Implementation] = {}
+_resolved: dict[tuple[str, str, str | None, str | None, bool], Implementation] = {}
 
 
 class _Pin(threading.local):
@@ -79,6 +82,7 @@ def register(op: str, implementation: Implementation) -> None:
 def forget() -> None:
     """Resolve anew: what may serve a device has changed."""
     _resolved.clear()
+    serving.forget()
 
 
 def table() -> dict[str, dict[str, Implementation]]:
@@ -115,28 +119,46 @@ def backend(name: str) -> Iterator[None]:
         _pin.name = outer
 
 
-def resolve(op: str, device: str, layout: str | None = None, pin: str | None = None) -> Implementation:
+def resolve(
+    op: str, device: str, layout: str | None = None, pin: str | None = None, sizes: tuple[int, ...] = ()
+) -> Implementation:
     """The implementation of ``op`` that serves tensors on ``device`` (and weights in ``layout``).
 
     Args:   pin: the caller's own choice of a back end, which wins over :func:`pinned`.
+            sizes: what the choice between two back ends of a GPU depends on: M, then N and K of a product, K of rows,
+            keys and head_dim of an attention, whose M is the number of its heads.
     Raises: ValueError listing every back end with its reason if none serves the call.
     """
     want = pin or _pin.name or _ENVIRONMENT
+    cuda = not want and device == "cuda" and bool(sizes) and serving.cuda_serves(op, layout, sizes)
     if is_compiling():  # a trace must neither guard on the memory of earlier calls nor write to it
-        return _resolve(op, device, layout, want)
-    key = (op, device, layout, want)
+        return _resolve(op, device, layout, want, cuda)
+    key = (op, device, layout, want, cuda)
     found = _resolved.get(key)
     if found is None:
-        found = _resolved[key] = _resolve(op, device, layout, want)
+        found = _resolved[key] = _resolve(op, device, layout, want, cuda)
     return found
 
 
-def _resolve(op: str, device: str, layout: str | None, want: str | None) -> Implementation:
+def layouts(op: str, device: torch.device, n: int, k: int, pin: str | None = None) -> tuple[str, ...]:
+    """Weight layouts for an [N, K] layer of ``op`` on ``device``, best first.
+
+    Those of the back end that serves it, behind those that only the C++ GPU kernels choose, where these win at some M;
+    Triton's read them, too.
+    """
+    found = resolve(op, device.type, pin=pin).served(device)
+    if (pin or pinned()) is None and device.type == "cuda" and "cuda" in _table[op]:
+        more = _table[op]["cuda"].served(device)
+        found = (*(x for x in more if x not in found and serving.cuda_serves_some(op, x, (n, k))), *found)
+    return found
+
+
+def _resolve(op: str, device: str, layout: str | None, want: str | None, cuda: bool) -> Implementation:
     row = _table[op]
     if want:
         names = (_checked(want, "VITQ_BACKEND" if want == _ENVIRONMENT else "backend"),)
     else:
-        names = _PREFERENCE.get(device, ("ref",))
+        names = ("cuda",) * cuda + _PREFERENCE.get(device, ("ref",))
     reasons = []
     for name in names:
         impl = row.get(name)

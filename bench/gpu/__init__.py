@@ -16,18 +16,4 @@
 Runs from a checkout, installed or not, with torch, triton, timm and pytest alone.
 """
 
-import os
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "results"
-# The tests' own checkers are the oracles here, too.
-PATHS = [str(ROOT / part) for part in (".", "python", "tests/kernels", "tests/calibration")]
-sys.path[:0] = [path for path in PATHS if path not in sys.path]
-
-
-def environment() -> dict[str, str]:
-    """The environment of a child process that sees what this one sees."""
-    inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*PATHS, *([inherited] if inherited else [])])}
+from .. import PATHS, RESULTS, ROOT, environment  # noqa: F401

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import minmax
 import torch
 from torch import Tensor, nn
+from vitq.convert import to_integer
 
-from . import models
+from . import models, ops
 from .machine import Machine
 
 ROUNDS = 20
 """Calls per stream while two run at once: a race shows in some of them."""
 
 
-def _model(machine: Machine, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+def _model(machine: Machine, dtype: torch.dtype, backend: str) -> tuple[nn.Module, Tensor]:
     """Two blocks with dynamic scales and a branch: every kernel that has a workspace."""
     size = {} if machine.dry else {"img_size": 224, "patch_size": 16, "embed_dim": 384, "num_heads": 6, "mlp_ratio": 4}
     model = minmax.vit(depth=1 if machine.dry else 2, **size).to(machine.device)
     images = models.images_of(machine, model, 2)
     state = models.random_state(model, images, 4, True, 8, "error")
-    return models.integer(model, state)[0].to(dtype), images.to(dtype)
+    return to_integer(model, state, backend).to(dtype), images.to(dtype)
 
 
 def _same(want: Tensor, got: Tensor, what: str) -> None:
@@ -115,17 +115,15 @@ CHECKS: dict[str, tuple[Callable[[Machine, nn.Module, Tensor], None], bool]] = {
 
 def run(machine: Machine) -> Iterator[tuple[str, str]]:
     """(check, "ok" or why it was left out), as they finish. Raises: AssertionError for a wrong result."""
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        model, images = _model(machine, dtype)
+    cases = [(dtype, "triton") for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+    cases += [(torch.bfloat16, backend) for backend in ops.served(machine)[1:]]
+    for dtype, backend in cases[:1] + cases[3:] if machine.dry else cases:
+        model, images = _model(machine, dtype, backend)
         for name, (check, needs_gpu) in CHECKS.items():
-            label = f"{name}, {str(dtype).removeprefix('torch.')}"
+            label = f"{name}, {str(dtype).removeprefix('torch.')}{ops.SUFFIX[backend]}"
             if needs_gpu and machine.dry:
                 yield label, "missing: needs a GPU"
-            elif check is _buckets and importlib.util.find_spec("vitq_kernels.graphs") is None:
-                yield label, "missing: there is no vitq_kernels.graphs"
             else:
                 with torch.no_grad():
                     check(machine, model, images)
                 yield label, "ok"
-        if machine.dry:
-            return

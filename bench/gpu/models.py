@@ -15,11 +15,10 @@ from vitq.convert import to_integer
 from vitq.restore import to_simulated
 from vitq.state import ModelState
 
-from vitq_kernels import backend, backends
+from vitq_kernels import backend
 from vitq_kernels.formats import AttentionState, FocusSpec, LinearState, LowRankSpec, QuantSpec
-from vitq_kernels.nn import QAttention, QModule
 
-from . import shapes
+from . import ops, shapes
 from .machine import Machine
 from .shapes import RANK
 
@@ -78,18 +77,6 @@ def random_state(model: nn.Module, images: Tensor, bits: int, dynamic: bool, ran
     return replace(state, sites=sites)
 
 
-def integer(model: nn.Module, state: ModelState) -> tuple[nn.Module, list[str]]:
-    """The integer model on Triton, and a line for each op that Triton does not have yet: ``ref`` serves these."""
-    with backend("ref"):
-        out = to_integer(model, state)
-    missing = [op for op in ("qattention", "qattention_quantize") if "triton" not in backends.table()[op]]
-    for module in out.modules():
-        if isinstance(module, QModule):
-            module.backend = "ref" if missing and type(module) is QAttention else "triton"
-            module.repack()
-    return out, [f"triton has no {op}: ref serves it in models" for op in missing]
-
-
 def sqnr_db(reference: Tensor, got: Tensor) -> float:
     error = (got.double() - reference.double()).square().sum()
     return float("inf") if error == 0 else float(10 * torch.log10(reference.double().square().sum() / error))
@@ -113,33 +100,33 @@ def parity(machine: Machine) -> Iterator[dict[str, Any]]:
     Raises: AssertionError with the first differing logit where they are less alike than ``LEAST_DB``.
     """
     recipes = [(8, False, 0, "error"), (8, True, 8, "subspace"), (4, True, 8, "error")]
-    for name, make in small_models(machine.dry):
+    for architecture, make in small_models(machine.dry):
         model = make().to(machine.device)
         images = images_of(machine, model, 1 if machine.dry else 4)
         for bits, dynamic, rank, kind in recipes[:1] if machine.dry else recipes:
-            label = (
-                f"{name} W{bits} {'dynamic' if dynamic else 'static'} {f'rank {rank} {kind}' if rank else ''}".strip()
-            )
+            branch = f" rank {rank} {kind}" if rank else ""
+            label = f"{architecture} W{bits} {'dynamic' if dynamic else 'static'}{branch}"
             state = random_state(model, images, bits, dynamic, rank, kind)
-            ours, _ = integer(model, state)
             with torch.no_grad():
-                logits = ours(images)
                 with backend("triton"):
                     simulated = to_simulated(model, state)(images)
                 with backend("ref"):
                     reference = to_integer(model, state, "ref")(images)
-            row = {
-                "model": label,
-                "db_simulated": sqnr_db(simulated, logits),
-                "db_ref": sqnr_db(reference, logits),
-                "same_bits_as_simulated": torch.equal(simulated, logits),
-                "top1_as_ref": float((logits.argmax(-1) == reference.argmax(-1)).double().mean()),
-            }
-            for against, other in (("simulated", simulated), ("ref", reference)):
-                if not row[f"db_{against}"] >= LEAST_DB[against]:  # NaN, too
-                    raise AssertionError(f"{label} against {against}: {row[f'db_{against}']:.1f} dB, expected at least "
-                                         f"{LEAST_DB[against]:g}; {first_difference(other, logits)}")  # fmt: skip
-            yield row
+                for name in ops.served(machine):
+                    logits = to_integer(model, state, name)(images)
+                    yield _compared(label + ops.SUFFIX[name], logits, {"simulated": simulated, "ref": reference})
+
+
+def _compared(label: str, logits: Tensor, others: dict[str, Tensor]) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": label}
+    for against, other in others.items():
+        row[f"db_{against}"] = db = sqnr_db(other, logits)
+        row[f"same_bits_as_{against}"] = torch.equal(other, logits)
+        row[f"top1_as_{against}"] = float((logits.argmax(-1) == other.argmax(-1)).double().mean())
+        if not db >= LEAST_DB[against]:  # NaN, too
+            raise AssertionError(f"{label} against {against}: {db:.1f} dB, expected at least {LEAST_DB[against]:g}; "
+                                 f"{first_difference(other, logits)}")  # fmt: skip
+    return row
 
 
 def first_difference(want: Tensor, got: Tensor) -> str:
@@ -158,15 +145,15 @@ def timed(machine: Machine, name: str, architecture: str, kwargs: dict, batches:
     model = build(machine, architecture, **kwargs)
     calibration = images_of(machine, model, 2)
     integers: dict[str, nn.Module] = {}
-    missing: list[str] = []
     for label, (bits, dynamic) in LABELS.items():
-        ours, missing = integer(model, random_state(model, calibration, bits, dynamic, RANK, "error"))
-        integers[label] = ours.to(half)
+        state = random_state(model, calibration, bits, dynamic, RANK, "error")
+        for which in ops.served(machine):
+            integers[label + ops.SUFFIX[which]] = to_integer(model, state, which).to(half)
     floats = model.to(half)
     rivals = {"bf16": floats, **integers, "bf16 compiled": compiled(floats)}
     for batch in batches:
         row: dict[str, Any] = {"model": name, "batch": batch, "ms": {}, "p20": {}, "p80": {}, "memory_mb": {}}
-        row["missing"] = list(missing)
+        row["missing"] = []
         images = images_of(machine, floats, batch, half)
         for label, rival in rivals.items():
             if label == "bf16 compiled" and (reason := _does_not_compile(machine, rival, images)):

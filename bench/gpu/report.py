@@ -1,10 +1,13 @@
-"""Tables of a results record: the summary on the terminal, the Markdown beside the record, and docs/gpu.md."""
+"""Tables of a results record: the summary on the terminal, the Markdown beside the record, docs/gpu.md, and the file
+that dispatch reads."""
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from typing import Any
 
-from bench.tables import table
+from bench.tables import json_rows, table
 
 from . import roofline
 from .goals import ALONE, GOALS, WHOLE
@@ -80,15 +83,62 @@ def product_table(record: Record) -> str:
             "us": row["ms"][ALONE] * 1e3,
             "tops": row["tops"],
             **ratios,
-            "cuda": _speedup(row, f"{ALONE} cuda", ALONE),
-            "cuda4": _speedup(row, "w4 rank 32 cuda", "w4 rank 32"),
             "cost": None if cost is None else f"{100 * (cost - 1):.1f} %",
             "of_floor": row["of_floor"][ALONE],
         })  # fmt: skip
     columns = {"M": "M", "K": "K", "N": "N", "us": "µs", "tops": "TOPS", ALONE: "× bf16", WHOLE: "× with quantize",
                "w4 rank 32": "× W4A8", "_int_mm": "_int_mm × bf16", "cost": "rank 32 costs",
-               "of_floor": "of floor", "cuda": "C++ × Triton", "cuda4": "C++ × Triton, W4A8"}  # fmt: skip
+               "of_floor": "of floor"}  # fmt: skip
     return table(rows, columns)
+
+
+SIZES = ("M", "K", "N", "B", "H", "d")
+TIMED = {"products": "Products", "rows": "Quantizing passes", "attention": "Attention"}
+
+
+def versus(record: Record, key: str) -> list[dict[str, Any]]:
+    """Of every shape: the speed-ups of the C++ kernels over Triton's, by the kernel's name."""
+    found = []
+    for row in record.get(key, ()):
+        ratios = {name: _speedup(row, f"{name} cuda", name) for name in row["ms"]}
+        sizes = {name: size for name, size in row.items() if name in SIZES}
+        found.append(sizes | {name: ratio for name, ratio in ratios.items() if ratio is not None})
+    return found
+
+
+def versus_tables(record: Record) -> str:
+    """Speed-up of the C++ kernels over Triton's, shape by shape, and what that makes of them."""
+    from vitq_kernels.tuning import serving  # not before a dry run chose the interpreter
+
+    parts = []
+    for key, title in TIMED.items():
+        rows = versus(record, key)
+        names = [name for name in dict.fromkeys(itertools.chain(*rows)) if name not in SIZES]
+        if not names:
+            continue
+        ratios = [row[name] for row in rows for name in names if name in row]
+        won = f"{sum(x >= serving.LEAST for x in ratios)} of {len(ratios)}"
+        middle = f"median {statistics.median(ratios):.2f}×, worst {min(ratios):.2f}×, best {max(ratios):.2f}×"
+        sizes = {name: name for name in rows[0] if name in SIZES}
+        parts += [f"{title}: the C++ kernels win {won}; {middle}.", table(rows, sizes | {name: name for name in names})]
+    return "\n\n".join(parts)
+
+
+def serving_table(record: Record) -> str:
+    """The file by which dispatch knows where the C++ kernels won (``vitq_kernels/tuning/serving.py``); "" if only one
+    back end was timed."""
+    least: dict[tuple, float] = {}
+    for key in TIMED:
+        for row in record.get(key, ()):
+            for name, (op, layout, sizes) in row["calls"].items():
+                if (speedup := _speedup(row, f"{name} cuda", name)) is not None:
+                    at = op, layout, tuple(sizes)
+                    least[at] = min(least.get(at, speedup), speedup)
+    if not least:
+        return ""
+    about = {key: record["environment"][key] for key in ("gpu", "commit")}
+    rows = [[op, layout, *sizes, round(speedup, 3)] for (op, layout, sizes), speedup in sorted(least.items())]
+    return json_rows(about | {"date": record["date"], "rows": rows}) + "\n"
 
 
 def row_table(record: Record) -> str:
@@ -136,16 +186,19 @@ def model_table(record: Record) -> str:
     return table(rows, columns)
 
 
+TABLES = {"products": product_table, "rows": row_table, "attention": attention_table, "models": model_table}
+
+
 def markdown(record: Record) -> str:
     """The whole record: environment, goals, and a table of each kind."""
     where = ", ".join(f"{key} {value}" for key, value in record["environment"].items())
     parts = [f"# {record['environment']['gpu']}", where, ceilings(record), "## Goals", goal_table(record)]
     parts += ["## What was checked", *(f"- {name}: {what}" for name, what in record["checks"].items())]
-    titles = {"products": ("Products", product_table), "rows": ("Quantizing passes", row_table),
-              "attention": ("Attention", attention_table), "models": ("Models", model_table)}  # fmt: skip
-    for key, (title, make) in titles.items():
+    for key, make in TABLES.items():
         if record.get(key):
-            parts += [f"## {title}", make(record)]
+            parts += [f"## {TIMED.get(key, 'Models')}", make(record)]
+    if versus := versus_tables(record):
+        parts += ["## C++ kernels over Triton's", versus]
     if record["left_out"]:
         parts += ["## Left out", *(f"- {line}" for line in record["left_out"])]
     return "\n\n".join(parts).replace("\n\n- ", "\n- ") + "\n"
@@ -167,8 +220,7 @@ def results(record: Record | None) -> str:
     if record is None:
         return UNMEASURED
     parts = [f"{record['environment']['gpu']}, commit {record['environment']['commit']}. {ceilings(record)}"]
-    for make, key in ((product_table, "products"), (row_table, "rows"), (attention_table, "attention"),
-                      (model_table, "models")):  # fmt: skip
-        if record.get(key):
-            parts.append(make(record))
+    parts += [make(record) for key, make in TABLES.items() if record.get(key)]
+    if versus := versus_tables(record):
+        parts += ["Speed-up of the C++ kernels over Triton's, shape by shape:", versus]
     return "\n\n".join(parts)

@@ -56,8 +56,9 @@ def _outcome(name: str, command: list[str], env: dict[str, str], deadline: float
 
 
 def main() -> None:
-    """One small, ragged launch of everything, checked. VITQ_CHECK_DEVICE=cpu: in the interpreter."""
+    """One small, ragged launch of everything on every back end, checked. VITQ_CHECK_DEVICE=cpu: without a GPU."""
     import torch
+    from vitq.convert import to_integer
 
     import vitq_kernels as vk
 
@@ -66,26 +67,26 @@ def main() -> None:
 
     machine = Machine(os.environ.get("VITQ_CHECK_DEVICE", "cuda"))
     with torch.no_grad(), vk.backend("triton"):
-        for variants in (ops.product_variants(machine, 19, 72, 56), ops.row_variants(machine, 7, 72)):
-            for name, variant in variants.items():
-                if variant.check is not None:
-                    variant.check(variant.run_once())
-                    machine.synchronize()
-                    print(name, flush=True)
-        if ops.attention_missing() is None:
-            for shape in ((2, 2, 17, 32, 2), (1, 1, 300, 64, 0)):
-                variant = ops.attention_variants(machine, *shape)["int8"]
-                variant.check(variant.run_once())
+        # Fused with what is behind them, of a long K, which the C++ kernels split, and enough tiles for sm_90a's.
+        more = [(19, 16, 64), (9, 80, 80), (5, 2064, 24), (1500, 64, 1416), (2600, 2048, 1700)]
+        products = [(19, 72, 56)] + ([] if machine.dry else more)
+        heads = [(2, 2, 17, 32, 2)] + ([] if machine.dry else [(1, 1, 300, 64, 0)])
+        kinds = [ops.product_variants(machine, *shape) for shape in products]
+        kinds += [ops.row_variants(machine, 7, k) for k in (72, 80)]
+        kinds += [ops.attention_variants(machine, *shape) for shape in heads]
+        for variants in kinds:
+            for name in ops.check(ops.on_back_ends(machine, variants)):
                 machine.synchronize()
-                print("attention", shape, flush=True)
+                print(name, flush=True)
     model = models.minmax.vit(depth=1).to(machine.device)
     images = models.images_of(machine, model, 1)
-    with torch.no_grad():
-        state = models.random_state(model, images, 4, True, 4, "subspace")
-        logits = models.integer(model, state)[0](images)
-    if not logits.isfinite().all():
-        raise AssertionError(f"logits of the small model are {logits.tolist()}")
-    print("small model", flush=True)
+    state = models.random_state(model, images, 4, True, 4, "subspace")
+    for backend in ops.served(machine):
+        with torch.no_grad():
+            logits = to_integer(model, state, backend)(images)
+        if not logits.isfinite().all():
+            raise AssertionError(f"logits of the small model on {backend} are {logits.tolist()}")
+        print(f"small model, {backend}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def layers(width: int) -> list[tuple[int, int]]:
 def products(dry: bool) -> list[tuple[int, int, int]]:
     """(M, K, N)."""
     if dry:
-        return [(17, 64, 48)]
+        return [(17, 64, 48), (9, 16, 64), (9, 48, 48)]
     return [(m, k, n) for width in WIDTHS.values() for m in TOKENS for k, n in layers(width)]
 
 

@@ -1,7 +1,7 @@
 """The kernel tests on the GPU: the same files, checkers and hypothesis cases as without one, in parallel processes.
 
 Most of their time is spent compiling one kernel after the other, each on one core: hence several processes, and hence
-tests of their own for real ViT shapes (tests/kernels/test_triton_shapes.py) rather than a loop here.
+tests of their own for real ViT shapes (tests/kernels/test_vit_shapes.py) rather than a loop here.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitq_kernels import backends
+from vitq_kernels import _cuda
 
 from . import ROOT, environment
 
-KERNELS = (
-    "test_quantize.py",
-    "test_layer_norm_quantize.py",
-    "test_qlinear.py",
-    "test_qattention.py",
-    "test_scatter.py",
-)
-CUDA_TESTS = tuple(str(ROOT / "tests" / "kernels" / name) for name in KERNELS[:3])
-SHAPES = "test_triton_shapes.py"
+FILES = {
+    "kernel tests": (
+        "test_quantize.py",
+        "test_layer_norm_quantize.py",
+        "test_qlinear.py",
+        "test_qattention.py",
+        "test_scatter.py",
+    ),
+    "ViT shapes": ("test_vit_shapes.py",),
+    "own paths": ("emulated_cuda.py", "emulated_cuda_quantize.py", "emulated_cuda_attention.py"),
+}
+QUICK = {"kernel tests": "hand_computed or special", "ViT shapes": "rows and static and 384", "own paths": "any_order"}
+"""What a dry run selects from the first file of each."""
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "bench.gpu.share")
 
 
@@ -53,27 +57,35 @@ class Selection:
         base.pop("VITQ_BACKEND", None)
         if self.device:
             base |= {"VITQ_TEST_DEVICE": device, "VITQ_TEST_BACKEND": self.backend}
+            if self.backend == "cuda":  # an interpreter would be preferred
+                base.pop("TRITON_INTERPRET", None)
         shares = range(self.processes)
         return [([*command, *self.files], base | {"VITQ_TEST_SHARE": f"{i}/{self.processes}"}) for i in shares]
 
 
 def selections(dry: bool) -> list[Selection]:
-    """What is run on a GPU, or a handful of quick tests of each kind for the interpreter."""
-    kernels = tuple(str(ROOT / "tests" / "kernels" / name) for name in KERNELS)
-    shapes = (str(ROOT / "tests" / "kernels" / SHAPES),)
-    if dry:
-        return [
-            Selection("kernel tests", kernels[:1], 1, "triton and (hand_computed or special)"),
-            Selection("ViT shapes", shapes, 1, "rows and static and 384"),
-        ]
+    """What is run on a GPU, or a handful of quick tests of each kind, interpreted and emulated."""
     cores = os.cpu_count() or 1
-    served = [Selection("kernel tests of the C++ kernels", CUDA_TESTS, max(1, cores // 4), "cuda", backend="cuda")]
-    return [
-        *(served if backends.status()["cuda"] is None else []),
-        Selection("kernel tests", kernels, max(1, cores // 2), "triton"),
-        Selection("ViT shapes", shapes, max(1, cores // 4)),
-        Selection("tests for a GPU", (str(ROOT / "tests" / "kernels"),), 1, marker="gpu", device=False),
-    ]
+    # Processes are for what Triton compiles.
+    plan = [("kernel tests", "triton", cores // 2), ("ViT shapes", "triton", cores // 4)]
+    if _cuda.unavailable("cpu" if dry else "cuda") is None:
+        plan += [("own paths", "cuda", 1)]
+        plan += [] if dry else [("kernel tests", "cuda", cores // 4), ("ViT shapes", "cuda", 1)]
+    chosen = []
+    for kind, backend, processes in plan:
+        files = tuple(str(ROOT / "tests" / "kernels" / name) for name in FILES[kind])
+        wanted = [backend] * (kind == "kernel tests") + [f"({QUICK[kind]})"] * dry
+        chosen.append(
+            Selection(
+                kind + ", C++" * (backend == "cuda"),
+                files[:1] if dry else files,
+                1 if dry else max(1, processes),
+                " and ".join(wanted),
+                backend=backend,
+            )
+        )
+    gpu = Selection("tests for a GPU", (str(ROOT / "tests" / "kernels"),), 1, marker="gpu", device=False)
+    return chosen if dry else [*chosen, gpu]
 
 
 def run(device: str, dry: bool, seconds: float, stop: threading.Event) -> dict[str, str]:

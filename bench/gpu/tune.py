@@ -19,6 +19,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from bench.tables import json_rows
+
 from . import ROOT, environment
 
 KINDS = ("w8", "w4", "attention", "w8_float", "w4_float")
@@ -54,23 +56,11 @@ class Store:
             rows = sorted((m, n, config) for (k, m, n), (_, config) in best.items() if k == kind)
             columns = record["attention_columns" if kind == "attention" else "columns"]
             record[kind] = [[m, n, *(config[c] for c in columns)] for m, n, config in rows]
-        for path, text in ((self.path, json.dumps(self.ms, indent=1)), (self.table, _table(record))):
+        for path, text in ((self.path, json.dumps(self.ms, indent=1)), (self.table, json_rows(record))):
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{path.name}.part")
             part.write_text(text + "\n")
             part.replace(path)
-
-
-def _table(record: dict) -> str:
-    """JSON with one row a line, as the other tables have it."""
-    parts = []
-    for key, value in record.items():
-        if isinstance(value, list) and value and isinstance(value[0], list):
-            rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
-            parts.append(f'  "{key}": [\n{rows}\n  ]')
-        else:
-            parts.append(f'  "{key}": {json.dumps(value)}')
-    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def template(machine) -> dict:

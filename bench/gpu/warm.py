@@ -65,9 +65,9 @@ def main(arguments: list[str]) -> None:
             for m, k in shapes.rows(False)[index::count]:
                 for variant in ops.row_variants(machine, m, k).values():
                     variant.run_once()
-            if ops.attention_missing() is None:
-                for shape in shapes.attentions(False)[index::count]:
-                    ops.attention_variants(machine, *shape)["int8"].run_once()
+            for shape in shapes.attentions(False)[index::count]:
+                for quantized in (False, True):
+                    ops.attention(machine, *shape, quantized).run_once()
         else:
             model = models.build(machine, shapes.MODELS[arguments[1]], torch.bfloat16)
             run = models.compiled(model)

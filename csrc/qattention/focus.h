@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/convert.h"
+#include "common/look_up.h"
 #include "common/simd.h"
 #include "qattention/qattention_cpu.h"
 #include "qattention/vector_math.h"
@@ -215,48 +216,6 @@ VITQ_INLINE float place_row(const FocusPlan& plan, const LoadX& load_x, int64_t 
   return total;
 }
 
-#if defined(__AVX512BW__)
-// 64 codes a step through a table in four registers; Cascade Lake is the one VNNI machine without it.
-__attribute__((target("avx512vbmi"), noinline)) static void look_up_vbmi(const uint8_t* table, int64_t n,
-                                                                         uint8_t* codes) {
-  const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
-  const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
-  for (int64_t j = 0; j < n; j += 64) {
-    const __m512i c = _mm512_loadu_si512(codes + j);
-    const __m512i low = _mm512_permutex2var_epi8(t0, c, t1), high = _mm512_permutex2var_epi8(t2, c, t3);
-    _mm512_storeu_si512(codes + j, _mm512_mask_blend_epi8(_mm512_movepi8_mask(c), low, high));
-  }
-}
-#endif
-
-// codes = levels[codes]; up to 48 bytes behind the last code may be overwritten.
-VITQ_INLINE void look_up(const FocusPlan& plan, int64_t n, uint8_t* codes) {
-  const uint8_t* table = plan.focus.levels;
-#if defined(__AVX512BW__)
-  static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
-  if (vbmi) return look_up_vbmi(table, n, codes);
-#endif
-#if defined(__AVX2__)
-  // Sixteen levels at a time: a code of another sixteen saturates to an index with its top bit set, which
-  // yields 0.
-  const __m256i bias = _mm256_set1_epi8(0x70);
-  for (int64_t j = 0; j < n; j += 32) {
-    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j));
-    __m256i out = _mm256_setzero_si256();
-    for (int t = 0; t <= plan.focus.top; t += 16) {
-      const __m256i levels =
-          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table + t)));
-      const __m256i index =
-          _mm256_adds_epu8(_mm256_xor_si256(c, _mm256_set1_epi8(static_cast<char>(t))), bias);
-      out = _mm256_or_si256(out, _mm256_shuffle_epi8(levels, index));
-    }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + j), out);
-  }
-#else
-  for (int64_t j = 0; j < n; ++j) codes[j] = table[codes[j]];
-#endif
-}
-
 // Positions in [0, top] of one row's keys to `out`, which is called for all of [padded]; what it gets for
 // excluded keys and behind the last key has no meaning. False if no key counts (NaN scores do).
 //   valid  [padded]: receives 0xff for keys that count; null where the caller need not know.
@@ -295,7 +254,7 @@ VITQ_INLINE RowResult focus_row(const FocusPlan& plan, const RowScores& row, uin
     std::memset(levels, 0, static_cast<size_t>(row.padded));
     return result;
   }
-  if (!plan.identity) look_up(plan, row.padded, levels);
+  if (!plan.identity) look_up(plan.focus.levels, plan.focus.top, row.padded, levels);
   if (valid != nullptr)
     for (int64_t j = 0; j < row.keys; ++j) levels[j] &= valid[j];
   std::memset(levels + row.keys, 0, static_cast<size_t>(row.padded - row.keys));

@@ -45,6 +45,8 @@ gpu::FocusLaw law_of(const Tensor& levels, double step, double offset, double b1
   return f;
 }
 
+// q [B, H, Nq, d], k and v [B, H, Nk, d] to out [rows, H·d]: a block for each 64 queries of a head. Bias and
+// mask, where there are any, take shared memory that blocks without them have for more of their kind.
 template <class Kernel>
 void start(const Launcher& launcher, const QAttentionArgs& a, const gpu::AttentionParams& p) {
   const int64_t tiles = (a.nq + Kernel::kRows - 1) / Kernel::kRows;
@@ -53,13 +55,15 @@ void start(const Launcher& launcher, const QAttentionArgs& a, const gpu::Attenti
 }
 
 // Whole rows in registers where they fit, which spares the second pass over K: windows of up to 64 keys
-// apart, whose blocks then are small enough for four or five on a processor. Longer rows by steps of 64 keys,
-// of 32 where the sums of a wide head and its offset leave no room for more.
+// apart, whose blocks then are small enough for four or five on a processor (there are none with wide heads).
+// Longer rows by steps of 64 keys, of 32 where the sums of a wide head and its offset leave no room for more.
 template <int kWidth, bool kOffset>
 void choose(const Launcher& launcher, const QAttentionArgs& a, const gpu::AttentionParams& p) {
   constexpr int kStep = kOffset && kWidth > 96 ? 1 : 2;
-  if (a.nk <= 64) return start<gpu::QAttention<kWidth, 2, true, kOffset>>(launcher, a, p);
-  if (a.nk <= 256) return start<gpu::QAttention<kWidth, 8, true, kOffset>>(launcher, a, p);
+  if constexpr (kWidth <= 64) {
+    if (a.nk <= 64) return start<gpu::QAttention<kWidth, 2, true, kOffset>>(launcher, a, p);
+  }
+  if (a.nk > 64 && a.nk <= 256) return start<gpu::QAttention<kWidth, 8, true, kOffset>>(launcher, a, p);
   start<gpu::QAttention<kWidth, kStep, false, kOffset>>(launcher, a, p);
 }
 template <int kWidth>

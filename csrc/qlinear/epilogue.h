@@ -47,7 +47,7 @@ VITQ_TILE void float_tile(const float* a, int64_t lda, const float* b, int64_t d
 // What one panel of NP output columns needs, gathered once and reused by all of its row tiles.
 template <int NP>
 struct PanelTail {
-  alignas(64) float bias[NP], gamma[NP];
+  alignas(64) float bias[NP] = {}, gamma[NP] = {};
   float* up;  // [rank, NP], caller's memory
   int64_t n0, width;
 
@@ -75,31 +75,47 @@ struct PanelTail {
   }
 };
 
-// Finishes `rows` rows of a panel: dst[i·ld + c] = γ·act(product(i, c) + (t·Uᵀ)[i, c] + bias) + residual, all
-// NP columns (those past `width` hold nothing of use). product(i, c) gives kLanes columns of the scaled
-// product.
-template <int NP, Activation kActivation, class Product>
+// Asks for what finish_tile will add. Tiles go down the columns of the residual, which no hardware prefetcher
+// follows: asked for before the tile is multiplied, it has arrived when it is needed.
+template <int NP>
+VITQ_INLINE void prefetch_residual(const LinearTail& tail, const PanelTail<NP>& panel, int64_t n_total,
+                                   int64_t row, int64_t rows) {
+  if (!tail.residual) return;
+  const int64_t line = tail.residual.dtype == DType::f32 ? 16 : 32;  // elements
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < panel.width; c += line)
+      __builtin_prefetch(tail.residual.at((row + i) * n_total + panel.n0 + c).data);
+}
+
+// Finishes `rows` rows of a panel: dst[i·ld + c] = γ·act(product + (t·Uᵀ)[i, c] + bias) + residual, all NP
+// columns (those past `width` hold nothing of use). product(c) gives a function of the row: kLanes columns of
+// the scaled product, from column c.
+template <int NP, int kRows, Activation kActivation, class Product>
 void finish_tile_as(const LinearTail& tail, const PanelTail<NP>& panel, int64_t n_total, int64_t row,
                     int64_t rows, const float* low_rank, const Product& product, float* dst, int64_t ld) {
-  alignas(64) float held[NP];
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* residual = nullptr;
-    if (tail.residual) {
-      const AnyFloat in = tail.residual.at((row + i) * n_total + panel.n0);
-      residual = static_cast<const float*>(in.data);
-      if (in.dtype != DType::f32 || panel.width < NP) {
-        read_row(held, in, panel.width);
-        residual = held;
-      }
+  alignas(64) float held[kRows * NP];
+  const float* residual = nullptr;
+  int64_t residual_ld = n_total;
+  if (tail.residual) {
+    const AnyFloat in = tail.residual.at(row * n_total + panel.n0);
+    residual = static_cast<const float*>(in.data);
+    if (in.dtype != DType::f32 || panel.width < NP) {
+      for (int64_t i = 0; i < rows; ++i) read_row(held + i * NP, in.at(i * n_total), panel.width);
+      residual = held;
+      residual_ld = NP;
     }
-    for (int c = 0; c < NP; c += kLanes) {
-      F y = product(i, c);
+  }
+  for (int c = 0; c < NP; c += kLanes) {
+    const auto product_of = product(c);
+    const F bias = load(panel.bias + c), gamma = load(panel.gamma + c);
+    for (int64_t i = 0; i < rows; ++i) {
+      F y = product_of(i);
       if (tail.rank > 0) y += load(low_rank + i * NP + c);
-      if (tail.bias) y += load(panel.bias + c);
+      if (tail.bias) y += bias;
       if constexpr (kActivation == Activation::gelu_erf) y = gelu_erf(y);
       if constexpr (kActivation == Activation::gelu_tanh) y = gelu_tanh(y);
-      if (tail.layer_scale) y *= load(panel.gamma + c);
-      if (residual != nullptr) y += load(residual + c);
+      if (tail.layer_scale) y *= gamma;
+      if (residual != nullptr) y += load(residual + i * residual_ld + c);
       store(dst + i * ld + c, y);
     }
   }
@@ -121,10 +137,10 @@ void finish_tile(const LinearTail& tail, const PanelTail<NP>& panel, int64_t n_t
     dst = in_place ? static_cast<float*>(out) + row * n_total + panel.n0 : staged;
     ld = in_place ? n_total : NP;
   }
-  auto finish = tail.activation == Activation::gelu_erf ? &finish_tile_as<NP, Activation::gelu_erf, Product>
-                : tail.activation == Activation::gelu_tanh
-                    ? &finish_tile_as<NP, Activation::gelu_tanh, Product>
-                    : &finish_tile_as<NP, Activation::none, Product>;
+  auto finish =
+      tail.activation == Activation::gelu_erf    ? &finish_tile_as<NP, kRows, Activation::gelu_erf, Product>
+      : tail.activation == Activation::gelu_tanh ? &finish_tile_as<NP, kRows, Activation::gelu_tanh, Product>
+                                                 : &finish_tile_as<NP, kRows, Activation::none, Product>;
   finish(tail, panel, n_total, row, rows, low_rank, product, dst, ld);
   if (!in_place)
     for (int64_t i = 0; i < rows; ++i)

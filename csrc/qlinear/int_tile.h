@@ -6,10 +6,9 @@
 //
 // - Code: an activation in the prepared matrix [M, 4·k4], zero padded;
 // - kCodeOffset: what prepare() added to every activation, so that sums are too large by it times col_sum[n];
-// - kWeightOffset: what the panel adds to every weight, so that sums are too large by it times Σ_k x[m][k];
 // - kStepBytes: of one k4 step of a decoded 16-row block; kReadsInt8: packed int8 blocks are used as they
 // are;
-// - decode(): one packed block to one decoded block;
+// - decode(): one packed block to one decoded block. Returns the `run` that tiles over it need, if any;
 // - tile<MR>(): out [MR, 16·kBlocks] int32.
 //
 // Sums may wrap on the way; they are exact modulo 2^32, and the true sum fits (K <= 65,793).
@@ -56,7 +55,7 @@ VITQ_INLINE void decode_nibbles(const uint8_t* packed, int64_t pairs, const int8
 // vpdpbusd multiplies unsigned by signed bytes and adds four products to an int32 without saturation.
 struct Vnni {
   using Code = uint8_t;
-  static constexpr int32_t kCodeOffset = 128, kWeightOffset = 0;
+  static constexpr int32_t kCodeOffset = 128;
   // 24 (12) accumulators, kBlocks weight vectors and one broadcast on 32 (16) registers.
   static constexpr int kRows = 6, kBlocks = kLanes == 16 ? 4 : 1;
   static constexpr int64_t kSliceK4 = kLanes == 16 ? 1024 : 256;
@@ -64,8 +63,9 @@ struct Vnni {
   static constexpr int64_t kStepBytes = 64;
   static constexpr bool kReadsInt8 = true;
 
-  static void decode(Layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
+  static int64_t decode(Layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
     decode_nibbles(packed, k4 / 2, table, out);
+    return 0;
   }
 
 #if defined(__AVX512VNNI__)
@@ -85,8 +85,8 @@ struct Vnni {
 #endif
 
   template <int MR>
-  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
-                      bool accumulate) {
+  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int64_t,
+                      int32_t* out, bool accumulate) {
     Vector acc[MR][kVectors];
     clear(acc);
     for (int64_t k = 0; k < k4; ++k) {
@@ -120,14 +120,14 @@ VITQ_INLINE void settle(__m256i& a, __m256i& b) { asm volatile("" : "+x"(a), "+x
 // int16). The four k of a lane make two int32 sums, added at the end.
 struct Words {
   using Code = int16_t;
-  static constexpr int32_t kCodeOffset = 0, kWeightOffset = 0;
+  static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 6, kBlocks = 1;
 
   static constexpr int64_t kStepBytes = 128;
   static constexpr bool kReadsInt8 = false;
   static constexpr int64_t kSliceK4 = 128;
 
-  static void decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
+  static int64_t decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
     alignas(64) uint8_t lines[128];
     for (int64_t k = 0; k < k4; k += 2) {
       const uint8_t* bytes = lines;
@@ -141,6 +141,7 @@ struct Words {
             reinterpret_cast<__m256i*>(out + k * 128 + i * 2),
             _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i))));
     }
+    return 0;
   }
 
   // Eight of the sixteen columns: 12 accumulators, two weight vectors, one activation; every line is read
@@ -168,49 +169,73 @@ struct Words {
   }
 
   template <int MR>
-  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
-                      bool accumulate) {
+  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int64_t,
+                      int32_t* out, bool accumulate) {
     half_tile<MR>(a, lda, panel[0], k4, out, accumulate);
     half_tile<MR>(a, lda, panel[0] + 64, k4, out + 8, accumulate);
   }
 };
 
-// vpmaddubsw of weights + 8 (0..15) and signed activations: a pair sum is at most 2·15·128 = 3840 in
-// magnitude, so eight of them fit an int16 (30,720) before they are widened.
+// vpmaddubsw of activations + 128 (u8) and weights of 4 bits: a pair sum is at most 2·255·8 = 4080 in
+// magnitude, so eight of them fit an int16 before they are widened. Weights whose signs and magnitudes mix,
+// as trained ones do, allow longer runs: a lane of 16 bits stays between −255·Σ|w < 0| and 255·Σ(w > 0) of
+// its own weights, whatever the activations are.
 struct Nibbles {
-  using Code = int8_t;
-  static constexpr int32_t kCodeOffset = 0, kWeightOffset = 8;
+  using Code = uint8_t;
+  static constexpr int32_t kCodeOffset = 128;
   static constexpr int kRows = 6, kBlocks = 1;
-  static constexpr int64_t kSteps = 8;
 
   static constexpr int64_t kStepBytes = 64;
   static constexpr bool kReadsInt8 = false;
   static constexpr int64_t kSliceK4 = 256;
 
-  static void decode(Layout, const uint8_t* packed, int64_t k4, const int8_t*, uint8_t* out) {
-    static constexpr int8_t kIdentity[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    decode_nibbles(packed, k4 / 2, kIdentity, out);
+  // Returns how many steps, a multiple of kGroup, int16 sums surely hold.
+  static int64_t decode(Layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
+    decode_nibbles(packed, k4 / 2, table, out);
+    constexpr int64_t kGroup = 8;
+    const __m256i ones = _mm256_set1_epi8(1);
+    __m256i most =
+        _mm256_setzero_si256();  // over groups, 2·max(Σ(w > 0), Σ|w < 0|) = Σ|w| + |Σw| of each lane
+    for (int64_t k0 = 0; k0 < k4; k0 += kGroup)
+      for (int half = 0; half < 64; half += 32) {
+        __m256i sum = _mm256_setzero_si256(), magnitude = _mm256_setzero_si256();  // of bytes, at most 64
+        for (int64_t k = k0; k < smaller(k0 + kGroup, k4); ++k) {
+          const __m256i w = load_as<__m256i>(out + k * 64 + half);
+          sum = _mm256_add_epi8(sum, w);
+          magnitude = _mm256_add_epi8(magnitude, _mm256_abs_epi8(w));
+        }
+        most = _mm256_max_epi16(most, _mm256_add_epi16(_mm256_maddubs_epi16(ones, magnitude),
+                                                       _mm256_abs_epi16(_mm256_maddubs_epi16(ones, sum))));
+      }
+    // Of each half of a 32-bit lane; |255·Σ| <= 32,640.
+    const __m256i wide =
+        _mm256_max_epi32(_mm256_srli_epi32(most, 16), _mm256_and_si256(most, _mm256_set1_epi32(0xffff)));
+    const int32_t top = max_of((I)wide);
+    return kGroup * (256 / (top > 0 ? top : 1));
   }
 
   template <int MR>
-  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
-                      bool accumulate) {
+  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int64_t run,
+                      int32_t* out, bool accumulate) {
     const __m256i ones = _mm256_set1_epi16(1);
+    const uint8_t* w = panel[0];
     __m256i total[MR][2];
     clear(total);
-    for (int64_t k0 = 0; k0 < k4; k0 += kSteps) {
-      const int64_t end = smaller(k0 + kSteps, k4);
+    for (int64_t k0 = 0; k0 < k4; k0 += run) {
       __m256i acc[MR][2];
-      clear(acc);
-      for (int64_t k = k0; k < end; ++k) {
-        const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel[0] + k * 64));
-        const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel[0] + k * 64 + 32));
+      const auto step = [&](auto s, const auto& add) VITQ_LAMBDA {
+        const __m256i w0 = load_as<__m256i>(w + s * 64), w1 = load_as<__m256i>(w + s * 64 + 32);
         unroll<MR>([&](auto i) VITQ_LAMBDA {
-          const __m256i x = _mm256_set1_epi32(load_as<int32_t>(a + i * lda + k * 4));
-          acc[i][0] = _mm256_add_epi16(acc[i][0], _mm256_maddubs_epi16(w0, x));
-          acc[i][1] = _mm256_add_epi16(acc[i][1], _mm256_maddubs_epi16(w1, x));
-          settle(acc[i][0], acc[i][1]);
+          add(acc[i], _mm256_set1_epi32(load_as<int32_t>(a + i * lda + s * 4)), w0, w1);
         });
+      };
+      // Two steps at a time (k4 is even), the first of which starts the sums.
+      step(Index<0>{}, start);
+      step(Index<1>{}, add_products);
+      w += 128, a += 8;
+      for (const uint8_t* end = w + (smaller(run, k4 - k0) - 2) * 64; w < end; w += 128, a += 8) {
+        step(Index<0>{}, add_products);
+        step(Index<1>{}, add_products);
       }
       unroll<MR>([&](auto i) VITQ_LAMBDA {
         unroll<2>([&](auto j) VITQ_LAMBDA {
@@ -222,6 +247,25 @@ struct Nibbles {
       unroll<2>([&](auto j) VITQ_LAMBDA { put(out + i * 16 + j * 8, total[i][j], accumulate); });
     });
   }
+
+ private:
+  static constexpr auto start = [](__m256i (&acc)[2], __m256i x, __m256i w0, __m256i w1) VITQ_LAMBDA {
+    acc[0] = _mm256_maddubs_epi16(x, w0);
+    acc[1] = _mm256_maddubs_epi16(x, w1);
+    settle(acc[0], acc[1]);
+  };
+  // The instructions themselves: from intrinsics GCC 12 makes a copy of every accumulator in every step, and
+  // the front end is as busy as the multipliers.
+  static constexpr auto add_products = [](__m256i (&acc)[2], __m256i x, __m256i w0, __m256i w1) VITQ_LAMBDA {
+    __m256i product;
+    asm volatile(
+        "vpmaddubsw %[w0], %[x], %[product]\n\t"
+        "vpaddw %[product], %[acc0], %[acc0]\n\t"
+        "vpmaddubsw %[w1], %[x], %[x]\n\t"
+        "vpaddw %[x], %[acc1], %[acc1]"
+        : [acc0] "+x"(acc[0]), [acc1] "+x"(acc[1]), [x] "+x"(x), [product] "=&x"(product)
+        : [w0] "x"(w0), [w1] "x"(w1));
+  };
 };
 
 using Int8Policy = Words;
@@ -233,7 +277,7 @@ using Int4LutPolicy = Words;
 // Any CPU: plain loops over sixteen columns that compilers turn into whatever vectors there are.
 struct Plain {
   using Code = int16_t;
-  static constexpr int32_t kCodeOffset = 0, kWeightOffset = 0;
+  static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 2, kBlocks = 1;
 
   static constexpr int64_t kStepBytes = 128;
@@ -241,7 +285,7 @@ struct Plain {
   static constexpr int64_t kSliceK4 = 128;
 
   // → [4·k4, 16] int16.
-  static void decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
+  static int64_t decode(Layout layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
     uint8_t lines[128];
     for (int64_t k = 0; k < k4; ++k) {
       const uint8_t* bytes = lines + k % 2 * 64;
@@ -255,11 +299,12 @@ struct Plain {
           std::memcpy(out + ((k * 4 + j) * 16 + n) * 2, &v, 2);
         }
     }
+    return 0;
   }
 
   template <int MR>
-  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int32_t* out,
-                      bool accumulate) {
+  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int64_t,
+                      int32_t* out, bool accumulate) {
     const int16_t* w = reinterpret_cast<const int16_t*>(panel[0]);
     uint32_t acc[MR][16] = {};
     if (accumulate) std::memcpy(acc, out, sizeof(acc));

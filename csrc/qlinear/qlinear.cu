@@ -14,17 +14,24 @@ using gpu::Product;
 // Of packing.LAYOUTS.
 constexpr int64_t kInt8 = 0, kInt4 = 4, kInt4ByInt4 = 5;
 
-template <Product kProduct, bool kAligned>
-using Large = gpu::QLinear<kProduct, 128, 128, 2, 4, kProduct == Product::s8 ? 3 : 4, kAligned>;
+// Tiles. A block of 128x128 reads half the operands for a product that one of 64x64 does; its three stages of
+// 32 KiB, or four of 24 where the weight has nibbles, are the 99 KiB that a block may have on sm_86 and
+// sm_89. A warp's share is 64x32, or 32x32 of a small tile: two small blocks fit on a processor.
+template <Product kProduct>
+using Large = gpu::QLinear<kProduct, 128, 128, 2, 4, kProduct == Product::s8 ? 3 : 4, true>;
 template <Product kProduct, bool kAligned>
 using Small = gpu::QLinear<kProduct, 64, 64, 2, 2, 4, kAligned>;
 
-// How K is cut among blocks: as many as there are processors to spare, each with work for its pipeline.
+// How K is cut among blocks: as often as there are processors to spare; each with the steps of 128 that fill
+// a pipeline of four stages; at most 8 times, since the last block of a tile to come reads what all others
+// have left.
 int64_t splits_of(int64_t tiles, int64_t steps, int processors) {
   const int64_t spare = tiles > 0 ? processors / tiles : 1;
   return std::max<int64_t>(1, std::min({spare, steps / 4, int64_t{8}}));
 }
 
+// x [M, K] by weight [N, weight_row bytes] to out [M, N]: a block for each tile and share of K. partial:
+// [tiles, splits, threads, accumulators] int32, counters [tiles]: see gather() of the kernel.
 template <class Kernel>
 void start(const Launcher& launcher, gpu::LinearParams& p) {
   const int64_t tiles = ceil_div(p.m, Kernel::kBlockRows) * ceil_div(p.n, Kernel::kBlockColumns);
@@ -42,6 +49,9 @@ void start(const Launcher& launcher, gpu::LinearParams& p) {
 
 bool at_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// As above, without shares: as many blocks as processors, which take tile after tile. Boxes of the copy
+// engine: kBlockM rows of kSpanX codes of x, kBlockN rows of kSpanW bytes of the weight and of kSpanBranch
+// bytes of lora_up [N, rank].
 template <Product kProduct, int kTeam>
 void start_sm90(const Launcher& launcher, const gpu::LinearParams& p) {
   using Kernel = gpu::QLinearSm90<kProduct, kTeam>;
@@ -94,14 +104,12 @@ bool started_sm90(const Launcher& launcher, const gpu::LinearParams& p) {
 }
 
 template <Product kProduct>
-void choose(const Launcher& launcher, gpu::LinearParams& p, bool large) {
+void choose(const Launcher& launcher, gpu::LinearParams& p, bool aligned, bool large) {
   // Widened to int8: sm_90 has no int4 products.
   if (started_sm90<kProduct == Product::s4 ? Product::w4 : kProduct>(launcher, p)) return;
-  const bool aligned = p.k % 16 == 0 && at_16_bytes(p.x) && at_16_bytes(p.weight);
-  if (aligned && large) return start<Large<kProduct, true>>(launcher, p);
+  if (large) return start<Large<kProduct>>(launcher, p);
   if (aligned) return start<Small<kProduct, true>>(launcher, p);
-  if (large) return start<Large<kProduct, false>>(launcher, p);
-  return start<Small<kProduct, false>>(launcher, p);
+  start<Small<kProduct, false>>(launcher, p);
 }
 
 // What every call has: a weight, an epilogue, and the tensors they point into.
@@ -149,9 +157,8 @@ struct Layer {
 
   // Whether rows of x and of the weight start at multiples of 16 bytes.
   bool aligned(int64_t x_bytes) const {
-    return p.k * x_bytes % 16 == 0 && p.weight_row % 16 == 0 &&
-           reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 &&
-           reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
+    return p.k * x_bytes % 16 == 0 && p.weight_row % 16 == 0 && at_16_bytes(x.const_data_ptr()) &&
+           at_16_bytes(p.weight);
   }
 };
 
@@ -187,8 +194,9 @@ struct Call : Layer {
     p.x_scale_stride = per_row ? 1 : 0;
     p.x_zero_point = static_cast<int>(x_zero_point);
     p.col_sum = static_cast<const int32_t*>(col_sum.const_data_ptr());
-    // Where they fill the processors.
-    large = ceil_div(m, 128) * ceil_div(n, 128) >= launcher.processors;
+    // Where they fill the processors. Rows that start anywhere, as those of a patch of 14x14, are copied byte
+    // by byte: they are too few layers for large tiles of their own.
+    large = aligned(1) && ceil_div(m, 128) * ceil_div(n, 128) >= launcher.processors;
   }
 
   // The result as floats, [..., N] as x is [..., K].
@@ -205,13 +213,13 @@ struct Call : Layer {
   void run() {
     switch (product) {
       case Product::s8:
-        return choose<Product::s8>(launcher, p, large);
+        return choose<Product::s8>(launcher, p, aligned(1), large);
       case Product::w4:
-        return choose<Product::w4>(launcher, p, large);
+        return choose<Product::w4>(launcher, p, aligned(1), large);
       case Product::w4_table:
-        return choose<Product::w4_table>(launcher, p, large);
+        return choose<Product::w4_table>(launcher, p, aligned(1), large);
       case Product::s4:
-        return choose<Product::s4>(launcher, p, large);
+        return choose<Product::s4>(launcher, p, aligned(1), large);
     }
   }
 };
@@ -252,7 +260,7 @@ QuantizedTensors qlinear_quantize(const Tensor& x, const Tensor& x_scale, int64_
                      q_lut, lora_down, subspace);
   if (call.p.m == 0) return quant.results();
   const InTile how = in_tile(quant.tail, quant.down);
-  if (how == InTile::no) {
+  if (how == InTile::no || (how == InTile::wide && !call.aligned(1))) {
     const Tensor y = call.floats(ScalarType::Float);
     quantize_rows(call.launcher, {any_float(y, y.numel(), "y"), n}, {}, call.p.m, quant);
     return quant.results();
@@ -296,6 +304,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qlinear_norm_quantize(
   return {y, quant.q, quant.out_scale, quant.t};
 }
 
+// x [M, K] floats. One tile size and no split of K: a layer comes here because its activations stay floats,
+// its few rows are limited by the bytes of the weight, which 64 rows read once.
 template <DType kType>
 void start_weight_only(const Layer& layer, bool nibbles) {
   using Kernel = gpu::WeightOnly<kType>;

@@ -30,8 +30,7 @@ class Linear {
         decoded_block_(w_.layout == Layout::int8_n16k4 && P::kReadsInt8 ? 0 : k4_ * P::kStepBytes),
         lda_(k4_ * 4),
         panels_(ceil_div(w_.n, kTileN)),
-        codes_(static_cast<size_t>(args.m * lda_) * sizeof(typename P::Code)),
-        row_terms_(static_cast<size_t>(args.m) * 4) {}
+        codes_(static_cast<size_t>(args.m * lda_) * sizeof(typename P::Code)) {}
 
   void run() {
     prepare();
@@ -93,23 +92,17 @@ class Linear {
   // Activations as the tile wants them, padded with zeros to 4·k4 (zeros meet whatever pads the weights).
   void prepare() {
     auto* codes = codes_.template at<typename P::Code>();
-    auto* terms = row_terms_.template at<int32_t>();
     pool_for(args_.pool, args_.m, ceil_div(1 << 16, w_.k + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        terms[i] = -P::kWeightOffset * prepare_row(args_.x + i * w_.k, codes + i * lda_, w_.k, lda_);
+      for (int64_t i = begin; i < end; ++i) prepare_row(args_.x + i * w_.k, codes + i * lda_, w_.k, lda_);
     });
   }
 
-  // Returns the row's sum where it is needed. Bytes may alias anything, the members of *this, too: without
-  // `restrict` and sizes by value this is a loop over single bytes that takes nearly as long as the products.
-  static int32_t prepare_row(const int8_t* __restrict x, typename P::Code* __restrict out, int64_t k,
-                             int64_t padded) {
+  // Bytes may alias anything, the members of *this, too: without `restrict` and sizes by value this is a loop
+  // over single bytes that takes nearly as long as the products.
+  static void prepare_row(const int8_t* __restrict x, typename P::Code* __restrict out, int64_t k,
+                          int64_t padded) {
     for (int64_t i = 0; i < k; ++i) out[i] = static_cast<typename P::Code>(x[i] + P::kCodeOffset);
     for (int64_t i = k; i < padded; ++i) out[i] = 0;
-    int32_t sum = 0;
-    if constexpr (P::kWeightOffset != 0)
-      for (int64_t i = 0; i < k; ++i) sum += x[i];
-    return sum;
   }
 
   // Rows [row, last) of panel p into dst (element [row, n0] at dst, row stride ld) or, if null, into
@@ -117,13 +110,14 @@ class Linear {
   void panel(Workspace& work, int64_t p, int64_t row, int64_t last, float* dst, int64_t ld) const {
     const int64_t blocks = ceil_div(w_.n, kBlockN), n0 = p * kTileN;
     const uint8_t* block[P::kBlocks];
+    int64_t run = 0;
     for (int j = 0; j < P::kBlocks; ++j) {
       // Past the last block the tile repeats it: computed, never stored.
       const uint8_t* packed = w_.data + smaller(p * P::kBlocks + j, blocks - 1) * packed_block_;
       block[j] = packed;
       if (decoded_block_ > 0) {
         uint8_t* decoded = work.decoded + j * decoded_block_;
-        P::decode(w_.layout, packed, k4_, w_.lut != nullptr ? w_.lut : kPlainNibbles, decoded);
+        run = P::decode(w_.layout, packed, k4_, w_.lut != nullptr ? w_.lut : kPlainNibbles, decoded);
         block[j] = decoded;
       }
     }
@@ -147,10 +141,12 @@ class Linear {
         const int64_t rows = smaller<int64_t>(P::kRows, last - i);
         for (int64_t line = 0; line < share && next < next_end; ++line, next += 64)
           __builtin_prefetch(next, 0, 2);
+        if (k + steps == k4_) prefetch_residual(args_.tail, terms, w_.n, i, rows);
         const auto* a = codes_.template at<typename P::Code>() + i * lda_ + k * 4;
         int32_t* sums = work.sums + (k4_ > P::kSliceK4 ? (i - row) * kTileN : 0);
-        with_rows<P::kRows>(
-            rows, [&]<int MR>() VITQ_LAMBDA { P::template tile<MR>(a, lda_, slice, steps, sums, k > 0); });
+        with_rows<P::kRows>(rows, [&]<int MR>() VITQ_LAMBDA {
+          P::template tile<MR>(a, lda_, slice, steps, run, sums, k > 0);
+        });
         if (k + steps == k4_)
           finish(work, i, rows, sums, dst == nullptr ? nullptr : dst + (i - row) * ld, ld);
       }
@@ -159,11 +155,14 @@ class Linear {
 
   void finish(const Workspace& work, int64_t row, int64_t rows, const int32_t* sums, float* dst,
               int64_t ld) const {
-    const int32_t* row_terms = row_terms_.template at<int32_t>() + row;
-    const auto product = [&](int64_t r, int c) VITQ_LAMBDA {
-      const I sum = (I)((U)load(sums + r * kTileN + c) + (U)load(work.column + c) + (U)set(row_terms[r]));
-      const float x_scale = args_.x_scale[args_.x_scale_per_row ? row + r : 0];
-      return to_float(sum) * (load(work.w_scale + c) * x_scale);
+    const float* x_scale = args_.x_scale + (args_.x_scale_per_row ? row : 0);
+    const int64_t scale_step = args_.x_scale_per_row ? 1 : 0;
+    const auto product = [&](int c) VITQ_LAMBDA {
+      const F w_scale = load(work.w_scale + c);
+      const U column = (U)load(work.column + c);
+      return [=](int64_t r) VITQ_LAMBDA {
+        return to_float((I)((U)load(sums + r * kTileN + c) + column)) * (w_scale * x_scale[r * scale_step]);
+      };
     };
     finish_tile<kTileN, P::kRows>(args_.tail, work.terms, w_.n, row, rows, product, dst, ld, args_.out,
                                   args_.out_dtype);
@@ -172,8 +171,7 @@ class Linear {
   const QLinearArgs& args_;
   const Weight& w_;
   const int64_t k4_, packed_block_, decoded_block_, lda_, panels_;
-  const Scratch codes_;      // [M, 4·k4] Code
-  const Scratch row_terms_;  // [M] int32
+  const Scratch codes_;  // [M, 4·k4] Code
 };
 
 // f.operator()<Policy>() for the policy that reads `weight`.

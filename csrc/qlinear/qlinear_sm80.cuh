@@ -12,8 +12,8 @@
 //   w4_table  int4 indices of a table of 16 levels
 //   s4        int4 weights and activations whose int8 codes lie in [−8, 7], 64 codes an instruction
 //
-// Shared memory of 128x128 and 4 stages: 128 KiB (s8), 96 KiB (others). Registers and what they leave room
-// for: tests/kernels/test_cuda_build.py.
+// Shared memory of 128x128: 96 KiB, of 3 stages of s8 and of 4 of the others. Registers and what they leave
+// room for: tests/kernels/test_cuda_build.py.
 #pragma once
 
 #include "qlinear/epilogue.cuh"

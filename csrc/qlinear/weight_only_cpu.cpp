@@ -80,8 +80,10 @@ void qlinear_weight_only(const WeightOnlyArgs& args) {
           }
           for (int64_t i = row; i < last; i += kTileRows) {
             const float* tile = sums + (i - row) * kTileN;
-            const auto product = [&](int64_t r, int c)
-                                     VITQ_LAMBDA { return load(tile + r * kTileN + c) * load(w_scale + c); };
+            const auto product = [&](int c) VITQ_LAMBDA {
+              return [scale = load(w_scale + c), at = tile + c](int64_t r)
+                         VITQ_LAMBDA { return load(at + r * kTileN) * scale; };
+            };
             finish_tile<kTileN, kTileRows>(args.tail, terms, w.n, i, smaller<int64_t>(kTileRows, last - i),
                                            product, nullptr, 0, args.out, args.out_dtype);
           }

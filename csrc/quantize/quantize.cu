@@ -7,6 +7,7 @@ namespace {
 
 using gpu::Branch;
 
+// Rows of x [.., K] to q [M, K], scales [groups] or [M, groups], t [M, rank]: a block for each 16 of them.
 template <class Kernel>
 void start(const Launcher& launcher, const gpu::QuantizeParams& p) {
   launcher.run<Kernel>("quantize", ceil_div(p.m, Kernel::kRows), 1, Kernel::shared_bytes(p), p);

@@ -1,6 +1,7 @@
 #include "quantize/quantize_cpu.h"
 
 #include "common/convert.h"
+#include "common/look_up.h"
 #include "common/simd.h"
 #include "quantize/row_stages.h"
 
@@ -47,10 +48,24 @@ void quantize_group(const float* x, int64_t n, float inverse, float low, float h
   }
 }
 
-// Arguments by value: q may alias whatever holds them.
-void look_up(const int8_t* __restrict lut, int64_t n, int8_t* __restrict q) {
-  for (int64_t i = 0; i < n; ++i) q[i] = lut[q[i] + 128];
-}
+// Codes through a level table, whose first entry is that of −128.
+struct Levels {
+  explicit Levels(const int8_t* lut) {
+    if (lut == nullptr) return;
+    std::memcpy(table, lut + 128, 128);  // by the codes' bytes: 0 .. 127, −128 .. −1
+    std::memcpy(table + 128, lut, 128);
+  }
+  void look_up_row(int64_t n, int8_t* q) const {
+    constexpr int64_t kStep = 64;
+    const int64_t whole = n / kStep * kStep;
+    look_up(table, 255, whole, reinterpret_cast<uint8_t*>(q));
+    uint8_t tail[kStep] = {};
+    std::memcpy(tail, q + whole, static_cast<size_t>(n - whole));
+    look_up(table, 255, n - whole, tail);
+    std::memcpy(q + whole, tail, static_cast<size_t>(n - whole));
+  }
+  uint8_t table[256];
+};
 
 }  // namespace
 
@@ -68,6 +83,7 @@ void quantize_rows(const QuantTail& tail, const float* x, float* residual, int64
     }
   }
   const int64_t width = tail.k / tail.groups;
+  const Levels levels(tail.lut);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = row0 + i;
     float low = static_cast<float>(tail.qmin - tail.zero_point),
@@ -88,7 +104,7 @@ void quantize_rows(const QuantTail& tail, const float* x, float* residual, int64
       }
       quantize_group(in, width, 1.0f / scale, low, high, tail.zero_point, q + g * width);
     }
-    if (tail.lut != nullptr) look_up(tail.lut, tail.k, q);
+    if (tail.lut != nullptr) levels.look_up_row(tail.k, q);
   }
 }
 

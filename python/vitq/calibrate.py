@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import parallel
 from .data.clouds import is_cloud_model
 from .models import adapter_for
+from .propagation import IMAGES, propagation
 from .recipes import Recipe, load_recipe
 from .simulate import SimModel
 from .stages.base import Calibration, Progress
@@ -103,6 +104,8 @@ def calibrate(
         calibration.agree()
         seconds[calibration.step] = time.perf_counter() - start
         calibration.progress(calibration.step, 1, 1)
+    if calibration.reference is not None:
+        calibration.metrics["errors"] = propagation(calibration.reference, sim, calibration.images[:IMAGES])
     sim.requires_grad_(False).cpu()
     name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     metrics = calibration.metrics | fields.pop("metrics", {})

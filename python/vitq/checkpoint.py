@@ -267,6 +267,28 @@ def disk_bytes(path: str | os.PathLike) -> int:
     return (folder / CONFIG).stat().st_size + (folder / read_config(folder).weights.file).stat().st_size
 
 
+_PARTS = {
+    "codes": "weight codes",
+    "weight_scale": "scales",
+    "act_scale": "scales",
+    "operand_scale": "scales",
+    "lora_down": "low-rank branches",
+    "lora_up": "low-rank branches",
+    "bias": "biases",
+    "bias_table": "position biases",
+    "bias_index": "position biases",
+}
+
+
+def part_bytes(state: ModelState) -> dict[str, int]:
+    """Bytes of the tensors that a checkpoint of ``state`` holds, by what they are; float tensors by their module."""
+    parts: dict[str, int] = {}
+    for name, tensor in _disassemble(state)[0].items():
+        what = f"float: {name.split('.')[1]}" if name.startswith("float.") else _PARTS[name.rpartition(".")[2]]
+        parts[what] = parts.get(what, 0) + tensor.nbytes
+    return parts
+
+
 def _check_target(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file, expected a folder")

@@ -110,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_positives, default=[1, 8], metavar="B,B", help="batch sizes (default: 1,8)")
     p.add_argument("--bench-threads", type=_positives, metavar="T,T", help="thread counts (default: torch's choice)")
     p.add_argument("--seconds", type=float, default=3.0, help="per model and setting (default: 3)")
+    p.add_argument(
+        "--profile", action="store_true", help="also time per layer and operator beside what the machine can do"
+    )
 
     p = command("warmup", run.warmup, "Compile the Triton kernels of a checkpoint before its first request.")
     p.add_argument("checkpoint")

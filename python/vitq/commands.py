@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +21,15 @@ from rich.progress import Progress, TaskID
 from torch import nn
 
 from vitq_kernels import _native, backends
-from vitq_kernels.triton import host
+from vitq_kernels.triton import host as triton_host
 from vitq_kernels.triton import warmup as warm
 
 from . import checkpoint, console, jobs, parallel, recipes, tasks
 from . import export as exporting
 from . import report as reporting
 from .allocation.plot import draw_frontier, draw_packs
+from .bench import host
+from .bench import profile as profiling
 from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
@@ -61,6 +61,17 @@ BENCH_COLUMNS = {
     "speedup": "speed-up",
     "peak_mb": "peak MB",
     "model_mb": "model MB",
+}
+PROFILE_COLUMNS = {
+    "name": "what",
+    "calls": "calls",
+    "ms": "ms",
+    "share": "share",
+    "gb_s": "GB/s",
+    "gop_s": "Gop/s",
+    "floor_ms": "floor ms",
+    "of_floor": "floor / time",
+    "bound": "bound by",
 }
 WARMUP_COLUMNS = {
     "gpu": "GPU",
@@ -141,6 +152,7 @@ def quantize(args: argparse.Namespace) -> None:
         metrics["frontier"] = frontier | {"points": [frontier["points"][frontier["picked"]]], "picked": 0}
     checkpoint.save(target, replace(done.state, metrics=metrics), overwrite=args.force)
     _write_allocation(target, frontier, metrics.get("packs"), f"{source.name}, {recipe.name}")
+    reporting.write_evaluation(target, None)
     if not args.work_dir:
         shutil.rmtree(work, ignore_errors=True)
     record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}
@@ -149,6 +161,7 @@ def quantize(args: argparse.Namespace) -> None:
         rows = jobs.evaluate(jobs.predict_splits(model, splits), done.calibrated.sim, done.integer, splits)
         times = jobs.time_models({"float": model, "integer": done.integer}, [1], 1.0)
         record["runs"] = jobs.summarize(recipe, done, model, checkpoint.disk_bytes(target), rows, times)
+        reporting.write_evaluation(target, record["runs"])
         console.print_rows(out, f"{source.name}, {recipe.name}", record["runs"], RUN_COLUMNS)
         run = record["runs"][0]
         out.print(
@@ -160,15 +173,15 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def _write_allocation(folder: Path, frontier: dict[str, Any] | None, packs: list[Any] | None, title: str) -> None:
-    """``frontier.json`` and, where matplotlib is there, the pictures; those of an earlier checkpoint go."""
+    """``frontier.json`` and the pictures; those of an earlier checkpoint go."""
     data = folder / reporting.FRONTIER
     data.unlink(missing_ok=True)
     if frontier is not None:
         data.write_text(json.dumps(frontier, indent=1) + "\n")
-    for name, draw, record in (("frontier.png", draw_frontier, frontier), ("packs.png", draw_packs, packs)):
+    for name, draw, record in (("frontier.svg", draw_frontier, frontier), ("packs.svg", draw_packs, packs)):
         (folder / name).unlink(missing_ok=True)
-        if record is not None and importlib.util.find_spec("matplotlib"):
-            draw(record, title).savefig(folder / name, dpi=130)
+        if record is not None:
+            (folder / name).write_text(str(draw(record, title)), encoding="utf-8")
 
 
 def _reasons(integer: nn.Module) -> str:
@@ -243,15 +256,41 @@ def bench(args: argparse.Namespace) -> None:
         peak = row["activation_peak_bytes"]
         row["peak_mb"] = None if peak is None else peak / 1e6
         row["model_mb"] = row["model_bytes"] / 1e6
-    console.print_rows(out, f"{args.model} on {platform.processor() or platform.machine()}", rows, BENCH_COLUMNS)
-    _emit(args, {"model": args.model, "environment": environment(), "rows": rows})
+    record = {"model": args.model, "environment": environment(), "rows": rows}
+    console.print_rows(out, f"{args.model} on {record['environment']['cpu']}", rows, BENCH_COLUMNS)
+    if args.profile:
+        record["profiles"] = _profiles(args, models, out)
+    _emit(args, record)
+
+
+def _profiles(args: argparse.Namespace, models: dict[str, nn.Module], out: Console) -> dict[str, Any]:
+    """Model → profile at the first batch size and number of threads."""
+    n = (args.bench_threads or [torch.get_num_threads()])[0]
+    try:
+        ceilings = host.measure(n)
+        peaks = ", ".join(f"{operand} {rate / 1e9:.0f} Gop/s" for operand, rate in ceilings.peak.items())
+        rates = ", ".join(f"{size >> 10} KiB {rate / 1e9:.1f} GB/s" for size, rate in ceilings.bandwidth.items())
+        out.print(f"ceilings of {n} threads, {ceilings.isa}: {peaks}; copies within {rates}")
+    except host.Unmeasured as error:
+        ceilings = None
+        out.print(f"no ceilings: {error}")
+    found = {}
+    images = jobs.random_images(models, args.batch[0])
+    for name, model in models.items():
+        found[name] = profile = profiling.profile(model, images, n, ceilings)
+        share = f"{profile['ms']:.2f} ms, {profile['recorded_ms']:.2f} ms in operators"
+        title = f"{name}, batch {profile['batch']}, {n} threads: {share}"
+        for what, most in (("ops", 12), ("layers", 16)):
+            rest = "" if len(profile[what]) <= most else f" (the longest {most} of {len(profile[what])})"
+            console.print_rows(out, f"{title}; {what}{rest}", profile[what][:most], PROFILE_COLUMNS)
+    return found
 
 
 def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The float model and its integer forms; latency does not depend on what the images show."""
     source = _source(args)
     model = load_float(source)
-    images = jobs.noise(model, 8, torch.Generator().manual_seed(0))
+    images = jobs.random_images({"float32": model}, 8)
     models: dict[str, nn.Module] = {"float32": model}
     with _progress() as progress:
         for name in args.recipe.split(","):
@@ -284,7 +323,7 @@ def warmup(args: argparse.Namespace) -> None:
     gpus = [warm.find_gpu(name) for name in args.gpu] or [warm.present()]
     if None in gpus:
         raise ValueError("there is no CUDA device here; say for which to compile with --gpu (sm_90, h200, ...)")
-    if not host.INSTALLED:
+    if not triton_host.INSTALLED:
         raise ValueError("triton is not installed, so there is nothing to compile")
     model = checkpoint.load(args.checkpoint)
     size = model.vitq_config.data.input_size
@@ -328,11 +367,11 @@ def report(args: argparse.Namespace) -> None:
     out = console.make(args.json)
     target = Path(args.output)
     _refuse_existing(target, args)
-    page = reporting.render(Path(args.checkpoint))
+    figures = reporting.collect(Path(args.checkpoint))
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    target.write_text(reporting.render(figures), encoding="utf-8")
     out.print(f"{target}: {target.stat().st_size / 1e3:.0f} kB")
-    _emit(args, {"output": str(target), "bytes": target.stat().st_size})
+    _emit(args, {"output": str(target), "page_bytes": target.stat().st_size, "figures": figures})
 
 
 def info(args: argparse.Namespace) -> None:

@@ -123,23 +123,21 @@ def evaluate(
     return rows
 
 
-def noise(model: nn.Module, n: int, generator: torch.Generator) -> Tensor:
-    """``n`` random images (or clouds) of ``model``'s input size; clouds of objects are all of the first category."""
-    images = torch.randn(n, *state_data(model)["input_size"], generator=generator)
+def time_models(models: dict[str, nn.Module], batches: Iterable[int], seconds: float) -> list[dict[str, Any]]:
+    """``compare_models`` on random images of the first model's input size, at torch's current number of threads."""
+    rows = []
+    for batch in batches:
+        rows += compare_models(models, random_images(models, batch), torch.get_num_threads(), seconds)
+    return rows
+
+
+def random_images(models: dict[str, nn.Module], batch: int) -> Tensor:
+    """Images (or clouds) of the first model's input size, always the same; clouds' category is the first."""
+    model = next(iter(models.values()))
+    images = torch.randn(batch, *state_data(model)["input_size"], generator=torch.Generator().manual_seed(0))
     if hasattr(model, "categories"):
         images[..., -1] = 0.0
     return images
-
-
-def time_models(models: dict[str, nn.Module], batches: Iterable[int], seconds: float) -> list[dict[str, Any]]:
-    """``compare_models`` on random images for the first model, at torch's current number of threads."""
-    model = next(iter(models.values()))
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for batch in batches:
-        images = noise(model, batch, generator)
-        rows += compare_models(models, images, torch.get_num_threads(), seconds)
-    return rows
 
 
 def summarize(recipe: Recipe, done: Quantized, floating: nn.Module, size: int, splits: list[dict], times: list[dict]):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import importlib.util
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +10,107 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vitq_kernels.formats import AttentionState, LinearState, QuantSpec
 
-from . import checkpoint, jobs
+from . import checkpoint, jobs, svg
 from .allocation.plot import draw_frontier, draw_packs
 from .checkpoint import Config
 from .console import cell
+from .propagation import EDGES
 from .restore import to_simulated
 from .simulate import SimModel
 from .state import ModelState
+from .svg import Picture
 
-FRONTIER = "frontier.json"
+FRONTIER, EVALUATION = "frontier.json", "evaluation.json"
+ACCURACY = {
+    "split": "split",
+    "images": "images",
+    "top1_float": "float top-1 %",
+    "top1_simulated": "simulated %",
+    "top1_integer": "integer %",
+    "agreement_simulated_integer": "simulated = integer",
+    "agreement_float_quantized": "float = integer",
+    "logit_sqnr_db": "logit SQNR dB",
+}
+LATENCY = ("batch", "threads", "latency_ms_float", "latency_ms_integer", "speedup")
 
 
-def render(folder: Path) -> str:
-    """The page of the checkpoint at ``folder``: its figures, layers, attentions, and what allocation left, if it did.
+def collect(folder: Path) -> dict[str, Any]:
+    """Every figure of the page of the checkpoint at ``folder``, as JSON holds it; what was not recorded is None.
 
-    Pictures need matplotlib; without it the page says so in their place.
-
-    Raises: CheckpointError for what cannot be read; ValueError for a ``frontier.json`` that does not belong to it.
+    Raises: CheckpointError for what cannot be read; ValueError for a ``frontier.json`` or an ``evaluation.json`` that
+            does not belong to it.
     """
     state, config = checkpoint.load_state(folder)
-    frontier, packs = read_frontier(folder, state.metrics), state.metrics.get("packs")
-    # Layers in execution order.
-    sim, linears = to_simulated(checkpoint.build_float(folder, config), state), state.linears()
+    metrics, linears = state.metrics, state.linears()
+    sim = to_simulated(checkpoint.build_float(folder, config), state)
+    size, parts, errors = checkpoint.disk_bytes(folder), checkpoint.part_bytes(state), metrics.get("errors")
+    attentions = {path: site for path, site in state.sites.items() if isinstance(site, AttentionState)}
+    runs = read_evaluation(folder, config)
+    return {
+        "architecture": config.architecture,
+        "recipe": config.recipe,
+        "facts": _facts(sim, state, config, size),
+        "accuracy": runs and [{heading: run[key] for key, heading in ACCURACY.items()} for run in runs],
+        "latency": runs and {key: runs[0][key] for key in LATENCY},
+        "bytes": {**parts, "config.json and headers": size - sum(parts.values())},
+        # Layers in execution order.
+        "layers": [_linear(path, linears[path], errors) for path in sim.linears if path in linears],
+        "attentions": [_attention(path, site) for path, site in attentions.items()],
+        "errors": errors,
+        "packs": metrics.get("packs"),
+        "frontier": read_frontier(folder, metrics),
+    }
+
+
+def render(figures: dict[str, Any]) -> str:
+    """The page of what :func:`collect` found."""
+    errors, packs, frontier = figures["errors"], figures["packs"], figures["frontier"]
     loader = PackageLoader("vitq", "assets")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["cell"] = cell
     return environment.get_template("report.html").render(
-        architecture=config.architecture,
-        recipe=config.recipe,
-        facts=_facts(sim, state, config, checkpoint.disk_bytes(folder)),
-        linears=[_linear(path, linears[path]) for path in sim.linears if path in linears],
-        attentions=[_attention(p, site) for p, site in state.sites.items() if isinstance(site, AttentionState)],
-        packs=_packs(packs or []),
-        packs_picture=_picture(draw_packs, packs),
-        frontier=frontier,
+        figures,
+        sizes=[{"part": part, "kB": n / 1e3} for part, n in figures["bytes"].items()],
+        sizes_picture=svg.bars({k: [n / 1e3] for k, n in figures["bytes"].items()}, ["kB"], "kB of each part"),
+        layers_picture=_draw_layers(figures["layers"]),
+        units=None if errors is None else [_unit(row) for row in errors["units"]],
+        errors_picture=None if errors is None else _draw_errors(errors["units"]),
+        histograms=[] if errors is None else [_draw_histogram(row, errors) for row in figures["attentions"]],
+        blocks=_packs(packs or []),
+        packs_picture=draw_packs(packs) if packs else None,
         picked=_picked(frontier) if frontier else None,
         components=_components(frontier) if frontier else None,
-        frontier_picture=_picture(draw_frontier, frontier),
+        frontier_picture=draw_frontier(frontier) if frontier else None,
     )
+
+
+def read_evaluation(folder: Path, config: Config) -> list[dict[str, Any]] | None:
+    """What ``vitq quantize`` found when it evaluated and timed the checkpoint, a row per split; None if it did not.
+
+    Raises: ValueError for a file that is no evaluation, or that of another checkpoint.
+    """
+    file = folder / EVALUATION
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        runs, digest = [dict(run) for run in record["runs"]], record["digest"]
+        if missing := [key for run in runs for key in (*ACCURACY, *LATENCY) if key not in run] or not runs:
+            raise LookupError(missing)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read as an evaluation ({type(error).__name__}: {error})") from error
+    if digest != config.digest:
+        raise ValueError(f"{file} is of another checkpoint, expected one of digest {config.digest[:16]}")
+    return runs
+
+
+def write_evaluation(folder: Path, runs: list[dict[str, Any]] | None) -> None:
+    """Keep ``runs`` beside the checkpoint; None takes those of an earlier one away."""
+    file = folder / EVALUATION
+    file.unlink(missing_ok=True)
+    if runs is not None:
+        digest = checkpoint.read_config(folder).digest
+        file.write_text(json.dumps({"digest": digest, "runs": runs}, indent=1) + "\n")
 
 
 def read_frontier(folder: Path, metrics: dict[str, Any]) -> dict[str, Any] | None:
@@ -75,16 +134,41 @@ def read_frontier(folder: Path, metrics: dict[str, Any]) -> dict[str, Any] | Non
     return whole
 
 
-def _picture(draw: Callable, record: Any) -> str | None:
-    """The figure as SVG in a data URI; None without a record or matplotlib."""
-    if record is None or not importlib.util.find_spec("matplotlib"):
-        return None
-    from matplotlib import rc_context
+def _draw_layers(layers: list[dict[str, Any]]) -> Picture:
+    """Bits of every layer, and below them the ranks where there are any."""
+    activations = {row["layer"]: None if row["activations"] == "float" else row["activations"] for row in layers}
+    bits = {row["layer"]: [row["bits"], activations[row["layer"]]] for row in layers}
+    pictures = [svg.bars(bits, ["weight bits", "activation bits"], "Bits of every layer")]
+    if any(row["rank"] for row in layers):
+        pictures.append(svg.bars({row["layer"]: [row["rank"]] for row in layers}, ["rank"], "Rank of every layer"))
+    return svg.stack(pictures)
 
-    out = io.BytesIO()
-    with rc_context({"svg.hashsalt": "vitq"}):  # the same page whenever it is written
-        draw(record, stacked=True).savefig(out, format="svg", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+def _draw_errors(units: list[dict[str, Any]]) -> Picture | None:
+    places = {row["path"]: at for at, row in enumerate(units)}
+    series = [
+        svg.Series(name, [(places[row["path"]], row[key]) for row in units if row[key] is not None])
+        for name, key in (("by itself", "own_db"), ("with all before it", "through_db"))
+    ]
+    every = -(-len(units) // 8)
+    ticks = [(at, path.rpartition(".")[2]) for path, at in places.items() if at % every == 0 or at == len(units) - 1]
+    x, y = svg.Axis("block or layer", low=-0.3, high=len(units) - 0.7), svg.Axis("SQNR, dB")
+    drawn = [s for s in series if s.points]
+    return svg.plot(drawn, x, y, "SQNR of every block", ticks=ticks) if drawn else None
+
+
+def _draw_histogram(row: dict[str, Any], errors: dict[str, Any]) -> tuple[str, Picture]:
+    """(path, picture) of one attention's probabilities under its quantizer."""
+    relative = " / largest of the row" if row["anchor"] == "row" else ""
+    drawn = svg.histogram(
+        EDGES,
+        errors["softmax"][row["attention"]],
+        svg.Axis(f"probability{relative}", log=True),
+        f"Probabilities of {row['attention']} and the interval {row['b1']:.4g} to {row['b2']:.4g}",
+        interval=(row["b1"], row["b2"]),
+        levels=row["levels"],
+    )
+    return row["attention"], drawn
 
 
 def _facts(sim: SimModel, state: ModelState, config: Config, size: int) -> dict[str, str]:
@@ -107,29 +191,43 @@ def _form(spec: QuantSpec) -> str:
     return range_.replace("_", " ") + (", table" if spec.table is not None else "")
 
 
-def _linear(path: str, s: LinearState) -> dict[str, Any]:
+def _linear(path: str, s: LinearState, errors: dict[str, Any] | None) -> dict[str, Any]:
     n, k = s.codes.shape
+    measured = {} if errors is None else errors["layers"][path]
     return {
         "layer": path,
-        "size": f"{n} × {k}",
-        "weights": f"{s.weight.bits}{', table' if s.weight.table is not None else ''}",
+        "n": n,
+        "k": k,
+        "bits": s.weight.bits,
+        "levels": "uniform" if s.weight.table is None else "table",
         "activations": "float" if s.act is None else s.act.bits,
         "ranges": "–" if s.act is None else _form(s.act),
-        "branch": f"{s.lora.kind}, rank {s.lora.rank}" if s.lora.rank else "–",
+        "branch": s.lora.kind if s.lora.rank else None,
+        "rank": s.lora.rank,
+        "own_db": measured.get("own_db"),
+        "through_db": measured.get("through_db"),
     }
 
 
 def _attention(path: str, s: AttentionState) -> dict[str, Any]:
     f = s.focus
+    levels, step, offset = f.decode()
     return {
         "attention": path,
         "heads": s.heads,
-        "Q, K, V": s.operands.bits,
+        "operands": s.operands.bits,
         "ranges": _form(s.operands),
-        "probabilities": f.bits,
-        "interval": f"{cell(f.b1)} to {cell(f.b2)}, {f.anchor}",
-        "power": cell(f.power),
+        "bits": f.bits,
+        "b1": f.b1,
+        "b2": f.b2,
+        "anchor": f.anchor,
+        "power": f.power,
+        "levels": [level * step + offset for level in levels.tolist()],
     }
+
+
+def _unit(row: dict[str, Any]) -> dict[str, Any]:
+    return {"block": row["path"], "by itself, dB": row["own_db"], "with all before it, dB": row["through_db"]}
 
 
 def _packs(packs: list[dict[str, Any]]) -> list[dict[str, Any]]:

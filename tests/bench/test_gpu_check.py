@@ -17,21 +17,38 @@ from vitq_kernels import ActQuant, backend, backends, quantize
 from vitq_kernels.ops.quantize import ref
 from vitq_kernels.testing import offloaded
 from vitq_kernels.triton import host
+from vitq_kernels.tuning import serving
 
 pytestmark = pytest.mark.skipif(not host.INSTALLED, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def emulated() -> str:
+    """The emulated C++ kernels, which stand in for the real ones."""
+    import emulation  # beside the kernels' tests, whose folder bench.gpu puts on the path
+
+    if reason := emulation.problem():
+        pytest.skip(reason)
+    return str(emulation.build())
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     env = environment() | {"OMP_NUM_THREADS": "1"} | variables
     env.pop("VITQ_BACKEND", None)
     return subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
+        [sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
     )
 
 
-def test_every_step_runs_without_a_gpu(tmp_path):
+def both(names: set[str]) -> set[str]:
+    """Of both back ends."""
+    return names | {f"{name} cuda" for name in names}
+
+
+def test_every_step_runs_without_a_gpu(tmp_path, emulated):
     before = sorted(RESULTS.iterdir())
-    run = python("-m", "bench.gpu.check", "--dry-run", "--output", str(tmp_path))
+    command = "-m", "bench.gpu.check", "--dry-run", "--minutes", "14", "--output", str(tmp_path)
+    run = python(*command, VITQ_EMULATED_CUDA=emulated)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert run.stdout.strip().splitlines()[-1].startswith("interpreter: all checks passed")
     assert sorted(RESULTS.iterdir()) == before
@@ -41,12 +58,21 @@ def test_every_step_runs_without_a_gpu(tmp_path):
     assert not record["wrong"]
     assert set(record["step_seconds"]) == {"build", "ceilings", "tests", "ops", "models"}
     checks = record["checks"]
-    assert checks["kernel tests"].endswith("passed")
-    assert checks["ViT shapes"].endswith("passed")
-    assert checks["CUDA graph equals eager, float16"] == "missing: needs a GPU"
+    for kind in ("kernel tests", "ViT shapes", "own paths, C++"):
+        assert checks[kind].endswith("passed")
+    for case in ("float16", "bfloat16 cuda"):
+        assert checks[f"the same bits in every call, {case}"] == "ok"
+        assert checks[f"CUDA graph equals eager, {case}"] == "missing: needs a GPU"
     assert "compute-sanitizer memcheck" in checks
-    assert len(record["products"]) == len(record["rows"]) == len(record["models"]) == 1
-    assert record["products"][0]["ms"].keys() >= {"bf16", "_int_mm", "w8", goals.ALONE, goals.WHOLE, "w4 rank 32"}
+    assert len(record["products"]) == 3
+    assert len(record["attention"]) == len(record["rows"]) == len(record["models"]) == 1
+    kernels = {"w8", goals.ALONE, goals.WHOLE, "w4", "w4 rank 32", "w4a4 rank 32"}
+    assert record["products"][0]["ms"].keys() == {"bf16", "_int_mm"} | both(kernels)
+    assert record["products"][1]["ms"].keys() >= both({"w4 rank 32, GELU + quantize"})
+    assert record["products"][2]["ms"].keys() >= both({"w8 rank 32, LayerNorm + quantize"})
+    assert record["attention"][0]["ms"].keys() >= both({"int8", "int8 + quantize"})
+    assert record["models"][0]["ms"].keys() == {"bf16"} | both({"int8 W8A8 static", "int8 W4A8 dynamic"})
+    assert "C++ kernels over Triton's" in (tmp_path / "interpreter.md").read_text()
     # A goal may be computed from whatever shapes there are; none of a dry run's is one that it is about.
     assert {row["met"] for row in report.goal_rows(record) if "rank 32 costs" not in row["goal"]} == {"unmeasured"}
 
@@ -69,7 +95,10 @@ sys.exit(check.main(["--dry-run", "--only", "ceilings", "ops", "--output", sys.a
 def test_a_wrong_kernel_stops_the_run_with_its_coordinates(tmp_path):
     run = python("-c", PLANT, str(tmp_path))
     assert run.returncode == 1, run.stdout[-4000:] + run.stderr[-4000:]
-    assert "WRONG in ops: product of M=17, K=64, N=48, w8: result: 1 of 816 elements off; first at (3, 5)" in run.stdout
+    assert (
+        "WRONG in ops: product of M=17, K=64, N=48, w8 rank 32: result: 1 of 816 elements off; first at (3, 5)"
+        in run.stdout
+    )
     assert "SOMETHING IS WRONG" in run.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["interpreter.wrong.json"]
 
@@ -127,6 +156,14 @@ def test_sanitizer(monkeypatch, tmp_path, script, outcome):
     else:
         seconds = 1.0 if "sleep" in script else 20.0
         assert sanitize.run(seconds, threading.Event()) == dict.fromkeys(sanitize.TOOLS, outcome)
+
+
+def test_what_the_sanitizer_runs(emulated):
+    run = python("-m", "bench.gpu.sanitize", VITQ_EMULATED_CUDA=emulated, VITQ_CHECK_DEVICE="cpu", TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    launched = run.stdout.splitlines()
+    assert {"small model, triton", "small model, cuda"} <= set(launched)
+    assert len([line for line in launched if line.endswith(" cuda")]) == len(launched) // 2
 
 
 def test_sanitizer_is_not_there(monkeypatch, tmp_path):
@@ -242,18 +279,46 @@ def test_documents_are_current():
         assert path.read_text() == text, f"{path.relative_to(ROOT)}: run bench/update_docs.py"
 
 
-def test_documents_take_the_newest_record_of_a_gpu(monkeypatch, tmp_path):
+def _records(monkeypatch, tmp_path, **records: dict):
     monkeypatch.setattr(update_docs, "RESULTS", tmp_path)
-    assert update_docs.gpu_record() is None
-    for name, date in (
-        ("a", "2026-01-01"),
-        ("b", "2026-03-01"),
-        ("c.wrong", "2026-05-01"),
-        ("c.partial", "2026-06-01"),
-    ):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"peaks": {}, "date": date, "name": name}))
-    (tmp_path / "cpu.json").write_text("{}")
-    assert update_docs.gpu_record()["name"] == "b"
+    for name, record in records.items():
+        (tmp_path / f"{name.replace('_', '.')}.json").write_text(json.dumps(record))
+
+
+def test_documents_take_the_newest_record_of_a_gpu(monkeypatch, tmp_path):
+    dates = {"a": "2026-01-01", "b": "2026-03-01", "c_wrong": "2026-05-01", "c_partial": "2026-06-01"}
+    records = {name: {"peaks": {}, "date": date, "name": name} for name, date in dates.items()}
+    _records(monkeypatch, tmp_path, cpu={}, **records)
+    assert [record["name"] for record in update_docs.gpu_records()] == ["b", "a"]
+
+
+def test_measured_shapes_become_a_table_that_dispatch_reads(monkeypatch, tmp_path):
+    """The least speed-up of what was timed at a shape; of a kernel that only one back end ran, nothing."""
+
+    def row(m: int, **ms: float) -> dict:
+        layouts = {"w8": "int8", "w8 rank 32": "int8", "w4": "int4_k64x2"}
+        calls = {name: ["qlinear", layout, [m, 768, 384]] for name, layout in layouts.items() if name in ms}
+        return {"M": m, "K": 384, "N": 768, "ms": ms, "calls": calls}
+
+    small = {"bf16": 1.0, "w8": 0.5, "w8 cuda": 0.4, "w8 rank 32": 0.5, "w8 rank 32 cuda": 0.51, "w4": 0.5}
+    rows = [row(197, **small), row(1576, **{"w8": 0.5, "w8 cuda": 0.4})]
+    record = {"peaks": {}, "date": "2026-03-01", "environment": {"gpu": "Some GPU 1", "commit": "c"}}
+    record |= {"products": rows}
+    tables = report.versus_tables(record)
+    assert "| 197 | 384 | 768 | 1.25 | 0.98 |" in tables
+    assert "win 2 of 3; median 1.25×, worst 0.98×, best 1.25×" in tables
+    _records(monkeypatch, tmp_path, gpu=record)
+    monkeypatch.setattr(serving, "FOLDER", tmp_path)
+    ((path, text),) = update_docs.serving_tables().items()
+    assert path == tmp_path / "some_gpu_1.cuda.json"
+    rows = json.loads(text)["rows"]
+    assert rows == [["qlinear", "int8", 197, 768, 384, 0.98], ["qlinear", "int8", 1576, 768, 384, 1.25]]
+    path.write_text(text)
+    monkeypatch.setattr(host, "name", lambda: "Some GPU 1")
+    backends.forget()
+    served = [serving.cuda_serves("qlinear", "int8", (m, 768, 384)) for m in (1, 197, 1576, 9000)]
+    assert served == [False, False, True, True]
+    backends.forget()
 
 
 def test_tuner_without_a_gpu(tmp_path):

@@ -1,8 +1,7 @@
-"""The report: a well-formed page without references whose numbers are the state's, and figures that are the records."""
+"""The report: a well-formed page without references, numbers that are the state's, pictures that are the records."""
 
-import base64
-import importlib.util
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,12 +10,15 @@ from xml.etree import ElementTree
 import pytest
 import timm
 import torch
-from vitq import checkpoint, report
-from vitq.allocation.plot import MARKS, draw_frontier, draw_packs
+from vitq import checkpoint, report, svg
+from vitq.allocation.plot import draw_frontier, draw_packs
 from vitq.calibrate import calibrate
 from vitq.console import cell
+from vitq.evaluate import sqnr_db
 from vitq.models import state_data
+from vitq.propagation import EDGES, propagation
 from vitq.recipes import parse
+from vitq.simulate import recording
 
 NAME = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
@@ -26,14 +28,22 @@ ALLOCATE = [
 ]
 
 
-def save(folder: Path, **fields) -> Path:
+def calibrated(**fields):
     torch.manual_seed(0)
     model = timm.create_model(NAME, **KWARGS).eval()
     images = torch.randn(4, 3, 16, 16)
     recipe = parse({"name": "test", "summary": "1 < 2 & so on", "initialise": ["scales"], **fields})
     about = {"architecture": NAME, "kwargs": KWARGS, "data": state_data(model), "metrics": {"calibration_s": 2.5}}
-    checkpoint.save(folder, calibrate(model, images, recipe, **about).state)
+    return model, images, calibrate(model, images, recipe, **about)
+
+
+def save(folder: Path, **fields) -> Path:
+    checkpoint.save(folder, calibrated(**fields)[2].state)
     return folder
+
+
+def page_of(folder: Path) -> str:
+    return report.render(report.collect(folder))
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +61,27 @@ def plain(tmp_path_factory) -> Path:
 
 
 class Page(HTMLParser):
-    """Tables by the id of their section, attributes that refer to something, images; refuses what is not nested."""
+    """Tables by the id of their section, attributes that refer to something, pictures; refuses what is not nested."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open, self.section, self.tables, self.references, self.texts = [], None, {}, [], {}
-        self.feed(text)
+        self.pictures = [ElementTree.fromstring(picture) for picture in re.findall(r"<svg .*?</svg>", text, re.S)]
+        self.feed(re.sub(r"<svg .*?</svg>", "", text, flags=re.S))
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.references += [v for k, v in attributes.items() if k in ("src", "href", "srcset", "action", "data")]
-        assert tag not in ("script", "link", "iframe")
+        assert tag not in ("script", "link", "iframe", "img")
         if tag == "section":
             self.section = attributes["id"]
         if tag == "tr":
             self.tables.setdefault(self.section, []).append([])
         if tag in ("td", "th"):
             self.tables[self.section][-1].append("")
-        if tag not in ("meta", "img"):
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -92,19 +103,23 @@ class Page(HTMLParser):
 
 
 def test_numbers_are_the_states(allocated):
-    text = report.render(allocated)
+    text = page_of(allocated)
     page = Page(text)
     state, config = checkpoint.load_state(allocated)
-    linears = state.linears()
+    linears, errors = state.linears(), state.metrics["errors"]
     rows = page.rows("layers")
     assert [r["layer"] for r in rows[:3]] == ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.proj"]
     assert {r["layer"] for r in rows} == set(linears)
     for row in rows:
         linear = linears[row["layer"]]
-        assert row["size"] == f"{linear.codes.shape[0]} × {linear.codes.shape[1]}"
+        assert (row["out"], row["in"]) == tuple(map(str, linear.codes.shape))
         assert (row["weights"], row["activations"]) == (str(linear.weight.bits), str(linear.act.bits))
         assert row["ranges"] == "static per tensor"
-        assert row["branch"] == ("subspace, rank 16" if linear.lora.rank else "–")
+        assert (row["branch"], row["rank"]) == (("subspace", "16") if linear.lora.rank else ("–", "0"))
+        measured = errors["layers"][row["layer"]]
+        assert row["SQNR by itself, dB"] == cell(measured["own_db"])
+        assert row["with all before it, dB"] == cell(measured["through_db"])
+    assert [r["block"] for r in page.rows("errors")] == ["patch_embed.proj", *(f"blocks.{i}" for i in range(3)), "head"]
     packs = page.rows("packs")
     blocks = [(pack, block) for pack in state.metrics["packs"] for block in pack["blocks"]]
     assert len(packs) == len(blocks) == 3
@@ -126,27 +141,25 @@ def test_numbers_are_the_states(allocated):
     assert page.facts["calibration s"] == "2.5"
     assert page.facts["recipe"] == "1 < 2 & so on"
     assert f"{size / 1e6:.2f} MB, {size / config.float_bytes:.1%} of the float model" in text
+    assert sum(float(r["kB"]) for r in page.rows("bytes")) == pytest.approx(size / 1e3, rel=1e-3)
+    branches = sum(p.nbytes for s in linears.values() for p in (s.lora_down, s.lora_up) if p is not None)
+    assert report.collect(allocated)["bytes"]["low-rank branches"] == branches
 
 
 def test_nothing_is_fetched_and_the_same_page_is_written_again(allocated):
-    text = report.render(allocated)
-    assert text == report.render(allocated)
-    assert not re.search(r"@import|url\(|http", text)
-    pictures = Page(text).references
-    assert len(pictures) == 2
-    for picture in pictures:
-        head, data = picture.split(",")
-        assert head == "data:image/svg+xml;base64"
-        svg = ElementTree.fromstring(base64.b64decode(data))
-        references = [v for e in svg.iter() for k, v in e.attrib.items() if k.endswith("href")]
-        assert references
-        assert all(r.startswith("#") for r in references)
+    text = page_of(allocated)
+    assert text == page_of(allocated)
+    page = Page(text)
+    assert page.references == []
+    # layers, errors, an attention each, bytes, packs, frontier
+    assert len(page.pictures) == 2 + 3 + 3
+    without_namespace = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"@import|url\(|http|href", without_namespace)
 
 
 def test_what_is_not_there_has_no_section(plain):
-    page = Page(report.render(plain))
-    assert set(page.tables) == {"layers", "attentions"}
-    assert page.references == []
+    page = Page(page_of(plain))
+    assert set(page.tables) == {"errors", "layers", "attentions", "bytes"}
     assert page.rows("layers")[1]["ranges"] == "dynamic per token"
     site = checkpoint.load_state(plain)[0].sites["blocks.0.attn"]
     row = page.rows("attentions")[0]
@@ -155,12 +168,83 @@ def test_what_is_not_there_has_no_section(plain):
     assert row["probabilities"] == str(site.focus.bits)
 
 
-def test_without_matplotlib_the_page_says_what_is_missing(allocated, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
-    text = report.render(allocated)
-    assert text.count("needs matplotlib") == 2
-    assert len(Page(text).rows("packs")) == 3
+def test_a_checkpoint_without_the_diagnosis_has_a_page(plain, tmp_path):
+    state, _ = checkpoint.load_state(plain)
+    state.metrics.pop("errors")
+    checkpoint.save(tmp_path / "old", state)
+    page = Page(page_of(tmp_path / "old"))
+    assert set(page.tables) == {"layers", "attentions", "bytes"}
+    assert page.rows("layers")[0]["SQNR by itself, dB"] == "–"
+
+
+def test_an_evaluation_is_of_its_checkpoint(plain, allocated, tmp_path):
+    run = dict.fromkeys((*report.ACCURACY, *report.LATENCY), 0.5) | {"split": "test"}
+    folder = tmp_path / "c"
+    checkpoint.save(folder, checkpoint.load_state(plain)[0])
+    report.write_evaluation(folder, [run])
+    assert Page(page_of(folder)).rows("accuracy")[0]["integer %"] == "0.5"
+    checkpoint.save(folder, checkpoint.load_state(allocated)[0], overwrite=True)
+    with pytest.raises(ValueError, match="is of another checkpoint"):
+        report.collect(folder)
+    for broken in ("[", "[]", '{"runs": [], "digest": ""}', '{"runs": [{"split": "test"}], "digest": ""}'):
+        (folder / report.EVALUATION).write_text(broken)
+        with pytest.raises(ValueError, match="cannot be read as an evaluation"):
+            report.collect(folder)
+
+
+# Error propagation
+
+
+def test_errors_are_those_of_hooks_over_whole_models():
+    model, images, done = calibrated(bits={"weights": 3, "activations": 8, "operands": 8, "softmax": 8})
+    errors = done.state.metrics["errors"]
+    paths, outputs = [row["path"] for row in errors["units"]], ({}, {})
+    for net, kept in ((model, outputs[0]), (done.sim.model, outputs[1])):
+        modules = {path: net.get_submodule(path) for path in paths}
+        with torch.no_grad(), recording(modules, lambda path, _, y, kept=kept: kept.__setitem__(path, y.flatten(1))):
+            net(images)
+    for row in errors["units"]:
+        expected = sqnr_db(*(kept[row["path"]].flatten() for kept in outputs))
+        assert row["through_db"] == pytest.approx(expected, abs=0.02), row["path"]
+    # The first layer sees what the float model sees.
+    assert errors["units"][0]["own_db"] == errors["units"][0]["through_db"]
+    assert all(row["own_db"] > row["through_db"] for row in errors["units"][2:])
+    assert set(errors["layers"]) == set(done.sim.linears)
+
+
+def test_a_layer_that_is_float_has_no_error_of_its_own():
+    _, images, done = calibrated()
+    twin = done.sim.twin()
+    for linear in twin.linears.values():
+        linear.quant.set(None)
+        linear.act.set(None)
+    same = propagation(twin, twin.twin(), images)
+    assert all(row["own_db"] is row["through_db"] is None for row in same["units"])
+    worse = twin.twin()
+    worse.linears["blocks.1.mlp.fc2"].weight.data.mul_(1.1)
+    changed = propagation(twin, worse, images)
+    assert changed["layers"]["blocks.1.mlp.fc2"]["own_db"] is not None
+    assert changed["layers"]["blocks.2.mlp.fc1"]["own_db"] is None
+    assert changed["layers"]["blocks.2.mlp.fc1"]["through_db"] is not None
+    assert changed["units"][1] == {"path": "blocks.0", "own_db": None, "through_db": None}
+
+
+def test_histograms_hold_every_probability():
+    _, images, done = calibrated(focus={"anchor": "row", "power": 2.0})
+    reference = done.sim.twin()
+    for linear in reference.linears.values():
+        linear.quant.set(None)
+        linear.act.set(None)
+    for attention in reference.attentions.values():
+        attention.operands.set(None)
+        attention.focus = None
+    softmax = propagation(reference, done.sim, images)["softmax"]["blocks.0.attn"]
+    assert sum(softmax["count"]) == pytest.approx(1, abs=1e-4)
+    assert sum(softmax["mass"]) == pytest.approx(1, abs=1e-4)
+    # Relative to its row's largest, one of the 17 keys of every row lies in the last bin.
+    assert softmax["count"][-1] >= 1 / 17 - 1e-6
+    assert EDGES[0] == 2.0**-16
+    assert EDGES[-1] == 1.0
 
 
 def test_the_whole_frontier_comes_from_beside_the_checkpoint(tmp_path):
@@ -182,7 +266,7 @@ def test_the_whole_frontier_comes_from_beside_the_checkpoint(tmp_path):
             report.read_frontier(tmp_path, {"frontier": kept})
 
 
-# Figures
+# Pictures
 
 
 def packs_record() -> list[dict]:
@@ -193,42 +277,82 @@ def packs_record() -> list[dict]:
     ]
 
 
-def spans(plot) -> list[tuple[float, float]]:
-    """From where to where the bands go: those drawn behind the bars."""
-    return [(p.get_x(), p.get_x() + p.get_width()) for p in plot.patches if p.get_zorder() == 0]
+def drawn(picture: svg.Picture, tag: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(str(picture)).iter("{http://www.w3.org/2000/svg}" + tag))
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_packs_are_drawn_as_they_are(stacked):
-    figure = draw_packs(packs_record(), "title", stacked)
-    for plot, factor in zip(figure.axes, (1, 2)):
-        assert [p.get_height() for p in plot.patches if p.get_zorder()] == [3.0 * factor, 1.0 * factor, 2.0 * factor]
-        assert spans(plot) == [(-0.5, 0.5), (0.5, 2.5)]
-        assert [(t.get_text(), t.xy[0]) for t in plot.texts] == [("6 bits", 0.0), ("4 bits", 1.5)]
-        assert [t.get_text() for t in plot.get_xticklabels()] == ["0.0", "0.1", "0.1"]
-        assert plot.get_yscale() == "log"
-    beside = figure.axes[0].get_position().x1 < figure.axes[1].get_position().x0
-    assert beside is not stacked
+def texts(picture: svg.Picture) -> list[str]:
+    return [element.text for element in drawn(picture, "text")]
+
+
+def test_packs_are_drawn_as_they_are():
+    picture = draw_packs(packs_record(), "title")
+    dots = drawn(picture, "circle")
+    # S, then Ω = 2·S: on logarithmic axes of the same spread, at the same places.
+    for circles in (dots[:3], dots[3:]):
+        heights = [float(c.get("cy")) for c in circles]
+        assert heights[0] < heights[2] < heights[1]
+        top, middle, low = heights[0], heights[2], heights[1]
+        assert (low - middle) / (low - top) == pytest.approx(math.log(2) / math.log(3), abs=0.01)
+    bands = [r for r in drawn(picture, "rect") if r.get("fill-opacity")]
+    assert len(bands) == 4
+    assert float(bands[1].get("width")) == pytest.approx(2 * float(bands[0].get("width")), abs=0.2)
+    assert {"title", "6 bits", "4 bits", "0.0", "0.1"} <= set(texts(picture))
 
 
 def test_scores_of_zero_are_drawn():
     record = packs_record()
     record[0]["blocks"][0]["curvature"] = 0.0
-    assert [plot.get_yscale() for plot in draw_packs(record).axes] == ["linear", "log"]
+    assert "0" in texts(draw_packs(record))
 
 
-@pytest.mark.parametrize("count", [3, MARKS + 1])
-def test_the_frontier_is_drawn_as_it_is(count):
-    points = [{"error": 1 / (i + 1), "size": 0.1 + i, "latency": 9.0 - i, "chosen": "01"} for i in range(count)]
+def test_the_frontier_is_drawn_as_it_is():
+    points = [{"error": 1 / (i + 1), "size": 0.1 + i, "latency": 9.0 - i, "chosen": "01"} for i in range(3)]
     record = {"budget": {"size": 1.5, "latency": 8.5}, "points": points, "picked": 1}
     record |= {"sensitivity": {"a": [2, 1], "b": [1, 0]}, "picked_bits": {"a": [4, 8], "b": [6, 5]}}
-    size, latency, bits = draw_frontier(record).axes
-    for plot, axis in ((size, "size"), (latency, "latency")):
-        curve, picked, budget = plot.lines
-        assert list(curve.get_xdata()) == [p[axis] for p in points]
-        assert list(curve.get_ydata()) == [p["error"] for p in points]
-        assert bool(curve.get_rasterized()) == (count > MARKS)
-        assert (picked.get_xdata()[0], picked.get_ydata()[0]) == (points[1][axis], 0.5)
-        assert budget.get_xdata()[0] == record["budget"][axis]
-    assert [bar.get_width() for bar in bits.patches] == [4, 6, 8, 5]
-    assert [t.get_text() for t in bits.get_yticklabels()] == ["a", "b"]
+    picture = draw_frontier(record)
+    notes = [t.text for t in drawn(picture, "title")]
+    for axis in ("size", "latency"):
+        assert all(f"frontier {svg.number(p[axis])}, {svg.number(p['error'])}" in notes for p in points)
+        assert f"picked {svg.number(points[1][axis])}, 0.5" in notes
+    assert [n for n in notes if n[:2] in ("a:", "b:")] == ["a: 4", "a: 8", "b: 6", "b: 5"]
+    widths = [
+        float(r.get("width")) for r in drawn(picture, "rect") if r.find("{http://www.w3.org/2000/svg}title") is not None
+    ]
+    assert [w / widths[0] for w in widths] == pytest.approx([1, 2, 1.5, 1.25], abs=0.01)
+    assert texts(picture).count("budget") == 2
+
+
+def test_thousands_of_points_stay_a_small_picture():
+    points = [{"error": 1 / (i + 1), "size": 0.1 + i / 1e4, "chosen": ""} for i in range(20_000)]
+    record = {
+        "budget": {"size": 1.5},
+        "points": points,
+        "picked": 1,
+        "sensitivity": {"a": [1]},
+        "picked_bits": {"a": [4, 8]},
+    }
+    assert len(str(draw_frontier(record))) < 300_000
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(0.03, 0.04), (1.0, 900.0), (1e-9, 1e9), (5.0, 5.0)])
+def test_axes_have_round_ticks_inside(log, low, high):
+    scale = svg.Axis("x", log).scale([low, high], 10.0, 110.0)
+    assert 10 <= scale(low) <= scale(high) <= 110
+    ticks = scale.ticks()
+    assert 1 <= len(ticks) <= 12
+    assert all(10 - 1e-6 <= scale(tick) <= 110 + 1e-6 for tick in ticks)
+    assert all(len(svg.number(tick)) <= 6 for tick in ticks)
+
+
+def test_what_an_axis_cannot_show_is_refused():
+    with pytest.raises(ValueError, match="logarithmic axis 'x' go down to 0"):
+        svg.Axis("x", log=True).scale([0.0, 1.0], 0, 1)
+    for values in ([], [math.nan], [1.0, math.inf]):
+        with pytest.raises(ValueError, match="expected finite numbers"):
+            svg.Axis("x").scale(values, 0, 1)
+
+
+def test_text_in_a_picture_is_escaped():
+    assert texts(svg.bars({"<a&b>": [1.0]}, ["x"], "l"))[1] == "<a&b>"

@@ -1,15 +1,17 @@
-"""The C++ GPU kernels on the emulation, beyond what every back end is tested for: test_cuda_emulated.py runs this."""
+"""The C++ GPU kernels beyond what every back end is tested for: test_cuda_emulated.py runs this on the emulation,
+bench/gpu/suite.py on a GPU, where what is set of the emulation changes nothing."""
 
 import os
 from dataclasses import replace
 
 import pytest
+import selected
 import test_qlinear as linear_tests
 import torch
 from test_nn import linear_state
 
 import vitq_kernels as vk
-from vitq_kernels import _cuda, backends
+from vitq_kernels import backends
 from vitq_kernels.formats import LinearState, QuantSpec
 from vitq_kernels.nn import QLinear
 from vitq_kernels.nn.base import choose_layout
@@ -21,7 +23,7 @@ DYNAMIC4 = QuantSpec(4, granularity="per_token", dynamic=True)
 
 @pytest.fixture(autouse=True)
 def cuda():
-    assert _cuda.EMULATED
+    assert selected.CUDA
     with vk.backend("cuda"):
         yield
 
@@ -58,6 +60,7 @@ def test_int4_products(m, k, n, r, zero_point):
     linear_tests.assert_within(got, y, bound)
 
 
+@selected.needs_emulation
 def test_a_layer_of_four_bits():
     state: LinearState = linear_state(24, 72, DYNAMIC4, 4, rank=3)
     layer, x = QLinear.from_state(state), torch.randn(5, 72, generator=generator())
@@ -80,6 +83,19 @@ def test_split_sums_are_the_whole_ones(processors, name, monkeypatch):
         assert torch.equal(got, vk.qlinear(x, weight, w_scale, **kw))
 
 
+@pytest.mark.parametrize("k", [64, 70])
+def test_groups_of_a_large_tile(k):
+    """128 columns with a scale of their own: inside a tile, or behind it where rows start anywhere."""
+    x, weight, w_scale, kw = linear_tests.make_case(generator(), 20, k, 256, 0, "w8", True)
+    a = vk.ActQuant(groups=2)
+    got, want = (
+        vk.qlinear_quantize(x, weight, w_scale, out=a, **kw),
+        vk.quantize(vk.qlinear(x, weight, w_scale, **kw), a),
+    )
+    assert torch.equal(got.q, want.q)
+    assert torch.equal(got.scale, want.scale)
+
+
 @pytest.mark.parametrize("seed", ["1", "2", "3"])
 def test_any_order_of_threads(seed, monkeypatch):
     monkeypatch.setenv("VITQ_EMULATION_SEED", seed)
@@ -91,6 +107,7 @@ def test_any_order_of_threads(seed, monkeypatch):
         assert torch.equal(got, vk.qlinear(x, weight, w_scale, **kw))
 
 
+@selected.needs_emulation
 def test_what_the_library_refuses():
     x, weight, w_scale, _ = linear_tests.make_case(generator(), 3, 16, 5, 0, "w8", False)
     op, flat = torch.ops.vitq_cuda.qlinear.default, (5, 16, weight.col_sum, None, w_scale, *[None] * 2, 0, None, None)

@@ -1,12 +1,12 @@
-"""The C++ GPU attention on the emulation, beyond what every back end is tested for: test_cuda_emulated.py runs this."""
+"""The C++ GPU attention beyond what every back end is tested for: run as emulated_cuda.py."""
 
 import pytest
+import selected
 import test_qattention as attention_tests
 import torch
 from attention_oracle import assert_attention
 
 import vitq_kernels as vk
-from vitq_kernels import _cuda
 from vitq_kernels.formats import ActQuant, FocusSpec
 from vitq_kernels.ops import qattention, qattention_quantize
 from vitq_kernels.ops.qattention import PreparedAttention
@@ -16,7 +16,7 @@ FOCUSES, make, oracle_args = attention_tests.FOCUSES, attention_tests.make, atte
 
 @pytest.fixture(autouse=True)
 def cuda():
-    assert _cuda.EMULATED
+    assert selected.CUDA
     with vk.backend("cuda"):
         yield
 
@@ -133,6 +133,7 @@ def test_quantized_rows_of_windows(name):
     assert got.t is None or torch.equal(got.t, want.t)
 
 
+@selected.needs_emulation
 def test_refusals():
     def flat(data, focus):
         *operands, softmax_scale, bias, mask = data

@@ -1,16 +1,17 @@
 """C++ GPU kernels of quantize and layer_norm_quantize, beyond what every back end is tested for: the forms that rows of
-different lengths take, the 16-bit branch, groups. Needs VITQ_EMULATED_CUDA: test_cuda_emulated.py runs this file."""
+different lengths take, the 16-bit branch, groups. Run as emulated_cuda.py."""
 
 import pytest
+import selected
 import test_layer_norm_quantize as layer_norm_tests
 import test_quantize as quantize_tests
 import torch
+from rows_oracle import assert_quantized
 
 import vitq_kernels as vk
-from vitq_kernels import _cuda
 from vitq_kernels.formats import LevelTable
 from vitq_kernels.ops.quantize import ref
-from vitq_kernels.testing import ROUNDOFF, assert_codes_match, assert_within, gamma, poison
+from vitq_kernels.testing import poison
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 # Whole rows up to 1024 and 3072 columns, then chunks of 512; odd lengths are read element by element.
@@ -19,7 +20,7 @@ LENGTHS = (16, 48, 112, 192, 768, 1008, 1024, 1040, 1536, 3072, 3088, 3600, 1025
 
 @pytest.fixture(autouse=True)
 def _pinned():
-    assert _cuda.EMULATED
+    assert selected.CUDA
     with vk.backend("cuda"):
         yield
 
@@ -32,46 +33,9 @@ def directions(rank, k, dtype=torch.float32, seed=1):
     return torch.linalg.qr(torch.randn(k, rank, generator=generator(seed)))[0].T.contiguous().to(dtype)
 
 
-def check(y, bound, a, out):
-    """``out`` is ``a`` of float64 ``y`` [M, K], known to ``bound``; the branch rounds its operands to its own dtype."""
-    m, k = y.shape
-    if a.lora_down is not None:
-        d, rank = a.lora_down.double(), a.lora_down.shape[0]
-        u = 0.0 if a.lora_down.dtype == torch.float32 else ROUNDOFF[a.lora_down.dtype]
-        t = y @ d.T
-        t_bound = (bound + u * (y.abs() + bound)) @ d.abs().T + gamma(k + 1) * 1.01 * (y.abs() @ d.abs().T)
-        if a.subspace:
-            t_bound = t_bound + u * (t.abs() + t_bound) + 2.0**-25  # of the smallest float16
-            assert torch.equal(out.t, out.t.to(a.lora_down.dtype).float())
-        assert_within(out.t, t, t_bound, "t")
-        if a.subspace:
-            bound = bound + gamma(rank + 2) * (out.t.double().abs() @ d.abs() + y.abs())
-            y = y - out.t.double() @ d
-    low, high = a.qmin - a.zero_point, a.qmax - a.zero_point
-    if a.row_qmax is not None:
-        high = a.row_qmax.double()[:, None]
-        low = -high
-    grouped = y.reshape(m, a.groups, -1)
-    bounds = torch.as_tensor(bound, dtype=torch.float64).expand(m, k).reshape(grouped.shape)
-    if a.scale is None:
-        absmax = grouped.abs().amax(-1)
-        want = torch.where(absmax == 0, 1.0, absmax / high)
-        slack = bounds.amax(-1) / high + gamma(1) * want
-        assert_within(out.scale, want, torch.where(absmax == 0, 0.0, slack), "scale")
-    scale = out.scale.double().reshape(-1, a.groups, 1)
-    exact = (grouped / scale).reshape(m, k)
-    tolerance = (bounds / scale).reshape(m, k) + gamma(3) * exact.abs()
-    codes = out.q.reshape(m, k)
-    if a.lut is not None:
-        back = torch.empty(256, dtype=torch.int8)
-        back[a.lut.long() + 128] = torch.arange(-128, 128).to(torch.int8)
-        codes = back[codes.long() + 128]
-    assert_codes_match(codes, exact, tolerance, low, high, a.zero_point)
-
-
 def check_quantize(x, a):
     out = vk.quantize(x, a)
-    check(x.reshape(-1, x.shape[-1]).double(), 0.0, a, out)
+    assert_quantized(out, x.reshape(-1, x.shape[-1]).double(), 0.0, a)
     return out
 
 
@@ -80,7 +44,7 @@ def check_norm(x, weight, bias, a, gather=None):
     y, bound = layer_norm_tests.exact_layer_norm(x, weight, bias, layer_norm_tests.EPS, "cuda")
     if gather is not None:
         y, bound = (layer_norm_tests.gathered(v.flatten(1, -2), gather) for v in (y, bound))
-    check(y.reshape(-1, x.shape[-1]), bound.reshape(-1, x.shape[-1]), a, out)
+    assert_quantized(out, y.reshape(-1, x.shape[-1]), bound.reshape(-1, x.shape[-1]), a)
     return out
 
 
@@ -223,6 +187,7 @@ def test_results_do_not_depend_on_the_order_of_threads(k, monkeypatch):
                 assert (field == "t" and want.t is None) or torch.equal(getattr(got, field), getattr(want, field))
 
 
+@selected.needs_emulation
 def test_native_code_checks_what_addresses_memory():
     x, quant = torch.zeros(2, 3, 8), quantize_tests.flat(vk.ActQuant())
     op = torch.ops.vitq_cuda.layer_norm_quantize.default

@@ -3,6 +3,7 @@ settled when vitq_kernels is imported."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -29,8 +30,13 @@ def problem() -> str | None:
     return f"needs {' and '.join(missing)}" if missing else None
 
 
-def build(folder: Path, sanitize: bool = False) -> Path:
-    """libvitq_emulated.so in ``folder``. Raises: CalledProcessError with the compiler's output."""
+def build(sanitize: bool = False) -> Path:
+    """libvitq_emulated.so, built where it was before: nothing is compiled twice, in one test run or the next.
+
+    Raises: AssertionError with the compiler's output.
+    """
+    folder = ROOT / "build" / ("emulated-sanitized" if sanitize else "emulated")
+    folder.mkdir(parents=True, exist_ok=True)
     options = {
         "CMAKE_MAKE_PROGRAM": _tool("ninja"),
         "VITQ_BUILD_OPS": "OFF",
@@ -42,9 +48,11 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     define = [f"-D{name}={value}" for name, value in options.items()]
     configure = [_tool("cmake"), "-S", str(ROOT), "-B", str(folder / "build"), "-G", "Ninja", *define]
     make = [_tool("cmake"), "--build", str(folder / "build"), "--target", "vitq_emulated", "-j", "2"]
-    for command in (configure, make):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    with (folder / "lock").open("w") as lock:  # of the processes of one test run the first builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, make):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return folder / "libvitq_emulated.so"
 
 
@@ -62,3 +70,7 @@ def run(library: Path, *files: str, least: int, select: str = "cuda", **environm
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, done.stdout[-2000:]
     assert "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+if __name__ == "__main__":
+    print(build())

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from vitq_kernels import _cuda
 from vitq_kernels.triton import host
 
@@ -14,3 +16,4 @@ CUDA = _cuda.EMULATED is not None or (DEVICE is not None and BACKEND == "cuda")
 """The C++ GPU kernels on CPU tensors: emulated (see test_cuda_emulated.py) or on a GPU."""
 GPU = TRITON or CUDA
 """Kernels of a GPU: their layouts, and branches multiplied in the dtype of their matrices."""
+needs_emulation = pytest.mark.skipif(_cuda.EMULATED is None, reason="calls the emulation's operators on CPU tensors")

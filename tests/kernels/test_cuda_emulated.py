@@ -10,8 +10,8 @@ pytestmark = pytest.mark.skipif(emulation.problem() is not None, reason=str(emul
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return emulation.build(tmp_path_factory.mktemp("emulated"))
+def library():
+    return emulation.build()
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
@@ -46,7 +46,7 @@ def test_sm_90a(library):
     emulation.run(library, "test_qlinear.py", least=40, **hopper)
 
 
-def test_kernels_under_sanitizers(tmp_path):
+def test_kernels_under_sanitizers():
     """Address and undefined behaviour: no access outside what the glue was given, or what a block shares."""
     runtimes = [
         subprocess.run(["gcc", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
@@ -54,7 +54,9 @@ def test_kernels_under_sanitizers(tmp_path):
     ]
     if not all(os.path.isabs(path) for path in runtimes):
         pytest.skip("gcc has no sanitizer runtimes")
-    library = emulation.build(tmp_path, sanitize=True)
+    library = emulation.build(sanitize=True)
     environment = {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
     emulation.run(library, "test_qlinear.py", select="cuda and (gelu or extreme)", least=5, **environment)
     emulation.run(library, "emulated_cuda_attention.py", select="not_aligned and 17", least=2, **environment)
+    refusals = "ties or what_addresses_memory"  # exceptions, with fibers before them
+    emulation.run(library, "emulated_cuda_quantize.py", select=refusals, least=2, **environment)

@@ -184,7 +184,8 @@ def test_sums_are_exact_on_extreme_data(implementation, name):
     top = (1 << (bits - 1)) - 1
     for k in (2, 7, 64, 1027):
         for x_code, zero_point in ((-128, 0), (-128, 127), (127, -128), (127, 0)):
-            for w_code in (-top - 1, -top, top):
+            # all codes of 4 bits: how many products an int16 holds depends on the weights
+            for w_code in range(-top - 1, top + 1) if bits == 4 else (-top - 1, -top, top):
                 weight = vk.pack_weight(torch.full((17, k), w_code, dtype=torch.int8), bits, layout)
                 x = vk.QTensor(torch.full((7, k), x_code, dtype=torch.int8), torch.ones(1), zero_point)
                 want = (x_code - zero_point) * w_code * k
@@ -199,14 +200,24 @@ def test_largest_k(implementation):
     assert (vk.qlinear(x, weight, torch.ones(3)).double() == float(torch.tensor(-255 * 128 * k).float())).all()
 
 
-def test_alternating_extremes(implementation):
+@pytest.mark.parametrize("name", ["w8", "w4"])
+def test_alternating_extremes(implementation, name):
     """Signs that alternate within one 4-code group: pair sums saturate although the whole sum is small."""
-    k = 512
+    layout, bits, _ = FORMATS[name]
+    k, top = 512, (1 << (bits - 1)) - 1
     sign = torch.tensor([1, 1, -1, -1]).repeat(k // 4)
     x = vk.QTensor(torch.where(sign > 0, 127, -128).to(torch.int8).repeat(9, 1), torch.ones(1))
-    codes = torch.where(sign > 0, 127, 126).to(torch.int8).repeat(33, 1)
+    codes = torch.where(sign > 0, top, top - 1).to(torch.int8).repeat(33, 1)
     want = x.q.double() @ codes.double().T
-    assert torch.equal(vk.qlinear(x, vk.pack_weight(codes, 8, INT8), torch.ones(33)).double(), want)
+    assert torch.equal(vk.qlinear(x, vk.pack_weight(codes, bits, layout), torch.ones(33)).double(), want)
+
+
+def test_largest_sums_of_mixed_weights(implementation):
+    """Each row of activations agrees in sign with one row of normal weights, or disagrees: no sum can be larger."""
+    codes = torch.randn(17, 1500, generator=torch.Generator().manual_seed(0)).mul(2.5).round().clamp(-8, 7)
+    q = torch.where(torch.cat([codes, -codes]) > 0, 127, -128).to(torch.int8)
+    got = vk.qlinear(vk.QTensor(q, torch.ones(1)), vk.pack_weight(codes.to(torch.int8), 4, INT4), torch.ones(17))
+    assert torch.equal(got.double(), q.double() @ codes.double().T)
 
 
 def test_the_checks_would_catch_saturation():
@@ -222,8 +233,8 @@ def test_the_checks_would_catch_saturation():
     u8 = torch.where(sign > 0, 127, -128) + 128
     w = torch.where(sign > 0, 127, 126)
     assert saturating(u8, w) - 128 * int(w.sum()) != int(((u8 - 128) * w).sum())
-    # and nibbles summed over nine int16 steps overflow where eight do not
-    assert 8 * 2 * 15 * 128 <= 32767 < 9 * 2 * 15 * 128
+    # and weights of 4 bits summed over nine int16 steps overflow where eight do not
+    assert 8 * 2 * 255 * 8 <= 32767 < 9 * 2 * 255 * 8
 
 
 @pytest.mark.parametrize("activation", ["gelu_erf", "gelu_tanh"])

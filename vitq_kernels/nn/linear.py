@@ -118,7 +118,8 @@ class QLinear(QModule):
     def _pack(self, codes: Tensor) -> None:
         op = "qlinear" if self.input is not None else "qlinear_weight_only"
         serving = backends.resolve(op, codes.device.type, pin=self.backend)
-        self.layout = choose_layout(serving.served(codes.device), self.weight_spec, self.act_spec)
+        layouts = backends.layouts(op, codes.device, *codes.shape, self.backend)
+        self.layout = choose_layout(layouts, self.weight_spec, self.act_spec)
         packed = pack_weight(codes, self.weight_spec.bits, self.layout, self.weight_spec.table)
         self.weight, self.col_sum, self.weight_lut = packed.data, packed.col_sum, packed.lut
         self.packed_for = codes.device.type

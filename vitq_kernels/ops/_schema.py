@@ -54,7 +54,9 @@ def define(
     backends.register(name, backends.Implementation("ref", ref, lambda device: None, _ref_layouts(layouts)))
 
 
-def define_triton(name: str, module: str, layouts: tuple[str, ...] = ()) -> None:
+def define_triton(
+    name: str, module: str, layouts: tuple[str, ...] = (), slow: Callable[..., tuple[str, ...]] = lambda device: ()
+) -> None:
     """Add the Triton row of ``vitq::name``, whose function of that name is in ``ops/<module>/triton.py``.
 
     On the GPU it is the op itself, as tracers want it; the interpreter is called past the dispatcher's CPU kernels.
@@ -64,7 +66,7 @@ def define_triton(name: str, module: str, layouts: tuple[str, ...] = ()) -> None
         library.impl(name, kernel, "CUDA")
     op = getattr(torch.ops.vitq, name).default
     fn = kernel if host.INTERPRETED else op
-    backends.register(name, backends.Implementation("triton", fn, host.unavailable, layouts))
+    backends.register(name, backends.Implementation("triton", fn, host.unavailable, layouts, slow))
 
 
 def define_cuda(name: str, layouts: tuple[str, ...] = ()) -> None:

@@ -84,6 +84,16 @@ def gpu(device: torch.device) -> Gpu:
     return _assumed[-1] if _assumed else _properties(device)
 
 
+def assumed() -> bool:
+    """Whether kernels are chosen for a GPU that need not be there."""
+    return bool(_assumed)
+
+
+def name() -> str | None:
+    """The current GPU's as the driver gives it, or None without one."""
+    return _properties(torch.device("cuda", torch.cuda.current_device())).name if torch.cuda.is_available() else None
+
+
 @cache
 def _properties(device: torch.device) -> Gpu:
     found = torch.cuda.get_device_properties(device)

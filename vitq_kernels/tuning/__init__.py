@@ -6,7 +6,7 @@ Nothing is tuned at run time, so that a request, a capture or a compilation neve
 
 A file: ``{"gpu", "measured", "columns": [names of Config's fields behind m, n], "w8": rows, "w4": rows, ...}``, one row
 ``[m, n, block_m, block_n, ...]`` for each shape that was tuned. Likewise "attention_columns" and "attention", where m
-and n are the number of keys and head_dim.
+and n are the number of keys and head_dim. Whether Triton's kernel is the one that runs says ``serving``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def config(value: Config | Attention) -> Iterator[None]:
 
 
 def files() -> list[Path]:
-    return sorted(Path(__file__).parent.glob("*.json"))
+    return sorted(path for path in Path(__file__).parent.glob("*.json") if "." not in path.stem)
 
 
 def slug(name: str) -> str:

@@ -14,10 +14,10 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #define VITQ_SWITCH_START(save, bottom, size) __sanitizer_start_switch_fiber(save, bottom, size)
-#define VITQ_SWITCH_FINISH(save) __sanitizer_finish_switch_fiber(save, nullptr, nullptr)
+#define VITQ_SWITCH_FINISH(save, bottom, size) __sanitizer_finish_switch_fiber(save, bottom, size)
 #else
 #define VITQ_SWITCH_START(save, bottom, size) static_cast<void>(save)
-#define VITQ_SWITCH_FINISH(save) static_cast<void>(save)
+#define VITQ_SWITCH_FINISH(save, bottom, size) static_cast<void>(save)
 #endif
 
 namespace vitq::gpu::emulated {
@@ -87,7 +87,10 @@ struct Block {
   std::vector<char> async;  // what bulk copies and wgmma see of it
   const std::function<void()>* body = nullptr;
   ucontext_t scheduler{};
+  // AddressSanitizer's. It must know the scheduler's own stack again, or it aborts where a later call throws.
   void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
   Fiber* running = nullptr;
   std::vector<int> runnable;
   std::string error;
@@ -98,17 +101,17 @@ Block* g_block = nullptr;
 void to_scheduler() {
   Block& b = *g_block;
   Fiber& self = *b.running;
-  VITQ_SWITCH_START(&self.fake_stack, nullptr, 0);
+  VITQ_SWITCH_START(&self.fake_stack, b.scheduler_stack, b.scheduler_stack_bytes);
   swapcontext(&self.context, &b.scheduler);
-  VITQ_SWITCH_FINISH(self.fake_stack);
+  VITQ_SWITCH_FINISH(self.fake_stack, nullptr, nullptr);
 }
 
 void fiber_main() {
-  VITQ_SWITCH_FINISH(nullptr);
   Block& b = *g_block;
+  VITQ_SWITCH_FINISH(nullptr, &b.scheduler_stack, &b.scheduler_stack_bytes);
   (*b.body)();
   b.running->done = true;
-  VITQ_SWITCH_START(nullptr, nullptr, 0);
+  VITQ_SWITCH_START(nullptr, b.scheduler_stack, b.scheduler_stack_bytes);
   setcontext(&b.scheduler);
 }
 
@@ -371,7 +374,7 @@ const char* run(int grid_x, int grid_y, int threads, int shared_bytes, const std
         b.running = &f;
         VITQ_SWITCH_START(&b.scheduler_fake_stack, f.stack.get(), kStack);
         swapcontext(&b.scheduler, &f.context);
-        VITQ_SWITCH_FINISH(b.scheduler_fake_stack);
+        VITQ_SWITCH_FINISH(b.scheduler_fake_stack, nullptr, nullptr);
       }
       for (const Fiber& f : b.fibers) {
         if (f.done || !b.error.empty()) continue;

@@ -45,11 +45,15 @@ def threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def compare(calls: dict[str, Callable[[], object]], seconds: float = 2.0, most: int = 200) -> dict[str, Timing]:
-    """Time several callables in turn, A B C A B C …, so that drift of the machine meets all of them alike.
+def interleave(
+    calls: dict[str, Callable[[], object]], seconds: float = 2.0, most: int = 200, turn: float = 0.0
+) -> dict[str, list[float]]:
+    """Milliseconds of several callables in turn, A B C A B C …, so that drift of the machine meets all of them alike.
 
     Args:     calls: name → callable; seconds: about how long each may take in all; most: at most this many rounds.
-    Returns:  name → Timing. The first round warms up and is not counted.
+              turn: seconds that one callable goes on before the next: callables with thread pools of their own disturb
+              whoever comes right after them. A turn's first call is not counted, its sample the median of the others.
+    Returns:  name → a sample per round. The first round warms up and is not counted.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -57,13 +61,30 @@ def compare(calls: dict[str, Callable[[], object]], seconds: float = 2.0, most: 
     deadline = time.perf_counter() + seconds * len(calls)
     while True:
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append((time.perf_counter() - start) * 1e3)
+            samples[name].append(_turn(call, turn))
         rounds = len(next(iter(samples.values())))
         if rounds >= most or (rounds >= 5 and time.perf_counter() > deadline):
-            break
-    return {name: Timing.of(values) for name, values in samples.items()}
+            return samples
+
+
+def _turn(call: Callable[[], object], seconds: float) -> float:
+    """Milliseconds per call."""
+    if seconds:
+        call()
+    times, start = [], time.perf_counter()
+    deadline = start + seconds
+    while True:
+        call()
+        end = time.perf_counter()
+        times.append((end - start) * 1e3)
+        if end >= deadline:
+            return statistics.median(times)
+        start = end
+
+
+def compare(calls: dict[str, Callable[[], object]], seconds: float = 2.0, most: int = 200) -> dict[str, Timing]:
+    """Name → Timing of callables that take turns (see :func:`interleave`)."""
+    return {name: Timing.of(values) for name, values in interleave(calls, seconds, most).items()}
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:

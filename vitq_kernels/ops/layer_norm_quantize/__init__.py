@@ -48,7 +48,7 @@ def layer_norm_quantize(
     Returns:  QTensor of y: codes [..., K] ([B, S, K] with ``gather``), scale, t = y·Dᵀ [M, R] float32.
     Raises:   TypeError for a dtype, ValueError for a shape, device or eps that does not fit.
     Numerics: statistics in two passes, accumulated in float32 or better; the rest as :func:`quantize`.
-    Backends: ref any | cpu | triton >= sm_80
+    Backends: ref any | cpu | triton, cuda >= sm_80
     """
     return run_layer_norm_quantize(x, weight, bias, eps, _schema.Epilogue(quant), gather)
 
@@ -78,8 +78,8 @@ def run_layer_norm_quantize(
                 raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, ..., K] where gather is given")
             m, tokens = x.shape[0] * gather.shape[0], math.prod(x.shape[1:-1])
         epilogue.fit(m, k, device)
-        passed = epilogue.passed = case, device.type, weight, bias, tokens
-    impl = backends.resolve("layer_norm_quantize", passed[1], None, backend)
+        passed = epilogue.passed = case, device.type, weight, bias, tokens, (m, k)
+    impl = backends.resolve("layer_norm_quantize", passed[1], None, backend, passed[5])
     return epilogue.wrap(impl.fn(x, weight, bias, eps, *epilogue.args, gather, passed[4]))
 
 

@@ -189,7 +189,11 @@ class PreparedAttention:
         args = self.flat(*operands, mask, scatter, tokens)
         if out_dtype not in _schema.FLOATS:
             raise TypeError(f"out_dtype is {out_dtype}, expected {' or '.join(map(str, _schema.FLOATS))}")
-        return backends.resolve("qattention", self._device_type, None, backend).fn(*args, out_dtype)
+        return self._serving("qattention", args, backend).fn(*args, out_dtype)
+
+    def _serving(self, op: str, args: tuple, backend: str | None) -> backends.Implementation:
+        (b, h, nk, d) = args[1].shape
+        return backends.resolve(op, self._device_type, None, backend, (b * h, nk, d))
 
     def qattention_quantize(
         self,
@@ -203,8 +207,7 @@ class PreparedAttention:
         args = self.flat(*operands, mask, scatter, tokens)
         b, n, width = _out_shape(args[0], scatter, tokens)
         quant = out.fit(b * n, width, self._device)
-        impl = backends.resolve("qattention_quantize", self._device_type, None, backend)
-        return out.wrap(impl.fn(*args, *quant))
+        return out.wrap(self._serving("qattention_quantize", args, backend).fn(*args, *quant))
 
 
 def qattention(

@@ -16,6 +16,7 @@ ACTIVATIONS = ref.ACTIVATIONS
 _ACTIVATION_IDS = {name: i for i, name in enumerate(ACTIVATIONS)}
 _LAYOUTS = ("int8", "int4")
 _TRITON_LAYOUTS = ("int4_k64x2", "int8")
+_INT4_BY_INT4 = ("int4_k64x2_s4",)  # Triton reads it, and multiplies by way of int8
 
 _WEIGHT_ARGS = "Tensor weight, int layout, int n, int k"
 _TAIL_ARGS = "Tensor? bias, Tensor? lora_up, int activation, Tensor? layer_scale, Tensor? residual"
@@ -75,10 +76,10 @@ _schema.define(
     _LAYOUTS,
     _norm_quantize,
 )
-for _op in ("qlinear", "qlinear_quantize", "qlinear_weight_only", "qlinear_norm_quantize"):
-    _schema.define_triton(_op, "qlinear", _TRITON_LAYOUTS)
 for _op in ("qlinear", "qlinear_quantize", "qlinear_norm_quantize"):
-    _schema.define_cuda(_op, ("int4_k64x2_s4", *_TRITON_LAYOUTS))
+    _schema.define_triton(_op, "qlinear", _TRITON_LAYOUTS + _INT4_BY_INT4, lambda device: _INT4_BY_INT4)
+    _schema.define_cuda(_op, _INT4_BY_INT4 + _TRITON_LAYOUTS)
+_schema.define_triton("qlinear_weight_only", "qlinear", _TRITON_LAYOUTS)
 _schema.define_cuda("qlinear_weight_only", _TRITON_LAYOUTS)
 
 
@@ -182,8 +183,11 @@ class PreparedLinear:
         out_dtype: torch.dtype = torch.float32,
         backend: str | None = None,
     ) -> Tensor:
-        args, _ = self._flat(x, activation, residual)
-        return backends.resolve("qlinear", self._device_type, self._layout, backend).fn(*args, out_dtype)
+        args, m = self._flat(x, activation, residual)
+        return self._serving("qlinear", m, backend).fn(*args, out_dtype)
+
+    def _serving(self, op: str, m: int, backend: str | None) -> backends.Implementation:
+        return backends.resolve(op, self._device_type, self._layout, backend, (m, *self._packed[2:]))
 
     def qlinear_quantize(
         self,
@@ -195,8 +199,7 @@ class PreparedLinear:
     ) -> QTensor:
         args, m = self._flat(x, activation, residual)
         quant = out.fit(m, self._packed[2], self._device)
-        impl = backends.resolve("qlinear_quantize", self._device_type, self._layout, backend)
-        return out.wrap(impl.fn(*args, *quant))
+        return out.wrap(self._serving("qlinear_quantize", m, backend).fn(*args, *quant))
 
     def qlinear_norm_quantize(
         self,
@@ -219,7 +222,7 @@ class PreparedLinear:
             expect_norm(norm_weight, norm_bias, eps, n, device)
             self._normed = norm_weight, norm_bias, eps
         quant = out.fit(m, n, device)
-        impl = backends.resolve("qlinear_norm_quantize", self._device_type, self._layout, backend)
+        impl = self._serving("qlinear_norm_quantize", m, backend)
         y, *coded = impl.fn(*args, out_dtype, norm_weight, norm_bias, eps, *quant)
         return y, out.wrap(coded)
 
@@ -236,9 +239,9 @@ class PreparedLinear:
         case = describe(x), describe(lora_t), describe(residual), activation
         if passed is None or passed[0] != case:
             _schema.expect("x", x, dtype=_schema.FLOATS)
-            self._passed = case, self._check(x, lora_t, activation, residual)
+            passed = self._passed = case, self._check(x, lora_t, activation, residual)
         tail = (_ACTIVATION_IDS[activation], self._layer_scale, residual)
-        impl = backends.resolve("qlinear_weight_only", self._device_type, self._layout, backend)
+        impl = self._serving("qlinear_weight_only", passed[1], backend)
         return impl.fn(x, lora_t, *self._packed, *self._scaled, *tail, x.dtype if out_dtype is None else out_dtype)
 
 
@@ -267,8 +270,8 @@ def qlinear(
     Numerics: Σ exact in int32 for K ≤ 65,793 (|q_x| ≤ 128 and 8-bit zero points); then float32 in the order
               product, low rank, bias, activation, γ, residual; rounded to out_dtype once. Triton rounds t to the
               dtype of lora_up first; t of a subspace branch with a lora_down of that dtype is that already.
-    Backends: ref any (any layout) | cpu (int8_n16k4, int4_n16k4) | triton >= sm_80 (int8, int4_k64x2)
-              | cuda >= sm_80 (int8, int4_k64x2, int4_k64x2_s4 for codes of x within [−8, 7])
+    Backends: ref any (any layout) | cpu (int8_n16k4, int4_n16k4) | triton, cuda >= sm_80 (int8, int4_k64x2,
+              int4_k64x2_s4 for codes of x within [−8, 7])
     """
     layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, _codes(x).device)
     return layer.qlinear(x, activation, residual, out_dtype)
@@ -290,7 +293,7 @@ def qlinear_quantize(
 
     Args, raises and numerics: as :func:`qlinear` and :func:`quantize`; ``out.lora_down`` is the next layer's [R', N].
     Returns:  QTensor of [..., N] codes, contiguous, newly allocated.
-    Backends: ref any | cpu | triton >= sm_80
+    Backends: ref any | cpu | triton, cuda >= sm_80
     """
     layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, _codes(x).device)
     return layer.qlinear_quantize(x, _schema.Epilogue(out), activation, residual)
@@ -314,7 +317,7 @@ def qlinear_weight_only(
     Args:     x ([..., K] float); the others as :func:`qlinear`; lora_t ([M, R] float32) = x·Dᵀ.
     Returns:  [..., N] of out_dtype (default: x's), contiguous, newly allocated.
     Numerics: products and sums in float32; codes are exact in it.
-    Backends: ref any | cpu | triton >= sm_80
+    Backends: ref any | cpu | triton, cuda >= sm_80
     """
     _schema.expect("x", x, dtype=_schema.FLOATS)
     layer = PreparedLinear(weight, weight_scale, bias, lora_up, layer_scale, x.device)

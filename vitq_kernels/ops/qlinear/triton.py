@@ -59,7 +59,8 @@ from ..quantize import triton as quantize_triton
 from ..quantize.triton import UNIT, WIDE_ROW, chunk_columns, chunked_rows, store_codes
 from .triton_tile import accumulate, add_low_rank, tile_of
 
-LAYOUTS = ("int4_k64x2", "int8")
+LAYOUTS = ("int4_k64x2", "int8", "int4_k64x2_s4")  # the third holds the first's bytes
+_INT4 = (LAYOUT_IDS["int4_k64x2"], LAYOUT_IDS["int4_k64x2_s4"])
 WHOLE_N = 256
 """Widest row that one program holds for a dynamic scale of its own."""
 MAX_RANK_DOWN = 128
@@ -312,7 +313,7 @@ def _launch(
     x_scale, x_zero_point, col_sum = scales or (None, 0, None)
     data, layout, w_lut, w_scale = weight
     lora_t, bias, lora_up, activation, layer_scale, residual = tail
-    packed = layout == LAYOUT_IDS["int4_k64x2"]
+    packed = layout in _INT4
     scale = quant.tensors.get("scale")
     rank = 0 if lora_up is None else lora_up.shape[1]
     if rank == 0:
@@ -377,9 +378,9 @@ def _launch(
 
 
 def _kind(layout: int, weight_only: bool) -> str:
-    if layout not in (LAYOUT_IDS["int4_k64x2"], LAYOUT_IDS["int8"]):
+    if layout not in (*_INT4, LAYOUT_IDS["int8"]):
         raise ValueError(f"layout is {layout}, expected that of {' or '.join(LAYOUTS)}")
-    return ("w4" if layout == LAYOUT_IDS["int4_k64x2"] else "w8") + ("_float" if weight_only else "")
+    return ("w4" if layout in _INT4 else "w8") + ("_float" if weight_only else "")
 
 
 def qlinear(x, x_scale, x_zero_point, lora_t, weight, layout, n, k, col_sum, w_lut, w_scale, *tail_and_dtype) -> Tensor:

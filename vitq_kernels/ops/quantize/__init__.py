@@ -33,7 +33,7 @@ def quantize(x: Tensor, quant: ActQuant) -> QTensor:
     Numerics: the reciprocal of the scale is rounded to float32 once, the product once; ties to even. A row of zeros has
               scale 1. NaN becomes the code of 0, ±Inf saturates under static scales; a row with NaN or Inf has a NaN
               dynamic scale, so that what follows is NaN rather than silently wrong.
-    Backends: ref any | cpu | triton >= sm_80
+    Backends: ref any | cpu | triton, cuda >= sm_80
     """
     return run_quantize(x, _schema.Epilogue(quant))
 
@@ -45,6 +45,7 @@ def run_quantize(x: Tensor, epilogue: _schema.Epilogue, backend: str | None = No
         _schema.expect("x", x, dtype=_schema.FLOATS)
         if x.dim() == 0:
             raise ValueError("x has shape (), expected [..., K]")
-        epilogue.fit(_schema.rows(x), x.shape[-1], x.device)
-        passed = epilogue.passed = case, x.device.type
-    return epilogue.wrap(backends.resolve("quantize", passed[1], None, backend).fn(x, *epilogue.args))
+        sizes = _schema.rows(x), x.shape[-1]
+        epilogue.fit(*sizes, x.device)
+        passed = epilogue.passed = case, x.device.type, sizes
+    return epilogue.wrap(backends.resolve("quantize", passed[1], None, backend, passed[2]).fn(x, *epilogue.args))

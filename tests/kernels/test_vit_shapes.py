@@ -1,7 +1,7 @@
-"""The Triton kernels on real ViT shapes and adversarial data, on the GPU's own tensors.
+"""A GPU's kernels, Triton's or those in C++, on real ViT shapes and adversarial data, on the GPU's own tensors.
 
-Runs where VITQ_TEST_DEVICE is set (bench/gpu/suite.py): on a GPU with the shapes below, in the interpreter ("cpu") with
-their sizes divided by ``SHRINK``.
+Runs where VITQ_TEST_DEVICE is set (bench/gpu/suite.py): on a GPU with the shapes below, interpreted or emulated ("cpu")
+with their sizes divided by ``SHRINK``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import test_qlinear as linear_tests
 import test_quantize as quantize_tests
 import torch
 from attention_oracle import assert_attention
-from selected import DEVICE
+from selected import BACKEND, DEVICE
 
 import vitq_kernels as vk
-from vitq_kernels import backends
 from vitq_kernels.formats import FocusSpec
 
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="VITQ_TEST_DEVICE is not set: no device to try shapes on")
@@ -28,7 +27,7 @@ BF16, F16 = torch.bfloat16, torch.float16
 
 @pytest.fixture(autouse=True)
 def _pinned():
-    with vk.backend("triton"):
+    with vk.backend(BACKEND):
         yield
 
 
@@ -91,7 +90,7 @@ def test_rows(shape, name):
     quantize_tests.check(hostile(m, k), a)
     x = hostile(m, k, BF16, seed=1)
     gamma, beta = hostile(1, k, seed=2)[0], hostile(1, k, seed=3)[0]
-    layer_norm_tests.check(x, gamma, beta, a, "triton")
+    layer_norm_tests.check(x, gamma, beta, a, BACKEND)
     padded = torch.empty(m, k + 3, device=DEVICE)  # rows that start anywhere
     padded[:, 3:] = hostile(m, k, seed=4)
     quantize_tests.check(padded[:, 3:], a)
@@ -160,7 +159,6 @@ FOCUSES = {
 }
 
 
-@pytest.mark.skipif("triton" not in backends.table()["qattention"], reason="triton has no qattention")
 @pytest.mark.parametrize("shape", ATTENTION, ids=str)
 @pytest.mark.parametrize("focus", FOCUSES)
 def test_attention(shape, focus):

@@ -1,0 +1,192 @@
+"""Tables and pictures of a result file of ``bench.run``, for docs/cpu.md and the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vitq import svg
+from vitq.svg import Axis, Picture, Series
+
+from . import RESULTS
+from .tables import table
+
+EAGER = "torch eager fp32"
+
+
+def newest(isa: str | None = None) -> dict[str, Any]:
+    """The newest complete result file, or that of a run held to ``isa``."""
+    records = []
+    for path in RESULTS.glob("*.json"):
+        record = json.loads(path.read_text())
+        if isinstance(record, dict) and "rows" in record and "absent" in record and not record["quick"]:
+            about = record["environment"]
+            if (about["cpu_isa"] == isa) if isa else about["cpu_isa"] != "avx2":
+                records.append(record)
+    return max(records, key=lambda record: record["environment"]["date"])
+
+
+def contenders(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row per model, threads and contender: float32 eager, ours, then peers, each against float32 eager.
+
+    A peer's time is that of its own process; its speed-up is over the float model in that process.
+    """
+    rows = [row for row in record["rows"] if row["bench"] == "model"]
+    for case, threads in dict.fromkeys((row["case"], row["threads"]) for row in rows):
+        mine = [row for row in rows if (row["case"], row["threads"]) == (case, threads)]
+        key = {"case": case, "threads": threads}
+
+        def side(row: dict[str, Any], which: str, ratio: float, key=key) -> dict[str, Any]:
+            names = {"ms": f"{which}_ms", "sqnr_db": f"{which}_sqnr_db", "agreement": f"{which}_agreement"}
+            figures = {name: row.get(column) for name, column in names.items()}
+            return {**key, "who": row[which], "speedup": ratio, "mb": row.get(f"{which}_mb"), **figures}
+
+        own = [row for row in mine if row["baseline"] == EAGER]
+        if own:
+            yield side(own[0], "baseline", 1.0)
+        for row in own:
+            yield side(row, "ours", row["ratio"])
+        for name in dict.fromkeys(row["baseline"] for row in mine if row["baseline"] != EAGER):
+            row = next(row for row in mine if row["baseline"] == name)
+            yield side(row, "baseline", row["baseline_speedup"])
+
+
+def models_table(record: dict[str, Any]) -> str:
+    columns = {"case": "model, batch", "threads": "threads", "who": "what", "ms": "ms", "speedup": "speed-up",
+               "sqnr_db": "logit SQNR dB", "agreement": "= float", "mb": "MB"}  # fmt: skip
+    return table(list(contenders(record)), columns)
+
+
+def ops_table(record: dict[str, Any], bench: str) -> str:
+    """A row per case and threads, the ratio of every form of ours in a column."""
+    rows = [row for row in record["rows"] if row["bench"] == bench]
+    names = list(dict.fromkeys(row["ours"] for row in rows))
+    lines: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        base = {"case": row["case"], "threads": row["threads"], "ms": row["baseline_ms"]}
+        lines.setdefault((row["case"], row["threads"]), base)[row["ours"]] = row["ratio"]
+    baseline = rows[0]["baseline"] if rows else "baseline"
+    columns = {"case": bench, "threads": "threads", "ms": f"{baseline} ms", **{n: f"{n} ×" for n in names}}
+    return table(list(lines.values()), columns)
+
+
+def absent_list(record: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {reason}" for name, reason in record["absent"].items()) or "Nothing was absent."
+
+
+def instructions_table(record: dict[str, Any]) -> str:
+    rows = [{"kernel": k, "instructions": f"{n:,}"} for k, n in record["instructions"].items()]
+    return table(rows, {"kernel": "kernel", "instructions": "instructions of a call"})
+
+
+def profile_table(record: dict[str, Any]) -> str:
+    """The operators of the profiled models."""
+    rows = []
+    for who, profile in record.get("profiles", {}).items():
+        if who != "ceilings":
+            rows += [
+                {"who": who, **row, "share": f"{row['share']:.0%}"} for row in profile["ops"] if row["share"] > 0.01
+            ]
+    columns = {"who": "model", "name": "operator", "calls": "calls", "ms": "ms", "share": "share", "gb_s": "GB/s",
+               "gop_s": "Gop/s", "floor_ms": "floor ms", "of_floor": "floor / time", "bound": "bound by"}  # fmt: skip
+    return table(rows, columns)
+
+
+def pictures(record: dict[str, Any]) -> dict[str, Picture]:
+    """Name → picture, of those that the record has the figures for."""
+    drawn = {
+        "latency": latency_over_batch(record),
+        "layers": speedup_per_layer(record),
+        "accuracy": accuracy_over_latency(record),
+        "roofline": roofline(record),
+    }
+    return {name: picture for name, picture in drawn.items() if picture is not None}
+
+
+def latency_over_batch(record: dict[str, Any]) -> Picture | None:
+    """Milliseconds per image over the batch, one thread, a panel per model with several batch sizes."""
+    panels = []
+    rows = [row for row in contenders(record) if row["threads"] == 1]
+    for name in dict.fromkeys(row["case"].rpartition(" b")[0] for row in rows):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            model, _, batch = row["case"].rpartition(" b")
+            if model == name:
+                lines.setdefault(row["who"], []).append((int(batch), row["ms"] / int(batch)))
+        series = [Series(who, points) for who, points in lines.items() if len(points) > 1]
+        if series:
+            batches = sorted({p[0] for s in series for p in s.points})
+            x, y = Axis("batch", log=True), Axis("ms per image", low=0.0)
+            ticks = [(b, str(b)) for b in batches]
+            panels.append(svg.stack([svg.plot(series, x, y, f"{name}: latency over batch", ticks=ticks)], name))
+    return svg.stack(panels) if panels else None
+
+
+def speedup_per_layer(record: dict[str, Any]) -> Picture | None:
+    """Ratio to ``F.linear`` of plain W4A8 and W8A8 at every shape, one thread."""
+    rows = [row for row in record["rows"] if row["bench"] == "linear" and row["threads"] == 1]
+    names = [name for name in ("w4a8", "w8a8") if any(row["ours"] == name for row in rows)]
+    if not names:
+        return None
+    bars: dict[str, list[float | None]] = {}
+    for row in rows:
+        if row["ours"] in names:
+            bars.setdefault(row["case"], [None] * len(names))[names.index(row["ours"])] = row["ratio"]
+    return svg.bars(bars, names, "Speed-up of every layer over F.linear", "×")
+
+
+def accuracy_over_latency(record: dict[str, Any]) -> Picture | None:
+    """Logit SQNR over the time as a share of float32 eager's, batch 1 and one thread, a panel per model.
+
+    Whoever computes in float32 is left out: beyond 100 dB there is nothing to weigh.
+    """
+    panels = []
+    rows = [row for row in contenders(record) if row["threads"] == 1 and row["case"].endswith(" b1")]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == case and (row["sqnr_db"] or 100) < 100]
+        series = [Series(row["who"], [(1 / row["speedup"], row["sqnr_db"])], line=False) for row in mine]
+        if series:
+            x, y = Axis("time / float32 eager", log=True), Axis("logit SQNR, dB")
+            panels.append(svg.stack([svg.plot(series, x, y, f"{case}: accuracy over latency")], case))
+    return svg.stack(panels) if panels else None
+
+
+def roofline(record: dict[str, Any]) -> Picture | None:
+    """Operators that multiply under the ceilings of the machine."""
+    profiles = {who: p for who, p in record.get("profiles", {}).items() if who != "ceilings" and p["host"]}
+    if not profiles:
+        return None
+    found = next(iter(profiles.values()))["host"]
+    points = {
+        f"{row['name']} ({who})": (row["gop"] / row["mb"] * 1e3, row["gop_s"])
+        for who, profile in profiles.items()
+        for row in profile["ops"]
+        if row["gop"]
+    }
+    low, high = min(x for x, _ in points.values()) / 2, max(x for x, _ in points.values()) * 2
+    rate = max(found["bandwidth"].values()) / 1e9
+    ceilings = []
+    for operand, color in (("int4", svg.GREY), ("int8", svg.GREY), ("float32", svg.LIGHT)):
+        peak = found["peak"][operand] / 1e9
+        knee = min(max(peak / rate, low), high)
+        line = [(low, min(rate * low, peak)), (knee, min(rate * knee, peak)), (high, min(rate * high, peak))]
+        ceilings.append(Series(f"ceiling {operand}", line, dots=False, color=color))
+    dots = [Series(name, [point], line=False) for name, point in points.items()]
+    x, y = Axis("operations per byte", log=True), Axis("Gop/s", log=True)
+    return svg.plot([*ceilings, *dots], x, y, "Operators under the ceilings of the machine", height=260.0)
+
+
+def write_pictures(record: dict[str, Any], folder: Path, check: bool) -> list[Path]:
+    """Files of ``folder`` that are not what the record gives; unless ``check``, they are afterwards."""
+    wanted = {folder / f"cpu-{name}.svg": str(picture) for name, picture in pictures(record).items()}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    left = [path for path in folder.glob("cpu-*.svg") if path not in wanted]
+    if not check:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in stale:
+            path.write_text(wanted[path])
+        for path in left:
+            path.unlink()
+    return stale + left

@@ -1,0 +1,255 @@
+"""The benchmark harness: checks before figures, rows that add up, absent peers named, verdicts above the noise."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import extra_benchmarks  # noqa: F401  registers "tiny" and its peers
+import pytest
+import torch
+from vitq.bench.latency import interleave
+
+from bench import PATHS, harness, instructions, ops, pages, registry, run, whole  # noqa: F401  (ops registers)
+from bench.compare import compare, differences, main, verdict
+from vitq_kernels.testing import isas
+
+
+def test_turns_alternate_and_a_turns_first_call_does_not_count():
+    seen = []
+    samples = interleave({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, seconds=0.0, most=3)
+    assert "".join(seen) == "ab" + "ab" * 3
+    assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3}
+    seen.clear()
+    interleave({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, seconds=0.0, most=1, turn=1e-9)
+    assert "".join(seen) == "ab" + "aabb"
+
+
+def test_rows_add_up():
+    prepared = registry.Prepared({}, {"ours": {"sqnr_db": 40.0}, "peer": {"sqnr_db": 20.0}})
+    samples = {"base": [8.0, 8.0, 16.0], "peer": [4.0, 4.0, 8.0], "ours": [2.0, 2.0, 4.0]}
+    key = {"bench": "b", "case": "c", "threads": 1}
+    (row,) = harness.rows_of(key, prepared, samples, "peer")
+    assert (row["ours_ms"], row["baseline"], row["baseline_ms"], row["ratio"]) == (2.0, "peer", 4.0, 2.0)
+    assert (row["ratio_p20"], row["ratio_p80"], row["rounds"]) == (2.0, 2.0, 3)
+    assert (row["baseline_speedup"], row["ours_sqnr_db"], row["baseline_sqnr_db"]) == (2.0, 40.0, 20.0)
+    rows = harness.rows_of(key, prepared, {**samples, "other": [1.0, 1.0, 2.0]}, None)
+    assert [(r["ours"], r["baseline"], r["ratio"]) for r in rows[1:]] == [("ours", "base", 4.0), ("other", "base", 8.0)]
+    assert all("baseline_speedup" not in r for r in rows)
+
+
+def test_a_wrong_result_is_not_timed():
+    with pytest.raises(AssertionError, match="the sum is off"):
+        harness.measure(registry.benchmarks["tiny"], "wrong", 1, 0.01)
+
+
+@pytest.mark.parametrize("bench", ["linear", "attention", "norm"])
+@pytest.mark.skipif(not isas(), reason="the native extension was not built")
+def test_every_op_passes_its_check_and_a_wrong_one_does_not(bench, monkeypatch):
+    case = {"linear": "5x24x40", "attention": "1x2x9", "norm": "5x40"}[bench]
+    rows = harness.measure(registry.benchmarks[bench], case, 1, 0.0, rounds=2)
+    assert len(rows) >= 3
+    assert all(row["bench"] == bench and row["case"] == case and row["ratio"] > 0 for row in rows)
+    import vitq_kernels as vk
+
+    name = {"linear": "qlinear", "attention": "qattention", "norm": "layer_norm_quantize"}[bench]
+    right = getattr(vk, name)
+
+    def wrong(*args, **kwargs):
+        out = right(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return out * 1.01
+        return vk.QTensor(out.q.flip(-1), out.scale, out.zero_point, out.t)
+
+    monkeypatch.setattr(vk, name, wrong)
+    with pytest.raises(AssertionError):
+        harness.measure(registry.benchmarks[bench], case, 1, 0.0, rounds=2)
+
+
+@pytest.mark.slow
+def test_whole_models_and_a_peer(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITQ_BENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(whole, "OURS", {"W4A8 static": whole.OURS["W4A8 static"]})
+    model, block = registry.benchmarks["model"], registry.benchmarks["block"]
+    whole._states.cache_clear()
+    (row,) = harness.measure(model, "digits b2", 1, 0.0, rounds=2)
+    assert (row["ours"], row["baseline"]) == ("W4A8 static", whole.EAGER)
+    assert row["baseline_sqnr_db"] is None  # the float model itself
+    assert row["ours_sqnr_db"] > 10
+    assert row["ours_agreement"] > 0.8
+    assert row["ours_mb"] < row["baseline_mb"] / 4
+    monkeypatch.setattr(whole, "PEER_TURN", 0.0)
+    registry.peers["eager again"] = registry.Peer("eager again", lambda model, *_: model)
+    try:
+        (beside,) = harness.measure(model, "digits b2", 1, 0.0, "eager again", rounds=2)
+    finally:
+        del registry.peers["eager again"]
+    assert beside["baseline"] == "eager again"
+    assert beside["baseline_agreement"] == 1.0
+    assert beside["ours_sqnr_db"] == pytest.approx(row["ours_sqnr_db"], abs=0.01)
+    assert harness.measure(block, "digits b1", 1, 0.0, rounds=2)[0]["ratio"] > 0
+    found = whole.profiles("digits b1", 1)
+    found.pop("ceilings", None)
+    assert set(found) == {whole.EAGER, "W4A8 static"}
+    record = {"rows": [row], "profiles": found}
+    assert "| W4A8 static | qattention_quantize | 6 |" in pages.profile_table(record)
+    assert {"accuracy"} <= set(pages.pictures({**record, "rows": [{**row, "case": "digits b1"}]}))
+    monkeypatch.setattr(whole, "to_simulated", lambda model, state: model)
+    with pytest.raises(AssertionError, match="dB of the simulation, expected 80"):
+        harness.measure(model, "digits b2", 1, 0.0, rounds=2)
+
+
+def start(tmp_path: Path, *argv: str) -> tuple[int, dict]:
+    target = tmp_path / "out.json"
+    peers = "fake,refusing,dying,not installed,wide"
+    words = ["--only", "tiny", "--threads", "1,4096", "--quick", "--peers", peers, "--import", "extra_benchmarks"]
+    code = run.main([*words, "--output", str(target), *argv])
+    return code, json.loads(target.read_text())
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """Processes that a run starts find ``extra_benchmarks``, too."""
+    here = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])))
+
+
+@pytest.mark.slow
+def test_a_run_names_what_is_absent_and_what_is_wrong(tmp_path, importable, capsys):
+    code, record = start(tmp_path)
+    assert code == 1
+    assert record["wrong"] == {"tiny wrong": "the sum is off"}
+    absent = record["absent"]
+    assert absent["not installed"] == "no_such_module not installed (pip install .[bench])"
+    assert absent["refusing, tiny 4, 1 threads"] == "Absent: takes no tensors of four"
+    assert absent["dying, tiny 4, 1 threads"] == "exit status 7: out of everything"
+    assert absent["4096 threads"].endswith("cores to run on")
+    assert [(r["ours"], r["baseline"], r["case"]) for r in record["rows"]] == [
+        ("ours", "base", "4"), ("ours", "fake", "4"), ("ours", "wide", "4")
+    ]  # fmt: skip
+    for row in record["rows"]:
+        assert {"bench", "case", "threads", "ours_ms", "baseline", "baseline_ms", "ratio", "p20", "p80"} <= set(row)
+    assert record["rows"][1]["baseline_sqnr_db"] == 12.5
+    assert {"cpu", "cores", "cpu_isa", "torch", "commit", "date"} <= set(record["environment"])
+    said = capsys.readouterr().out
+    assert "absent: not installed" in said
+    assert "WRONG: tiny wrong" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(isas()) < 2, reason="no x86 kernels here")
+def test_held_to_avx2_whoever_cannot_be_is_absent(tmp_path, importable):
+    _, record = start(tmp_path, "--isa", "avx2")
+    assert record["absent"]["wide"] == "nothing holds it to avx2"
+    assert record["environment"]["cpu_isa"] == "avx2"
+
+
+@pytest.mark.parametrize("words", [["--only", "nothing"], ["--peers", "nobody"]])
+def test_what_there_is_not_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        run.main(words)
+    assert "expected" in capsys.readouterr().err
+
+
+def test_names_are_taken_once():
+    with pytest.raises(ValueError, match="'tiny' is registered already"):
+        registry.benchmark("tiny", [], [])(lambda case: None)
+    with pytest.raises(ValueError, match="'fake' is registered already"):
+        registry.peer("fake")(lambda *_: None)
+
+
+def test_a_machine_has_a_file_name():
+    about = {"cpu": "Intel(R) Core(TM) i7-8550U CPU @ 1.80GHz", "cores": 4, "cpu_isa": "avx2"}
+    assert run.machine(about) == "intel-core-i7-8550u-1.80ghz-4-cores-avx2"
+
+
+# Comparison
+
+
+def row(ratio: float, low: float | None, high: float | None, **more) -> dict:
+    key = {"bench": "b", "case": "c", "threads": 1, "ours": "o", "baseline": "x"}
+    return {**key, "ratio": ratio, "ratio_p20": low, "ratio_p80": high, **more}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ((2.0, 1.9, 2.1), (2.5, 2.4, 2.6), "faster"),
+        ((2.0, 1.9, 2.1), (1.5, 1.4, 1.6), "slower"),
+        ((2.0, 1.5, 2.5), (1.7, 1.2, 2.0), "same"),  # within the noise of the day
+        ((2.0, 1.999, 2.001), (1.95, 1.949, 1.951), "same"),  # no noise, but nothing to speak of
+        ((2.0, None, None), (1.0, 0.9, 1.1), "unclear"),
+    ],
+)
+def test_verdicts_are_aware_of_noise(old, new, found):
+    assert verdict(row(*old), row(*new)) == found
+
+
+def test_two_files_are_compared(tmp_path, capsys):
+    old = {"rows": [row(2.0, 1.9, 2.1), row(3.0, 2.9, 3.1, case="gone")], "environment": {"cpu": "a", "commit": "1"}}
+    new = {"rows": [row(1.0, 0.9, 1.1), row(1.0, 1.0, 1.0, case="new")], "environment": {"cpu": "b", "commit": "2"}}
+    old["instructions"], new["instructions"] = {"k": 1000, "l": 1000, "m": 1000}, {"k": 1011, "l": 1009, "m": 900}
+    new["wrong"] = {"b d": "off"}
+    assert [r["verdict"] for r in compare(old, new)] == ["slower", "gone", "new", "more", "same", "fewer", "wrong"]
+    assert differences(old, new) == ["cpu: a → b"]
+    for name, record in (("old", old), ("new", new)):
+        (tmp_path / name).write_text(json.dumps(record))
+    assert main([str(tmp_path / "old"), str(tmp_path / "new")]) == 1
+    said = capsys.readouterr().out
+    assert "-50.0%" in said
+    assert "1 slower, 1 gone, 1 new, 1 more, 1 same, 1 fewer, 1 wrong" in said
+    assert main([str(tmp_path / "old"), str(tmp_path / "old")]) == 0
+
+
+# Pages
+
+
+def test_a_page_holds_every_contender():
+    def of(ours, baseline, ratio, **more):
+        return row(ratio, ratio, ratio, bench="model", ours=ours, baseline=baseline, **more)
+
+    common = {"ours_ms": 2.0, "ours_sqnr_db": 40.0, "ours_agreement": 1.0, "p20": 1.9, "p80": 2.1}
+    rows = [
+        of("W4A8 static", whole.EAGER, 3.0, case="M b1", baseline_ms=6.0, **common),
+        of(
+            "W4A8 static",
+            "peer",
+            2.0,
+            case="M b1",
+            baseline_ms=4.0,
+            baseline_speedup=1.5,
+            baseline_sqnr_db=9.0,
+            **common,
+        ),
+    ]
+    record = {"rows": rows, "absent": {"nobody": "not there"}, "environment": {"cpu": "x"}}
+    text = pages.models_table(record)
+    assert "| M b1 | 1 | torch eager fp32 | 6.00 | 1.00 |" in text
+    assert "| M b1 | 1 | W4A8 static | 2.00 | 3.00 | 40.00 |" in text
+    assert "| M b1 | 1 | peer | 4.00 | 1.50 | 9.00 |" in text
+    assert "nobody: not there" in pages.absent_list(record)
+
+
+# Instruction counts
+
+
+@pytest.mark.slow
+def test_instruction_counts_are_repeatable():
+    case = "quantize 197x384"
+    try:
+        first = instructions.count([case])
+    except instructions.Unavailable as error:
+        pytest.skip(f"nothing can be counted: {error}")
+    assert first == instructions.count([case])
+    # 197·384 floats in vectors of eight, a handful of instructions each.
+    assert 197 * 384 / 8 < first[case] < 20 * 197 * 384 / 8
+
+
+def test_without_valgrind_the_reason_is_named(monkeypatch):
+    monkeypatch.setattr(instructions.shutil, "which", lambda name, path=None: None)
+    with pytest.raises(instructions.Unavailable, match="no valgrind and no a C\\+\\+ compiler"):
+        instructions.build()
+
+
+def test_children_see_what_the_parent_sees():
+    assert all(path in sys.path for path in PATHS)
