@@ -40,7 +40,7 @@ TOKEN4 = QuantSpec(4, granularity="per_token", dynamic=True)
 def spread(model: nn.Module) -> nn.Module:
     """Weights and running statistics at which every branch matters."""
     torch.manual_seed(0)
-    minmax._spread(model)
+    minmax.spread(model)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.running_mean.normal_(std=0.3)
@@ -176,7 +176,7 @@ def test_public_files_load_as_weights(tmp_path):
     loaded = load_float(replace(source, seed=1, weights=str(tmp_path / "ckpt.pth")))
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
     torch.save({"base_model": {k: v for k, v in public.items() if "cls_head" not in k}}, tmp_path / "pretrained.pth")
-    with pytest.raises(ValueError, match="do not fit the model.*Missing.*cls_head_finetune"):
+    with pytest.raises(ValueError, match=r"do not fit the model.*Missing.*cls_head_finetune"):
         load_float(replace(source, weights=str(tmp_path / "pretrained.pth")))
 
 
