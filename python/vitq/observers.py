@@ -40,16 +40,21 @@ class Histogram:
         return cls(centres, weights)
 
 
-def thinned(x: Tensor, keep: int) -> Tensor:
-    """About ``keep`` of the rows of x [T, ...], at an even stride, or more.
+def even_stride(count: int, keep: int) -> int:
+    """The largest stride that leaves ``keep`` of ``count`` values or more and has no divisor in common with ``count``.
 
-    Rows come in repeated structures (points of a group, tokens of a window): a stride with a divisor in common with T
-    would meet some places of them over and over and others never, such as the centre of every group.
+    Values come in repeated structures (channels of a row, points of a group, tokens of a window): a stride that divides
+    these would meet some places over and over and others never, such as the centre of every group.
     """
-    stride = max(1, x.shape[0] // max(1, keep))
-    while gcd(stride, x.shape[0]) > 1:
+    stride = max(1, count // max(1, keep))
+    while gcd(stride, count) > 1:
         stride -= 1
-    return x[::stride]
+    return stride
+
+
+def thinned(x: Tensor, keep: int) -> Tensor:
+    """About ``keep`` of the rows of x [T, ...], or more, at an :func:`even_stride`."""
+    return x[:: even_stride(x.shape[0], keep)]
 
 
 @dataclass

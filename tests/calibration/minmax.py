@@ -19,16 +19,16 @@ FOCUS = FocusSpec(8, power=2.0, anchor="row")
 
 def vit(cls=VisionTransformer, **kwargs) -> nn.Module:
     torch.manual_seed(0)
-    return _spread(cls(**(TINY | kwargs)))
+    return spread(cls(**(TINY | kwargs)))
 
 
 def swin(**kwargs) -> nn.Module:
     torch.manual_seed(0)
     arguments = {"img_size": (24, 40), "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
-    return _spread(SwinTransformer(**(arguments | {"num_classes": 7, "window_size": 4} | kwargs)))
+    return spread(SwinTransformer(**(arguments | {"num_classes": 7, "window_size": 4} | kwargs)))
 
 
-def _spread(model: nn.Module) -> nn.Module:
+def spread(model: nn.Module) -> nn.Module:
     """Weights of a size at which every branch matters (fresh timm models are nearly the identity)."""
     for name, p in model.named_parameters():
         if p.dim() > 1:

@@ -40,7 +40,7 @@ TOKEN4 = QuantSpec(4, granularity="per_token", dynamic=True)
 def spread(model: nn.Module) -> nn.Module:
     """Weights and running statistics at which every branch matters."""
     torch.manual_seed(0)
-    minmax._spread(model)
+    minmax.spread(model)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.running_mean.normal_(std=0.3)

@@ -5,16 +5,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vitq import scales
 from vitq.calibrate import calibrate
 from vitq.models import adapter_for
 from vitq.observers import thinned
+from vitq.quantizers import SimLinear
 from vitq.recipes import parse
 from vitq.simulate import SimModel
 from vitq.stages import Calibration, find
 from vitq.stages.rank_search import RankMixture, candidates
 from vitq.stages.reconstruct import easy_fraction, losses
 
-from vitq_kernels.formats import FocusSpec
+from vitq_kernels.formats import FocusSpec, QuantSpec
 
 SCALES = {"method": "scales"}
 
@@ -270,3 +272,14 @@ def test_thinned_rows_meet_every_place_of_a_group(groups, size, keep):
 
 def test_thinned_rows_of_a_square():
     assert thinned(torch.arange(4096), 64).diff().unique().tolist() == [63]
+
+
+def test_sampled_ranges_see_every_channel(monkeypatch):
+    monkeypatch.setattr(scales, "SAMPLE", 64)
+    rows = torch.zeros(64, 16)
+    rows[:, 5] = torch.linspace(-1, 100, 64)
+    linear = SimLinear(torch.ones(4, 16), None)
+    spec = QuantSpec(8, symmetric=False)
+    scales.set_activation(linear, rows, spec, scales.Search(method="minmax"))
+    # Every fifteenth value is seen, four of the channel's.
+    assert float(linear.act.scale) > 0.75 * 101 / 255

@@ -82,7 +82,7 @@ def log_levels(calibration: Calibration, options: LogOptions) -> None:
 def _largest(attention, qkv: Tensor, mask: Tensor | None) -> list[float]:
     """The percentiles of the float probabilities."""
     p = attention.probabilities(qkv, mask).flatten()
-    return torch.quantile(p[:: max(1, len(p) // (1 << 20))], p.new_tensor(PERCENTILES)).clamp_min(1e-6).tolist()
+    return torch.quantile(thinned(p, 1 << 20), p.new_tensor(PERCENTILES)).clamp_min(1e-6).tolist()
 
 
 def _probabilities(kind: str, bits: int, largest: list[float]) -> Iterator[SimulationOnly]:
