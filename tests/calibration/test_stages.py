@@ -282,4 +282,4 @@ def test_sampled_ranges_see_every_channel(monkeypatch):
     spec = QuantSpec(8, symmetric=False)
     scales.set_activation(linear, rows, spec, scales.Search(method="minmax"))
     # Every fifteenth value is seen, four of the channel's.
-    assert float(linear.act.scale) > 0.75 * 101 / 255
+    assert linear.act.scale.item() > 0.75 * 101 / 255
