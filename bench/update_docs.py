@@ -148,6 +148,27 @@ def models_table(record: dict, library: str) -> str:
     return f"{library} {record['versions'][library]}: {total}.\n\n{table(rows, columns)}"
 
 
+def tasks_table(rows: list[dict]) -> str:
+    """A table per task: recipes down, splits and metrics across; the float model's first."""
+    tables = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        lines: dict[str, dict] = {"float": {"recipe": "float"}}
+        columns = {"recipe": task}
+        for row in (row for row in rows if row["task"] == task):
+            line = lines.setdefault(row["recipe"], {"recipe": row["recipe"]})
+            key = f"{row['split']} {row['metric']}"
+            columns[key] = key
+            lines["float"][key] = row["float"]
+            line[key] = row["simulated"] if row["integer"] is None else row["integer"]
+            line.setdefault("sqnr", {})[row["split"]] = f"{row['sqnr_db']:.1f}"
+            line["same"] = None if row["identical"] is None else "yes" if row["identical"] else "no"
+        for line in lines.values():
+            line["sqnr"] = " / ".join(line["sqnr"].values()) if "sqnr" in line else None
+        columns |= {"sqnr": "SQNR dB by split", "same": "identical"}
+        tables.append(table(list(lines.values()), columns))
+    return "\n\n".join(tables)
+
+
 def gpu_records() -> list[dict]:
     """The results of ``make gpu-check``, the newest first."""
     files = [path for path in RESULTS.glob("*.json") if not path.stem.endswith((".wrong", ".partial"))]
@@ -186,8 +207,10 @@ def pages() -> dict[Path, str]:
     models = (ROOT / "docs" / "models.md").read_text()
     for library in ("timm", "transformers"):
         models = replace(models, library, models_table(record, library))
+    tasks = json.loads((RESULTS / "tasks.json").read_text())["rows"]
+    tasks = replace((ROOT / "docs" / "tasks.md").read_text(), "tasks", tasks_table(tasks))
     texts = {"cpu.md": cpu_page((ROOT / "docs" / "cpu.md").read_text())}
-    texts |= {"models.md": models, "gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
+    texts |= {"tasks.md": tasks, "models.md": models, "gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
     texts = {ROOT / "docs" / name: text for name, text in texts.items()}
     return {ROOT / "README.md": readme} | texts | serving_tables()
 

@@ -77,9 +77,9 @@ class AttentionConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """What images must look like."""
+    """What images must look like; ``input_size`` (C, H, W), of clouds (N, C), whose mean and std are empty."""
 
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, int, int] | tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"

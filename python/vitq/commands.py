@@ -24,7 +24,7 @@ from vitq_kernels import _native, backends
 from vitq_kernels.triton import host as triton_host
 from vitq_kernels.triton import warmup as warm
 
-from . import checkpoint, console, jobs, parallel, recipes
+from . import checkpoint, console, jobs, parallel, recipes, tasks
 from . import export as exporting
 from . import report as reporting
 from .allocation.plot import draw_frontier, draw_packs
@@ -299,7 +299,7 @@ def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The float model and its integer forms; latency does not depend on what the images show."""
     source = _source(args)
     model = load_float(source)
-    images = torch.randn(8, *jobs.state_data(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    images = jobs.random_images({"float32": model}, 8)
     models: dict[str, nn.Module] = {"float32": model}
     with _progress() as progress:
         for name in args.recipe.split(","):
@@ -433,7 +433,28 @@ def list_models(args: argparse.Namespace) -> None:
     _emit(args, {"versions": supported.versions(), "models": [asdict(one) for one in found]})
 
 
+def _demo_of_task(args: argparse.Namespace) -> None:
+    out, output = console.make(args.json), Path(args.output)
+    if args.task not in tasks.TASKS:
+        raise ValueError(f"--task is {args.task!r}, expected {' or '.join(tasks.TASKS)}")
+    task = tasks.TASKS[args.task]
+    floating = task.evaluate(task.load(), args.limit)
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        for name in args.recipes or task.recipes:
+            rows += tasks.run(task, task.recipe(name), output / name, floating, progress, args.limit)
+    summary = {"task": task.name, "environment": environment(), "rows": rows}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    console.print_rows(out, task.name, rows, {k: v for k, v in tasks.COLUMNS.items() if k != "task"})
+    out.print(f"figures: {output / 'summary.json'}")
+    _emit(args, summary)
+
+
 def demo(args: argparse.Namespace) -> None:
+    if args.task is not None:
+        _demo_of_task(args)
+        return
     from . import demo as job
 
     out = console.make(args.json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -39,6 +40,23 @@ class Histogram:
         return cls(centres, weights)
 
 
+def even_stride(count: int, keep: int) -> int:
+    """The largest stride that leaves ``keep`` of ``count`` values or more and has no divisor in common with ``count``.
+
+    Values come in repeated structures (channels of a row, points of a group, tokens of a window): a stride that divides
+    these would meet some places over and over and others never, such as the centre of every group.
+    """
+    stride = max(1, count // max(1, keep))
+    while gcd(stride, count) > 1:
+        stride -= 1
+    return stride
+
+
+def thinned(x: Tensor, keep: int) -> Tensor:
+    """About ``keep`` of the rows of x [T, ...], or more, at an :func:`even_stride`."""
+    return x[:: even_stride(x.shape[0], keep)]
+
+
 @dataclass
 class InputStats:
     """Rows [T, K] that enter a linear layer.
@@ -55,8 +73,7 @@ class InputStats:
         low, high = x.amin(0), x.amax(0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        stride = max(1, x.shape[0] // max(1, keep))
-        self.parts.append(x[::stride].clone())
+        self.parts.append(thinned(x, keep).clone())
 
     @property
     def rows(self) -> Tensor:

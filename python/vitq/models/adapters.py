@@ -5,7 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from . import timm_family, transformers_family
+from .points import PointMAE, PointMAEFamily, PointTransformer, PointTransformerFamily
 from .sites import Family
+
+#: Classes of models -> adapters, beside those of transformers.
+FAMILIES = timm_family.FAMILIES | {PointMAE: PointMAEFamily, PointTransformer: PointTransformerFamily}
 
 
 def adapter_for(model: nn.Module) -> Family:
@@ -13,15 +17,14 @@ def adapter_for(model: nn.Module) -> Family:
 
     Raises: TypeError for a model of no known family, naming what no adapter knows.
     """
-    for kind, family in timm_family.FAMILIES.items():
+    for kind, family in FAMILIES.items():
         if isinstance(model, kind):
             return family(model)
     if transformers_family.is_transformers(model):
         return transformers_family.TransformersViT(model)
-    known = ", ".join(kind.__name__ for kind in timm_family.FAMILIES)
+    known = ", ".join(kind.__name__ for kind in FAMILIES)
     raise TypeError(
-        f"model is {type(model).__name__}, expected one of timm's {known}, or a vision model of transformers; "
-        f"{unknown(model)}"
+        f"model is {type(model).__name__}, expected one of {known}, or a vision model of transformers; {unknown(model)}"
     )
 
 

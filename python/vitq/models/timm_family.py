@@ -35,7 +35,12 @@ _FOLDED = ("rope", "shared_rel_pos_bias", "shared_rel_pos")
 
 
 def state_data(model: nn.Module) -> dict[str, Any]:
-    """``ModelState.data`` of a timm model: input size, normalization, crop, and class names where timm knows them."""
+    """``ModelState.data`` of a timm model: input size, normalization, crop, and class names where timm knows them.
+
+    A model of our own that takes no images says so itself, in ``vitq_data``.
+    """
+    if hasattr(model, "vitq_data"):
+        return dict(model.vitq_data)
     config = data_config(model)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     data = {key: config[key] for key in keys} | {"num_classes": model.num_classes}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import lowrank
 from ..models.sites import BlockSite
-from ..observers import moment
+from ..observers import moment, thinned
 from ..quantizers import SimLinear
 from ..quantizers.functional import half_ste
 from ..scales import Search, set_activation, set_weight
@@ -130,7 +130,7 @@ def _solve(
         linear.set_low_rank(kind, down, reference.weight @ down.T)
     spec = linear.act.spec
     if spec is not None and linear.simulated is None and options.activations is not None:
-        sample = residual[:: max(1, residual.shape[0] // 4096)]
+        sample = thinned(residual, 4096)
         table = recipe.activation_levels == "table" and not boundary
         # What was allocated to this layer, in the recipe's form.
         wanted = replace(recipe.activation_spec(boundary), bits=spec.bits)
