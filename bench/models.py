@@ -47,6 +47,11 @@ CLOUDS = {
     "parts": Trained(ModelSource("point_mae_parts"), "primitives", 9_600, batch=32, stream="parts"),
 }
 
+#: Detectors, by name.
+DETECTORS = {
+    "shapes": Trained(ModelSource("mask_rcnn_shapes"), "shapes", 12_000, batch=8, drop_path=0.05, learning_rate=1e-3),
+}
+
 #: By name. Tokens: 65, 65, 65, and 256 in windows of 16.
 MODELS = {
     "digits": Trained(ModelSource(digits_vit.NAME), "digits", 90 * 1088, drop_path=0.1),

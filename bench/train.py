@@ -1,7 +1,7 @@
 """Train a model of the bench: `python -m bench.train vit --out FILE.safetensors`.
 
-AdamW, linear warm-up and cosine decay, label smoothing, stochastic depth. The last weights are stored, as float16;
-accuracy on the test splits is only reported. Interrupted, the same command goes on from the last checkpoint.
+AdamW, linear warm-up and cosine decay, stochastic depth; classifiers with label smoothing, detectors with the losses of
+torchvision's parts. The last weights are stored, as float16; the metric on the test splits is only reported. Interrupted, the same command goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from vitq.data import contours, digits, load_data, primitives
+from vitq.data import contours, digits, load_data, primitives, shapes
 from vitq.data.distort import TRAIN, distort
 from vitq.evaluate import predict, top1
-from vitq.models import state_data
+from vitq.models import Detector, state_data
 
-from bench.models import CLOUDS, MODELS, Trained
+from bench.models import CLOUDS, DETECTORS, MODELS, Trained
 
 LABEL_SMOOTHING = 0.1
 #: Nuisances of the contours grow up to this share of the training, and up to this strength: the tests' is 1.
 RAMP, PEAK = 0.4, 1.2
 EVERY = 100
+TRAINED = MODELS | CLOUDS | DETECTORS
 
 
 def digits_batches(seed: int, batch: int, start: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,12 +67,34 @@ def clouds_batches(draw: Callable, seed: int, batch: int, start: int, steps: int
         yield draw("train", index, primitives.strengthened(PEAK * min(1.0, step / (RAMP * steps))))
 
 
+def shapes_batches(seed: int, batch: int, start: int, steps: int) -> Iterator[tuple[list[Tensor], list[dict]]]:
+    """Batches of `shapes`, every scene new, its nuisances growing as those of the contours."""
+    for step in range(start, steps):
+        limits = shapes.strengthened(PEAK * min(1.0, step / (RAMP * steps)))
+        scenes = [shapes.scene("train", (seed << 24) + batch * step + i, limits) for i in range(batch)]
+        yield [scene.image for scene in scenes], [scene.target for scene in scenes]
+
+
 STREAMS = {
+    "shapes": shapes_batches,
     "digits": digits_batches,
     "contours": contours_batches,
     "clouds": functools.partial(clouds_batches, primitives.classes),
     "parts": functools.partial(clouds_batches, primitives.objects),
 }
+
+
+def classified(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Loss, and the share of images (or points) whose class is found."""
+    logits, labels = model(images).flatten(0, -2), labels.flatten()
+    right = float((logits.argmax(1) == labels).double().mean())
+    return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING), right
+
+
+def detected(model: nn.Module, images: list[Tensor], targets: list[dict]) -> tuple[Tensor, float]:
+    """Sum of a detector's losses, and that of its mask head."""
+    losses = model(images, targets)
+    return sum(losses.values()), float(losses["loss_mask"].detach())
 
 
 def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
@@ -107,26 +130,27 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
         torch.set_rng_state(progress["random"])
         first = progress["step"]
     config = state_data(model)
-    mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) if config[name] else None for name in ("mean", "std"))
-    total, right, seen, start = 0.0, 0, 0, time.perf_counter()
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) if config[name] else None for name in ("mean", "std"))
+    detector = isinstance(model, Detector)
+    total, figure, start = 0.0, 0.0, time.perf_counter()
     for step, (images, labels) in enumerate(
         STREAMS[trained.stream or trained.data](seed, trained.batch, first, steps), first + 1
     ):
-        logits = model(images if mean is None else (images - mean) / std).flatten(0, -2)
-        labels = labels.flatten()
-        loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        if mean is not None:
+            images = [(image - mean) / std for image in images] if detector else (images - mean) / std
+        loss, value = (detected if detector else classified)(model, images, labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        total, seen = total + loss.item(), seen + labels.numel()
-        right += int((logits.argmax(1) == labels).sum())
+        total, figure = total + loss.item(), figure + value
         if step % EVERY == 0 or step == steps:
             n = (step - 1) % EVERY + 1
-            print(f"step {step}/{steps}  loss {total / n:.4f}  top-1 {100 * right / seen:.1f} %  "
+            what = "mask loss" if detector else "top-1"
+            print(f"step {step}/{steps}  loss {total / n:.4f}  {what} {figure / n:.4f}  "
                   f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
-            total, right, seen = 0.0, 0, 0
+            total, figure = 0.0, 0.0
             states = {name: part.state_dict() for name, part in parts.items()}
             partial = checkpoint.with_suffix(".partial")
             torch.save({**states, "random": torch.get_rng_state(), "step": step}, partial)
@@ -136,14 +160,14 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=MODELS | CLOUDS)
+    parser.add_argument("name", choices=TRAINED)
     parser.add_argument("--out", type=Path, required=True, help="weights file to write; its progress lies beside it")
     parser.add_argument("--images", type=int, help="train on so many (default: as published)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    trained = (MODELS | CLOUDS)[options.name]
+    trained = TRAINED[options.name]
     trained = replace(trained, images=options.images or trained.images)
     out = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +183,7 @@ def main() -> None:
     os.replace(partial, out)
     checkpoint.unlink()
     model.load_state_dict(weights)
-    scores = {split: top1(*predict(model, load_data(trained.data, split, model))) for split in ("test", "hard")}
+    scores = {} if isinstance(model, Detector) else {split: top1(*predict(model, load_data(trained.data, split, model))) for split in ("test", "hard")}
     size = out.stat().st_size / 1e6
     print(f"{out}: {size:.2f} MB, as stored: " + ", ".join(f"{k} {v:.2f} %" for k, v in scores.items()))
 

@@ -93,7 +93,19 @@ def calibrate(
         sim, images.float().to(device), recipe, seed, work, progress or (lambda what, done, total: None)
     )
     seconds: dict[str, float] = {}
-    for index, (stage, method, options) in enumerate(recipe.steps()):
+    with sim.family.holding(sim.model, calibration.images, calibration.batch):
+        _run(calibration, seconds)
+    sim.requires_grad_(False).cpu()
+    name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    metrics = calibration.metrics | fields.pop("metrics", {})
+    fields |= {"architecture": name, "recipe": recipe.plain(), "metrics": metrics}
+    return CalibratedModel(sim, seconds, fields)
+
+
+def _run(calibration: Calibration, seconds: dict[str, float]) -> None:
+    """The recipe's steps, then a diagnosis; leaves the wall time of each step in ``seconds``."""
+    sim = calibration.sim
+    for index, (stage, method, options) in enumerate(calibration.recipe.steps()):
         if stage != "transform" and calibration.reference is None:
             # After the transforms, before the first quantizer.
             calibration.reference = sim.twin()
@@ -106,11 +118,6 @@ def calibrate(
         calibration.progress(calibration.step, 1, 1)
     if calibration.reference is not None:
         calibration.metrics["errors"] = propagation(calibration.reference, sim, calibration.images[:IMAGES])
-    sim.requires_grad_(False).cpu()
-    name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-    metrics = calibration.metrics | fields.pop("metrics", {})
-    fields |= {"architecture": name, "recipe": recipe.plain(), "metrics": metrics}
-    return CalibratedModel(sim, seconds, fields)
 
 
 def identity(model: nn.Module, images: Tensor, recipe: Recipe, seed: int) -> dict[str, Any]:

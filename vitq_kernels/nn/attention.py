@@ -121,6 +121,7 @@ class QAttention(QModule):
         else:
             if mask is not None:
                 raise ValueError("mask is given to attention within windows, expected None")
+            window = window.at(x)
             in_slots = None if bits is None else bits.in_windows(window.token_of_slot)
             codes = _in_windows(x, qkv, window, bits, in_slots)
             bits = in_slots
@@ -187,7 +188,6 @@ def _in_windows(
     if not qkv.gathers:
         zero_code = 0 if qkv.input is None else qkv.input.zero_code
         return window.partition(qkv.encode(x, bits=bits), zero_code)
-    window.check(x)
     codes = qkv.encode(x, window.token_of_slot, in_slots)
     return _shaped(codes, x.shape[0] * window.window.count, window.window.tokens, x.shape[-1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,8 @@ from .base import QModule
 # Additive score between regions that a cyclic shift made neighbours. Swin adds −100, whose exponential is nothing; a
 # key that is excluded altogether adds nothing to a quantizer's offset either, nor to the sum that renormalizes.
 _OUTSIDE = float("-inf")
+#: Grids besides its own that a dynamic window keeps the maps of.
+_GRIDS = 32
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Window:
         size: (h, w) of a window.
         shift: (h, w) of the cyclic shift, each in [0, size).
         resolution: (H, W) of the token grid.
+        dynamic: whether other grids are laid out in windows of the same size and shift, or refused.
 
     Source: Swin (arXiv 2103.14030).
     """
@@ -30,6 +34,7 @@ class Window:
     size: tuple[int, int]
     shift: tuple[int, int]
     resolution: tuple[int, int]
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("size", "shift", "resolution"):
@@ -117,11 +122,27 @@ class WindowMap(QModule):
         slots = partition.masked_fill(partition == window.resolution[0] * window.resolution[1], -1)
         self.register_buffer("token_of_slot", slots.to(torch.int32))
         self.register_buffer("mask", window.mask())
+        # Of other grids: made when they come up, never stored.
+        self.__dict__["others"] = OrderedDict()
 
-    def check(self, x: Tensor) -> None:
-        """ValueError if x is not [B, H, W, C] on the window's grid."""
-        if tuple(x.shape[1:-1]) != self.window.resolution:
+    def at(self, x: Tensor) -> WindowMap:
+        """The map of the grid of x [B, H, W, C]: this one, or where windows are dynamic one of the last few grids.
+
+        Raises: ValueError if x is on another grid than the window's, or no grid.
+        """
+        grid = tuple(x.shape[1:-1])
+        if grid == self.window.resolution:
+            return self
+        if not self.window.dynamic or len(grid) != 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, *{self.window.resolution}, C)")
+        key = (grid, x.device)
+        if key not in self.others:
+            with torch.inference_mode(False):
+                self.others[key] = WindowMap(replace(self.window, resolution=grid)).to(x.device)
+            if len(self.others) > _GRIDS:
+                self.others.popitem(last=False)
+        self.others.move_to_end(key)
+        return self.others[key]
 
     def partition(self, x: Tensor | QTensor, zero_code: int = 0) -> Tensor | QTensor:
         """[B, H, W, C] to [B·nW, N, C]; ``zero_code``: the code of 0.0, which padded slots hold.
@@ -129,7 +150,8 @@ class WindowMap(QModule):
         Raises: ValueError if x is not on the window's grid.
         """
         codes = x.q if isinstance(x, QTensor) else x
-        self.check(codes)
+        if tuple(codes.shape[1:-1]) != self.window.resolution:
+            raise ValueError(f"x has shape {tuple(codes.shape)}, expected (B, *{self.window.resolution}, C)")
         b = codes.shape[0]
         if not isinstance(x, QTensor):
             return self._gather(x, b, 0).unflatten(1, (-1, self.window.tokens)).flatten(0, 1)

@@ -1,6 +1,7 @@
 """Models of our own (importing this package registers them with timm) and the adapters of the model families."""
 
 from .adapters import adapter_for
+from .detection import DetectionFamily, Detector
 from .digits_vit import vit_digits_patch4_32
 from .outlier import outlier_variant
 from .points import PointMAE, PointMAEFamily, PointTransformer, PointTransformerFamily
@@ -10,6 +11,8 @@ from .timm_family import state_data
 __all__ = [
     "AttentionSite",
     "BlockSite",
+    "DetectionFamily",
+    "Detector",
     "Family",
     "LinearSite",
     "MlpSite",

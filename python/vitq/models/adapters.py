@@ -5,11 +5,16 @@ from __future__ import annotations
 from torch import nn
 
 from . import timm_family, transformers_family
+from .detection import DetectionFamily, Detector
 from .points import PointMAE, PointMAEFamily, PointTransformer, PointTransformerFamily
 from .sites import Family
 
 #: Classes of models -> adapters, beside those of transformers.
-FAMILIES = timm_family.FAMILIES | {PointMAE: PointMAEFamily, PointTransformer: PointTransformerFamily}
+FAMILIES = timm_family.FAMILIES | {
+    PointMAE: PointMAEFamily,
+    PointTransformer: PointTransformerFamily,
+    Detector: DetectionFamily,
+}
 
 
 def adapter_for(model: nn.Module) -> Family:

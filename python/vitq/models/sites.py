@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -176,6 +177,14 @@ class Family(ABC):
     def output(self, y: Any) -> Tensor:
         """The one tensor of what ``model`` returns that methods compare and predictions are read from."""
         return y
+
+    def holding(self, model: nn.Module, images: Tensor, batch: int) -> AbstractContextManager:
+        """The time of a calibration on ``images``, run ``batch`` at a time; ``model``: a copy of this one, still float.
+
+        Within, whatever ``model`` chooses by what it sees (regions of interest) stays what it is now, in copies too: the
+        layers of float and quantized model have the same rows. Most models choose nothing.
+        """
+        return nullcontext()
 
     def sequence(self) -> list[LinearSite | BlockSite]:
         """All sites in execution order: blocks, and the linear layers between them."""

@@ -306,14 +306,13 @@ class TimmSwin(TimmFamily):
             return super()._attention(block, branch)
         if type(attn) is not swin.WindowAttention:
             reason = f"is a {type(attn).__name__}, expected timm's WindowAttention"
-        elif getattr(module, "dynamic_mask", False):
-            reason = "builds its windows for each input size (strict_img_size=False)"
         else:
             norm1 = self._norm(branch.norm)
             if norm1 is not None:
                 qkv = self._linear(f"{path}.qkv", "qkv", norm1)
                 proj = self._linear(f"{path}.proj", "proj")
-                window = Window(module.window_size, module.shift_size, module.input_resolution)
+                sizes = (module.window_size, module.shift_size, module.input_resolution)
+                window = Window(*sizes, dynamic=getattr(module, "dynamic_mask", False))
                 head_dim = qkv.out_features // (3 * attn.num_heads)
                 table = f"{path}.relative_position_bias_table"
                 return AttentionSite(path, qkv, proj, attn.num_heads, head_dim, attn.scale, None, table, window)

@@ -40,7 +40,8 @@ class ReparameterizeOptions(Options):
 @method("transform", "reparameterize")
 def reparameterize(calibration: Calibration, options: ReparameterizeOptions) -> None:
     sim, seen = calibration.sim, calibration.observations()
-    padded = {site.qkv.path for site in sim.attention_sites.values() if site.window is not None and site.window.padded}
+    windows = {site.qkv.path: site.window for site in sim.attention_sites.values() if site.window is not None}
+    padded = {path for path, window in windows.items() if window.padded or window.dynamic}
     for path, site in sim.sites.items():
         if foldable(site):
             shift, factor = channel_map(seen.inputs[path], options)
