@@ -49,7 +49,7 @@ CLOUDS = {
 
 #: Detectors, by name.
 DETECTORS = {
-    "shapes": Trained(ModelSource("mask_rcnn_shapes"), "shapes", 12_000, batch=8, drop_path=0.05, learning_rate=1e-3),
+    "shapes": Trained(ModelSource("mask_rcnn_shapes"), "shapes", 32_000, batch=16, drop_path=0.05, learning_rate=1.5e-3),
 }
 
 #: By name. Tokens: 65, 65, 65, and 256 in windows of 16.

@@ -32,6 +32,8 @@ LABEL_SMOOTHING = 0.1
 #: Nuisances of the contours grow up to this share of the training, and up to this strength: the tests' is 1.
 RAMP, PEAK = 0.4, 1.2
 EVERY = 100
+#: Heights and widths of the scenes, and the share of a detector's training in which it learns the class of pixels only.
+SIDES, PIXELS = (80, 96, 112), 0.64
 TRAINED = MODELS | CLOUDS | DETECTORS
 
 
@@ -68,10 +70,11 @@ def clouds_batches(draw: Callable, seed: int, batch: int, start: int, steps: int
 
 
 def shapes_batches(seed: int, batch: int, start: int, steps: int) -> Iterator[tuple[list[Tensor], list[dict]]]:
-    """Batches of `shapes`, every scene new, its nuisances growing as those of the contours."""
+    """Batches of `shapes` of one size each, every scene new, its nuisances growing as those of the contours."""
     for step in range(start, steps):
         limits = shapes.strengthened(PEAK * min(1.0, step / (RAMP * steps)))
-        scenes = [shapes.scene("train", (seed << 24) + batch * step + i, limits) for i in range(batch)]
+        size = SIDES[step % len(SIDES)], SIDES[step // len(SIDES) % len(SIDES)]
+        scenes = [shapes.scene("train", (seed << 24) + batch * step + i, limits, size) for i in range(batch)]
         yield [scene.image for scene in scenes], [scene.target for scene in scenes]
 
 
@@ -91,10 +94,28 @@ def classified(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor
     return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING), right
 
 
-def detected(model: nn.Module, images: list[Tensor], targets: list[dict]) -> tuple[Tensor, float]:
-    """Sum of a detector's losses, and that of its mask head."""
-    losses = model(images, targets)
-    return sum(losses.values()), float(losses["loss_mask"].detach())
+class Guided(nn.Module):
+    """A detector in training, and what teaches its features at first: the class of every pixel of the finest map."""
+
+    def __init__(self, model: Detector) -> None:
+        super().__init__()
+        self.model, self.pixels = model, nn.Conv2d(model.backbone.out_channels, 1 + model.num_classes, 1)
+
+    def forward(self, images: list[Tensor], targets: list[dict], pixels_alone: bool) -> tuple[Tensor, float]:
+        """Sum of the losses, and that of the pixels; images are of one size."""
+        batch = self.model.batched(images)
+        maps = self.model.backbone(batch.tensors)
+        scores = self.pixels(maps["0"])
+        classes = torch.stack([(t["masks"].long() * t["labels"].view(-1, 1, 1)).sum(0) for t in targets])
+        h, w = classes.shape[1:]
+        stride = batch.tensors.shape[-1] // scores.shape[-1]
+        wanted = classes[:, stride // 2 :: stride, stride // 2 :: stride]
+        loss = F.cross_entropy(scores[..., : h // stride, : w // stride], wanted)
+        if pixels_alone:
+            return loss, float(loss.detach())
+        proposals, found = self.model.rpn(batch, maps, targets)
+        found |= self.model.roi_heads(maps, proposals, batch.image_sizes, targets)[1]
+        return loss + sum(found.values()), float(loss.detach())
 
 
 def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
@@ -104,10 +125,12 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
     """
     torch.manual_seed(seed)
     model = timm.create_model(trained.source.name, drop_path_rate=trained.drop_path, **trained.source.kwargs).train()
+    detector = isinstance(model, Detector)
+    learner = Guided(model) if detector else model
     # As is customary, biases, norms and embeddings do not decay.
     free = ("_token", "_embed", "_pos", "_bias_table")
-    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(free)]
-    rest = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(free)]
+    decay = [p for n, p in learner.named_parameters() if p.ndim > 1 and not n.endswith(free)]
+    rest = [p for n, p in learner.named_parameters() if p.ndim <= 1 or n.endswith(free)]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
         lr=trained.learning_rate,
@@ -121,7 +144,7 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
         return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * done)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": learner, "optimizer": optimizer, "schedule": schedule}
     first = 0
     if checkpoint.exists():
         progress = torch.load(checkpoint, weights_only=True)
@@ -131,23 +154,22 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
         first = progress["step"]
     config = state_data(model)
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) if config[name] else None for name in ("mean", "std"))
-    detector = isinstance(model, Detector)
     total, figure, start = 0.0, 0.0, time.perf_counter()
     for step, (images, labels) in enumerate(
         STREAMS[trained.stream or trained.data](seed, trained.batch, first, steps), first + 1
     ):
         if mean is not None:
             images = [(image - mean) / std for image in images] if detector else (images - mean) / std
-        loss, value = (detected if detector else classified)(model, images, labels)
+        loss, value = learner(images, labels, step <= PIXELS * steps) if detector else classified(model, images, labels)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         total, figure = total + loss.item(), figure + value
         if step % EVERY == 0 or step == steps:
             n = (step - 1) % EVERY + 1
-            what = "mask loss" if detector else "top-1"
+            what = "of the pixels" if detector else "top-1"
             print(f"step {step}/{steps}  loss {total / n:.4f}  {what} {figure / n:.4f}  "
                   f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
             total, figure = 0.0, 0.0

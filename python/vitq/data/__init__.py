@@ -1,4 +1,5 @@
-"""Images to calibrate and to evaluate with: bundled ones (digits, contours) or any image folder; clouds likewise."""
+"""Images to calibrate and to evaluate with: bundled ones (digits, contours) or any image folder; clouds, and images with
+boxes, likewise."""
 
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from . import clouds
+from . import clouds, coco
 from .bundled import augment_fraction, draw
 from .contours import CONTOUR_SET
 from .digits import DIGITS, calibration_images, load_digits
@@ -32,6 +33,8 @@ def splits(source: str | Path) -> tuple[str, ...]:
     """The splits of `source` to evaluate on."""
     if clouds.is_source(source):
         return clouds.splits(source)
+    if coco.is_source(source):
+        return coco.splits(source)
     return tuple(name for name in BUNDLED[source].counts if name != "train") if source in BUNDLED else ("test",)
 
 
@@ -40,7 +43,8 @@ def load_data(source: str | Path, split: str, model: nn.Module, limit: int | Non
 
     Args:
         source: "digits", "contours", or the path of an image folder (see `load_folder` for its layout); for a
-            point-cloud model "primitives" or a data set (see `clouds`), and what is said of images holds of clouds.
+            point-cloud model "primitives" or a data set (see `clouds`), and what is said of images holds of clouds; for
+            a detector "shapes" or files in COCO's form (see `coco`), with positions in place of labels.
         split: "train", "test", or for the bundled ones also "hard".
         model: a timm model; its configuration decides image size and normalisation.
         limit: how many images, drawn without repetition under `seed` and kept in the split's order; None
@@ -54,6 +58,8 @@ def load_data(source: str | Path, split: str, model: nn.Module, limit: int | Non
     """
     if clouds.is_cloud_model(model):
         return clouds.load_clouds(source, split, model, limit, seed=seed)
+    if coco.is_detector(model):
+        return coco.load_detection(source, split, model, limit, seed=seed)
     if source in BUNDLED:
         return BUNDLED[source].load(split, limit=limit, seed=seed, **_square_format(source, model))
     data = load_folder(source, split, model)
@@ -77,6 +83,8 @@ def load_calibration(source: str | Path, model: nn.Module, n: int, *, seed: int 
     """
     if clouds.is_cloud_model(model):
         return clouds.calibration_clouds(source, model, n, seed, augment)
+    if coco.is_detector(model):
+        return coco.calibration_images(source, model, n, seed, augment)
     if source in BUNDLED:
         return BUNDLED[source].calibration(n, seed, augment, **_square_format(source, model))
     images = torch.stack([image for image, _ in load_data(source, "train", model, n, seed=seed)])

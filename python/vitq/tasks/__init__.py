@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from .. import checkpoint, jobs
 from ..data import load_data, primitives, splits
 from ..evaluate import predict, sqnr_db, top1
+from ..models.detection.family import ROIS
 from ..recipes import Recipe, load_recipe
 from ..sources import ModelSource, load_float
+from .detection import as_tensor, detect, logits_on, precisions
 from .metrics import mean_class_accuracy, part_miou
 
 #: What every task is measured at, and the recipes whose name takes those bits.
@@ -38,10 +40,22 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A model on a split: metrics in percent by name, and the raw outputs they were made of."""
+    """A model on a split.
+
+    Attributes:
+        metrics: in percent, by name.
+        outputs: raw ones, which those of another model are compared with (signal to noise); a detector's are class
+            logits on the float model's regions of the first images, since its own regions are not another model's.
+        exact: everything that the metrics were made of; default ``outputs``.
+    """
 
     metrics: dict[str, float]
     outputs: Tensor
+    exact: Tensor | None = None
+
+    @property
+    def bits(self) -> Tensor:
+        return self.outputs if self.exact is None else self.exact
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,26 @@ class CloudTask(Task):
         return out
 
 
+#: Images of a split whose class logits are compared.
+COMPARED = 32
+
+
+@dataclass(frozen=True)
+class DetectionTask(Task):
+    """Boxes, and masks of models that have a mask head."""
+
+    def evaluate(self, model: nn.Module, limit: int | None = None) -> dict[str, Outcome]:
+        out, floating = {}, self.load()
+        for split in splits(self.data):
+            data = load_data(self.data, split, floating, limit)
+            found = detect(model, data)
+            few = range(min(COMPARED, len(data)))
+            with floating.hold(([data[i][0]] for i in few), ROIS):
+                logits = torch.cat([logits_on(floating.held, model, data[i][0]) for i in few])
+            out[split] = Outcome(precisions(found, data), logits, as_tensor(found))
+        return out
+
+
 def _classes(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"OA": top1(logits, labels), "mAcc": mean_class_accuracy(logits, labels)}
 
@@ -99,12 +133,18 @@ def _parts(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return dict(zip(("class mIoU", "instance mIoU"), part_miou(logits, labels, primitives.parts_of())))
 
 
-_METHODS = ("minmax", "repq-vit", "repq-vit-tables", "aiqvit-points", "vitq")
+def _methods(aiqvit: str) -> tuple[str, ...]:
+    return ("minmax", "repq-vit", "repq-vit-tables", aiqvit, "vitq")
+
+
+_POINTS, _COCO = _methods("aiqvit-points"), _methods("aiqvit-coco")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        CloudTask("cloud-classification", ModelSource("point_mae_primitives"), "primitives", _METHODS, _classes),
-        CloudTask("part-segmentation", ModelSource("point_mae_parts"), "primitives", _METHODS, _parts),
+        CloudTask("cloud-classification", ModelSource("point_mae_primitives"), "primitives", _POINTS, _classes),
+        CloudTask("part-segmentation", ModelSource("point_mae_parts"), "primitives", _POINTS, _parts),
+        DetectionTask("detection", ModelSource("cascade_rcnn_shapes"), "shapes", _COCO),
+        DetectionTask("instance-segmentation", ModelSource("mask_rcnn_shapes"), "shapes", _COCO),
     )
 }
 
@@ -147,9 +187,9 @@ def run(
     }
     rows = []
     for split, outcome in floating.items():
-        shared = {"split": split, "samples": len(outcome.outputs)}
+        shared = {"split": split, "samples": len(outcome.bits)}
         shared["sqnr_db"] = sqnr_db(outcome.outputs, simulated[split].outputs)
-        same = None if integer is None else torch.equal(simulated[split].outputs, integer[split].outputs)
+        same = None if integer is None else torch.equal(simulated[split].bits, integer[split].bits)
         for metric, value in outcome.metrics.items():
             row = {**common, **shared, "metric": metric, "float": value, "identical": same}
             row |= {"simulated": simulated[split].metrics[metric]}

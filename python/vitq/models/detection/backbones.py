@@ -30,16 +30,19 @@ class SwinFeatures(Backbone):
     """All stages of Swin, a LayerNorm behind each (as Swin's own detectors have it), through a feature pyramid network.
 
     Args: image_size: (H, W) that windows are laid out for; others build theirs per call. extra: a coarser map by
-          pooling, for anchors. body: further arguments of the timm model.
+          pooling, for anchors. batch_norm: behind the pyramid's convolutions. body: further arguments of the timm model.
     """
 
-    def __init__(self, name: str, image_size: tuple[int, int], out_channels: int, extra: bool, **body) -> None:
+    def __init__(
+        self, name: str, image_size: tuple[int, int], out_channels: int, extra: bool, batch_norm: bool, **body
+    ) -> None:
         swin = timm.create_model(name, img_size=image_size, num_classes=0, strict_img_size=False, **body)
         channels = [info["num_chs"] for info in swin.feature_info]
         # Of its own, which reads the last stage only.
         swin.norm = nn.Identity()
         pool = LastLevelMaxPool() if extra else None
-        super().__init__(swin, FeaturePyramidNetwork(channels, out_channels, pool), out_channels)
+        norm = nn.BatchNorm2d if batch_norm else None
+        super().__init__(swin, FeaturePyramidNetwork(channels, out_channels, pool, norm), out_channels)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -55,12 +58,14 @@ class SwinFeatures(Backbone):
 class ViTFeatures(Backbone):
     """The last map of a ViT through a simple feature pyramid: strides p/4, p/2, p and 2p of patches of p.
 
-    All blocks attend globally; positions are interpolated to an image's size.
+    All blocks attend globally; positions are interpolated to an image's size; the pyramid has LayerNorms of its own.
 
     Source: ViTDet (arXiv 2203.16527), without its window attention.
     """
 
-    def __init__(self, name: str, image_size: tuple[int, int], out_channels: int, extra: bool, **body) -> None:
+    def __init__(
+        self, name: str, image_size: tuple[int, int], out_channels: int, extra: bool, batch_norm: bool, **body
+    ) -> None:
         vit = timm.create_model(name, img_size=image_size, num_classes=0, dynamic_img_size=True, **body)
         super().__init__(vit, SimplePyramid(vit.embed_dim, out_channels, extra), out_channels)
         self.divisor = 2 * max(vit.patch_embed.patch_size)

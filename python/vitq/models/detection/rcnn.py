@@ -68,7 +68,7 @@ class Detector(nn.Module):
                  are held, class logits [B, S·R, 1 + num_classes] of the S stages' R RoIs.
         Raises:  ValueError for images of another form.
         """
-        batch = self._batch(images)
+        batch = self.batched(images)
         maps = self.backbone(batch.tensors)
         if self.held.of_image is not None:
             return self._logits_of_held(batch, maps)
@@ -76,7 +76,8 @@ class Detector(nn.Module):
         found, more = self.roi_heads(maps, proposals, batch.image_sizes, targets)
         return losses | more if self.training else found
 
-    def _batch(self, images: Tensor | list[Tensor]) -> ImageList:
+    def batched(self, images: Tensor | list[Tensor]) -> ImageList:
+        """Images padded to one size."""
         shapes = [tuple(image.shape) for image in images]
         if not shapes or any(len(s) != 3 or s[0] != 3 or min(s) < 1 for s in shapes):
             raise ValueError(f"images have shapes {shapes}, expected at least one [3, H, W]")
@@ -98,7 +99,7 @@ class Detector(nn.Module):
         found: dict[str, Rois] = {}
         with torch.no_grad():
             for images in batches:
-                batch = self._batch(images)
+                batch = self.batched(images)
                 maps = self.backbone(batch.tensors)
                 proposals = [_spread(p, rois, size) for p, size in zip(self.rpn(batch, maps)[0], batch.image_sizes)]
                 stages = [proposals]

@@ -37,6 +37,7 @@ def detector(
     canonical: int = 224,
     proposals: tuple[int, int] = (2000, 1000),
     samples: tuple[int, int] = (256, 512),
+    batch_norm: bool = False,
     mean: tuple[float, ...] = _MEAN,
     std: tuple[float, ...] = _STD,
     class_names: list[str] | None = None,
@@ -52,13 +53,14 @@ def detector(
             is pooled from the third map.
         proposals: kept before suppression (by map) and behind it (by image). samples: of a training image, by RPN and
             by heads.
+        batch_norm: behind the convolutions of feature pyramid and mask head.
         body_arguments: of the timm model.
     Raises: ValueError for anchors of another number of maps.
     """
     if len(anchors) not in (4, 5):
         raise ValueError(f"anchors is {anchors}, expected 4 or 5 sizes, one for each map")
     features = SwinFeatures if body.startswith("swin") else ViTFeatures
-    backbone = features(body, tuple(image_size), channels, len(anchors) == 5, **body_arguments)
+    backbone = features(body, tuple(image_size), channels, len(anchors) == 5, batch_norm, **body_arguments)
     generator = AnchorGenerator(tuple((size,) for size in anchors), ((0.5, 1.0, 2.0),) * len(anchors))
     rpn = RegionProposalNetwork(
         generator,
@@ -77,7 +79,7 @@ def detector(
     def heads(overlap: float, weights: tuple[float, ...] | None, with_masks: bool) -> RoIHeads:
         mask = {
             "mask_roi_pool": MultiScaleRoIAlign(maps, 14, 2, canonical_scale=canonical),
-            "mask_head": MaskRCNNHeads(channels, mask_layers, 1),
+            "mask_head": MaskRCNNHeads(channels, mask_layers, 1, nn.BatchNorm2d if batch_norm else None),
             "mask_predictor": MaskRCNNPredictor(mask_layers[-1], mask_layers[-1], classes),
         }
         return RoIHeads(
@@ -116,6 +118,7 @@ _SHAPES = {
     "canonical": 48,
     "proposals": (300, 60),
     "samples": (96, 48),
+    "batch_norm": True,
     "mean": shapes.MEAN,
     "std": shapes.STD,
 }
@@ -151,10 +154,10 @@ def mask_rcnn_shapes(pretrained: bool = False, **kwargs) -> Detector:
 
 
 @register_model
-def cascade_mask_rcnn_shapes(pretrained: bool = False, **kwargs) -> Detector:
-    """Cascade Mask R-CNN, otherwise as ``mask_rcnn_shapes``."""
-    arguments = _SHAPES | _SMALL_SWIN | {"body": "swin_tiny_patch4_window7_224", "cascade": True, "head_width": 96}
-    return built("cascade_mask_rcnn_shapes", detector, pretrained, arguments, kwargs)
+def cascade_rcnn_shapes(pretrained: bool = False, **kwargs) -> Detector:
+    """Cascade R-CNN without masks, otherwise as ``mask_rcnn_shapes``."""
+    arguments = _SHAPES | _SMALL_SWIN | {"body": "swin_tiny_patch4_window7_224", "cascade": True, "masks": False}
+    return built("cascade_rcnn_shapes", detector, pretrained, arguments | {"head_width": 96}, kwargs)
 
 
 @register_model
