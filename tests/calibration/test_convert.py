@@ -375,7 +375,7 @@ def test_states_that_do_not_fit():
     refused(r"floats\['pos_embed'\] has shape \(1,\)", floats=good.floats | {"pos_embed": torch.zeros(1)})
     refused("heads of .* is 2, expected 4", target=vit(num_heads=4))
     refused("gates its output", target=gated())
-    refused("model is Linear, expected one of timm", TypeError, target=nn.Linear(2, 2))
+    refused("model is Linear, expected one of VisionTransformer, Eva", TypeError, target=nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"sites\['x'\] is int"):
         ModelState("test", {"x": 1}, {})
     with pytest.raises(TypeError, match=r"floats\['x'\] is torch.float16"):

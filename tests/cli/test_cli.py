@@ -169,7 +169,7 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["quantize", NAME, "OUT", "--weights", "/nowhere.pth"], "weights is '/nowhere.pth', expected a file"),
         (["quantize", NAME, "OUT", "--weights", "x", "--random-weights"], "both given"),
         (["quantize", NAME, "OUT", "--model-arg", "colour=3"], "do not fit"),
-        (["quantize", "resnet18", "OUT", "--random-weights"], "expected a timm VisionTransformer"),
+        (["quantize", "resnet18", "OUT", "--random-weights"], "expected one of VisionTransformer"),
         (["quantize", "vit_tiny_patch16_224", "OUT"], "pretrained weights of vit_tiny_patch16_224 cannot be had"),
         (["eval", "/nowhere"], "/nowhere: no such folder"),
         (["bench", "/nowhere"], "model is '/nowhere'"),
