@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import nn
+from torch.utils.data import Dataset
 
 from vitq_kernels import _native, backends
 from vitq_kernels.triton import host as triton_host
@@ -34,7 +35,9 @@ from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
 from .data import load_data, splits
-from .evaluate import agreement, predict, sqnr_db, top1
+from .data.coco import DetectionData
+from .detect import KINDS, as_tensor, precisions
+from .evaluate import agreement, sqnr_db, top1
 from .models import adapter_for
 from .models import support as supported
 from .restore import to_simulated
@@ -50,6 +53,11 @@ RUN_COLUMNS = {
     "top1_integer": "integer %",
     "agreement_simulated_integer": "sim = int",
     "logit_sqnr_db": "SQNR dB",
+}
+DETECTION_COLUMNS = {
+    "split": "split",
+    **{f"{name} {kind}": f"{name} {kind}" for name in KINDS for kind in ("float", "simulated", "integer")},
+    "identical": "sim = int",
 }
 BENCH_COLUMNS = {
     "model": "model",
@@ -171,7 +179,7 @@ def quantize(args: argparse.Namespace) -> None:
         times = jobs.time_models({"float": model, "integer": done.integer}, [1], 1.0)
         record["runs"] = jobs.summarize(recipe, done, model, checkpoint.disk_bytes(target), rows, times)
         reporting.write_evaluation(target, record["runs"])
-        console.print_rows(out, f"{source.name}, {recipe.name}", record["runs"], RUN_COLUMNS)
+        console.print_rows(out, f"{source.name}, {recipe.name}", record["runs"], _columns(record["runs"]))
         run = record["runs"][0]
         out.print(
             f"batch 1, {run['threads']} threads: float {run['latency_ms_float']:.2f} ms, integer "
@@ -179,6 +187,12 @@ def quantize(args: argparse.Namespace) -> None:
             f"{run['size_bytes_float'] / 1e6:.2f} MB -> {run['size_bytes_integer'] / 1e6:.2f} MB"
         )
     _emit(args, record)
+
+
+def _columns(runs: list[dict[str, Any]]) -> dict[str, str]:
+    """Of rows of ``jobs.evaluate``; masks only where there are any."""
+    columns = RUN_COLUMNS if "top1_float" in runs[0] else DETECTION_COLUMNS
+    return {name: title for name, title in columns.items() if runs[0].get(name) is not None or name == "identical"}
 
 
 def _write_allocation(folder: Path, frontier: dict[str, Any] | None, packs: list[Any] | None, title: str) -> None:
@@ -214,21 +228,23 @@ def evaluate(args: argparse.Namespace) -> None:
     }
     models = {mode: build[mode]() for mode in modes}
     data = load_data(args.data, args.split, skeleton, args.limit)
-    logits: dict[str, torch.Tensor] = {}
+    outputs: dict[str, jobs.Prediction] = {}
     # The simulated model, too, takes its float stages from the back end.
     pin = contextlib.nullcontext() if args.backend is None else backends.backend(args.backend)
     with pin, console.progress() as bar:
         task = bar.add_task("evaluating", total=len(data) * len(models))
         for mode, model in models.items():
-            logits[mode], labels = predict(model, data, args.batch_size, lambda n: bar.advance(task, n))
-    rows = [_evaluation(mode, logits, labels) for mode in modes]
+            outputs[mode] = jobs.predictions(model, data, args.batch_size, lambda n: bar.advance(task, n))
+    rows = [_evaluation(mode, outputs, data) for mode in modes]
     columns = {
         "mode": "mode",
         "top1": "top-1 %",
+        **{name: name for name in KINDS},
         "sqnr_db": "SQNR to float dB",
         "agreement_float": "= float",
         "agreement_simulated": "= simulated",
     }
+    columns = {name: title for name, title in columns.items() if name in rows[0]}
     console.print_rows(out, f"{args.checkpoint} on {args.data}/{args.split}, {len(data)} images", rows, columns)
     _emit(args, {"checkpoint": args.checkpoint, "split": args.split, "images": len(data), "rows": rows})
 
@@ -240,8 +256,12 @@ def _recorded_source(config: checkpoint.Config) -> ModelSource:
         raise ValueError("the checkpoint does not say where its float model came from; leave float out") from error
 
 
-def _evaluation(mode: str, logits: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, Any]:
-    row: dict[str, Any] = {"mode": mode, "top1": top1(logits[mode], labels)}
+def _evaluation(mode: str, outputs: dict[str, jobs.Prediction], data: Dataset) -> dict[str, Any]:
+    if isinstance(data, DetectionData):
+        same = None if "simulated" not in outputs else torch.equal(*(as_tensor(outputs[m]) for m in (mode, "simulated")))
+        return {"mode": mode, **precisions(outputs[mode], data), "agreement_simulated": same}
+    logits = {name: logits for name, (logits, _) in outputs.items()}
+    row: dict[str, Any] = {"mode": mode, "top1": top1(*outputs[mode])}
     for other in ("float", "simulated"):
         row[f"agreement_{other}"] = agreement(logits[other], logits[mode]) if other in logits else None
     reference = logits.get("float")

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from .data.coco import is_detector
+
 FORMATS = ("exported", "aoti")
 
 
@@ -21,7 +23,13 @@ def to_program(model: nn.Module, size: tuple[int, ...], batch: int | None = None
 
     Args: size: (C, H, W) of an image, (N, C) of a cloud; batch: None makes the batch size an input's property, as it is
     in eager mode.
+    Raises: ValueError for a detector, whose number of boxes no graph knows beforehand.
     """
+    if is_detector(model):
+        raise ValueError(
+            f"model is a {type(model).__name__}: regions and boxes depend on the image, so there is no graph of it; "
+            "expected a model of one output, such as its backbone.body"
+        )
     parameter = next(p for p in model.parameters())
     # Two images: tracers take a batch of one for a constant.
     x = torch.zeros(batch or 2, *size, dtype=parameter.dtype, device=parameter.device)

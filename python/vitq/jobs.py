@@ -16,14 +16,17 @@ from .bench.latency import compare_models, tensor_bytes
 from .calibrate import CalibratedModel, calibrate
 from .convert import to_integer
 from .data import load_calibration
+from .data.coco import DetectionData
+from .detect import compare, detect
 from .evaluate import Comparison, predict
 from .models import state_data
+from .models.detection.rcnn import Found
 from .recipes import Recipe
 from .simulate import SimModel
 from .sources import ModelSource
 from .state import ModelState
 
-Prediction = tuple[Tensor, Tensor]  # logits [N, C], labels [N]
+Prediction = tuple[Tensor, Tensor] | list[Found]  # logits [N, C], labels [N]; what a detector finds
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,15 @@ def average_bits(sim: SimModel) -> tuple[float, float]:
 
 
 def predict_splits(model: nn.Module, splits: dict[str, Dataset], batch_size: int = 64) -> dict[str, Prediction]:
-    """(logits, labels) of ``model`` per split."""
-    return {name: predict(model, data, batch_size) for name, data in splits.items()}
+    """(logits, labels) of ``model`` per split, or what a detector finds."""
+    return {name: predictions(model, data, batch_size) for name, data in splits.items()}
+
+
+def predictions(
+    model: nn.Module, data: Dataset, batch_size: int = 64, advance: Callable[[int], None] = lambda n: None
+) -> Prediction:
+    """(logits, labels) of ``model``, or what it finds in each image."""
+    return detect(model, data, advance) if isinstance(data, DetectionData) else predict(model, data, batch_size, advance)
 
 
 def evaluate(
@@ -110,12 +120,18 @@ def evaluate(
     splits: dict[str, Dataset],
     batch_size: int = 64,
 ) -> list[dict[str, Any]]:
-    """One row per split: top-1 of the three models (two if there is no integer one), their agreement, logit SQNR.
+    """One row per split: top-1 of the three models (two if there is no integer one), their agreement, logit SQNR; of
+    detectors their average precisions (see ``vitq.detect.compare``).
 
     Args: floating: :func:`predict_splits` of the float model, which many quantized ones are compared with.
     """
     rows = []
     for name, data in splits.items():
+        if isinstance(data, DetectionData):
+            models = (simulated, integer)
+            found = compare(floating[name], *(None if m is None else detect(m, data) for m in models), data)
+            rows.append({"split": name, "images": len(data), **found})
+            continue
         logits, labels = floating[name]
         others = (None if m is None else predict(m, data, batch_size)[0] for m in (simulated, integer))
         comparison = Comparison.of(labels, logits, *others)

@@ -50,7 +50,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "architecture": config.architecture,
         "recipe": config.recipe,
         "facts": _facts(sim, state, config, size),
-        "accuracy": runs and [{heading: run[key] for key, heading in ACCURACY.items()} for run in runs],
+        "accuracy": runs and [{heading: run[key] for key, heading in _keys(run).items()} for run in runs],
         "latency": runs and {key: runs[0][key] for key in LATENCY},
         "bytes": {**parts, "config.json and headers": size - sum(parts.values())},
         # Layers in execution order.
@@ -60,6 +60,14 @@ def collect(folder: Path) -> dict[str, Any]:
         "packs": metrics.get("packs"),
         "frontier": read_frontier(folder, metrics),
     }
+
+
+def _keys(run: dict[str, Any]) -> dict[str, str]:
+    """Of a row of ``jobs.evaluate``: key → heading."""
+    if "box AP float" not in run:
+        return ACCURACY
+    own = ("split", "images", *(key for key in run if " AP " in key))
+    return {key: key for key in own} | {"identical": "simulated = integer"}
 
 
 def render(figures: dict[str, Any]) -> str:
@@ -95,7 +103,7 @@ def read_evaluation(folder: Path, config: Config) -> list[dict[str, Any]] | None
     try:
         record = json.loads(file.read_text())
         runs, digest = [dict(run) for run in record["runs"]], record["digest"]
-        if missing := [key for run in runs for key in (*ACCURACY, *LATENCY) if key not in run] or not runs:
+        if missing := [key for run in runs for key in (*_keys(run), *LATENCY) if key not in run] or not runs:
             raise LookupError(missing)
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file} cannot be read as an evaluation ({type(error).__name__}: {error})") from error

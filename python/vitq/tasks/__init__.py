@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .. import checkpoint, jobs
 from ..data import load_data, primitives, splits
+from ..detect import as_tensor, detect, logits_on, precisions
 from ..evaluate import predict, sqnr_db, top1
 from ..models.detection.family import ROIS
 from ..recipes import Recipe, load_recipe
 from ..sources import ModelSource, load_float
-from .detection import as_tensor, detect, logits_on, precisions
 from .metrics import mean_class_accuracy, part_miou
 
 #: What every task is measured at, and the recipes whose name takes those bits.

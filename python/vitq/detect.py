@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from ..data.coco import DetectionData
-from ..models.detection.rcnn import Detector, Found, HeldRois, padded_detections
-from ..simulate import SimModel
+from .data.coco import DetectionData
+from .models.detection.rcnn import Detector, Found, HeldRois, padded_detections
+from .simulate import SimModel
 
 #: pycocotools' name of what is compared.
 KINDS = {"box AP": "bbox", "mask AP": "segm"}
@@ -111,6 +111,19 @@ def average_precision(rows: list[dict[str, Any]], truth: dict[str, Any], kind: s
         judge.accumulate()
         judge.summarize()
     return 100.0 * float(judge.stats[0])
+
+
+def compare(
+    found: list[Found], simulated: list[Found], integer: list[Found] | None, data: DetectionData
+) -> dict[str, Any]:
+    """Metrics of float, simulated and integer model (None without) side by side, and whether the last two are the same
+    bits."""
+    row: dict[str, Any] = {"identical": None if integer is None else torch.equal(*map(as_tensor, (simulated, integer)))}
+    for kind, of in (("float", found), ("simulated", simulated), ("integer", integer)):
+        for name in KINDS:
+            row[f"{name} {kind}"] = None
+        row |= {} if of is None else {f"{name} {kind}": value for name, value in precisions(of, data).items()}
+    return row
 
 
 def precisions(found: list[Found], data: DetectionData) -> dict[str, float]:
