@@ -211,7 +211,6 @@ PARTIAL = {
     "attention-pool": (lambda: vit(global_pool="map", class_token=False), "attn_pool", "AttentionPoolLatent"),
     "quick-gelu": (lambda: vit(act_layer=get_act_layer("quick_gelu")), "blocks.1.mlp.act", "QuickGELU"),
     "swiglu": (lambda: vit(mlp_layer=SwiGLU), "blocks.0.mlp.act", "Gated"),
-    "dynamic-swin": (lambda: swin(strict_img_size=False), "layers.0.blocks.1.attn", "each input size"),
 }
 
 
