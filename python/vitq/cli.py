@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         help="of a mixed-precision recipe, as a fraction of float32: size=0.2, bitops=0.03, latency=0.6",
     )
     p.add_argument(
-        "--data", default="digits", help="digits (default), contours, an image folder, or clouds (docs/tasks.md)"
+        "--data", default="digits", help="digits (default), contours, an image folder; clouds or boxes: docs/tasks.md"
     )
     p.add_argument("--images", type=_positive, help="calibration images (default: the recipe's)")
     p.add_argument("--eval-images", type=_positive, help="evaluate on so many test images (default: all)")
@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     p = command("eval", run.evaluate, "Top-1, agreement and SQNR of the float, simulated and integer model.")
     p.add_argument("checkpoint")
     p.add_argument(
-        "--data", default="digits", help="digits (default), contours, an image folder, or clouds (docs/tasks.md)"
+        "--data", default="digits", help="digits (default), contours, an image folder; clouds or boxes: docs/tasks.md"
     )
     p.add_argument("--split", default="test", help="test (default), hard (digits, contours, primitives), train")
     p.add_argument("--modes", default="float,simulated,integer", help="which of them, comma-separated")
@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = command("demo", run.demo, "The main job on the shipped models: real handwriting, or another task.")
     p.add_argument("--output", default="build/demo")
-    p.add_argument("--task", help="cloud-classification or part-segmentation (default: handwritten digits)")
+    p.add_argument("--task", help="cloud-classification, part-segmentation, detection or instance-segmentation (default: handwritten digits)")
     p.add_argument("--recipes", type=lambda text: text.split(","), help="of a task: only these, comma-separated")
     p.add_argument("--limit", type=_positive, help="of a task: so many samples per split")
     return top

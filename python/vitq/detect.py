@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from .data.coco import DetectionData
+from .data.coco import DetectionData, coco_tools
 from .models.detection.rcnn import Detector, Found, HeldRois, padded_detections
 from .simulate import SimModel
 
@@ -60,8 +60,6 @@ def logits_on(rois: HeldRois, model: nn.Module, image: Tensor) -> Tensor:
 
 def results(found: list[Found], data: DetectionData) -> list[dict[str, Any]]:
     """Detections as COCO's results: boxes in the pixels of the stored images, masks (where there are) as RLE."""
-    from pycocotools import mask
-
     rows = []
     for i, image in enumerate(found):
         h, w = data.size(i)
@@ -80,7 +78,7 @@ def results(found: list[Found], data: DetectionData) -> list[dict[str, Any]]:
         if "masks" in image:
             pasted = paste_masks_in_image(image["masks"], boxes, (h, w))[:, 0] > 0.5
             for row, pixels in zip(of_image, pasted.numpy()):
-                row["segmentation"] = mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
+                row["segmentation"] = coco_tools().mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
         rows += of_image
     return rows
 
@@ -91,22 +89,19 @@ def average_precision(rows: list[dict[str, Any]], truth: dict[str, Any], kind: s
     Args:   rows: COCO's results; truth: COCO's annotations; kind: "bbox" or "segm".
     Raises: ValueError without a single annotation, where AP is not defined.
     """
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
     if not truth["annotations"]:
         raise ValueError("truth has no annotations, expected at least one: there is no precision without")
     if not rows:
         return 0.0
     with contextlib.redirect_stdout(io.StringIO()):
-        reference = COCO()
+        reference = coco_tools().coco.COCO()
         # pycocotools writes into what it is given.
         reference.dataset = copy.deepcopy(truth)
         reference.createIndex()
         # The area by which a row counts as small or large is that of what is compared.
         other = "segmentation" if kind == "bbox" else "bbox"
         own = [{name: value for name, value in row.items() if name != other} for row in rows]
-        judge = COCOeval(reference, reference.loadRes(own), kind)
+        judge = coco_tools().cocoeval.COCOeval(reference, reference.loadRes(own), kind)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()

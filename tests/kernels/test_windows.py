@@ -98,6 +98,28 @@ def test_attention_within_windows():
         attn(x, mask=torch.zeros(1, 16, 16))
 
 
+@pytest.mark.parametrize("grid", [(6, 10), (8, 4), (3, 3), (13, 9)])
+def test_dynamic_windows_are_those_of_each_grid(grid):
+    state, norm = attention_state(bias=torch.randn(2, 16, 16, generator=gen(7))), norm_of(16)
+    window = Window((4, 4), (2, 2), (6, 10), dynamic=True)
+    attn = QAttention.from_state(state, norm=norm, window=window)
+    want = QAttention.from_state(state, norm=norm, window=Window((4, 4), (2, 2), grid))
+    x = torch.randn(2, *grid, 16, generator=gen(1))
+    for _ in range(2):
+        assert torch.equal(attn(x, residual=x), want(x, residual=x))
+    assert len(attn.window.others) == (grid != (6, 10))
+    assert attn.state_dict().keys() == want.state_dict().keys()
+
+
+def test_maps_of_many_grids_are_not_kept():
+    maps = WindowMap(Window((2, 2), (1, 1), (4, 4), dynamic=True))
+    for side in range(1, 60):
+        assert maps.at(torch.zeros(1, side, 3, 2)).window.resolution == (side, 3)
+    assert len(maps.others) == 32
+    with pytest.raises(ValueError, match=r"x has shape \(1, 4, 2\), expected \(B, \*\(4, 4\), C\)"):
+        maps.at(torch.zeros(1, 4, 2))
+
+
 BY_HAND = {"static": STATIC, "dynamic": DYNAMIC, "table": QuantSpec(4, table=TABLE), "none": None}
 
 

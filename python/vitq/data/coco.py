@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,17 @@ from .folder import read_image
 SHAPES = "shapes"
 #: Names of files and folders by split.
 NAMES = {"train": ("train2017", "train"), "test": ("val2017", "val", "test")}
+
+
+def coco_tools() -> ModuleType:
+    """pycocotools. Raises: ImportError that says how to get it."""
+    try:
+        import pycocotools.coco
+        import pycocotools.cocoeval
+        import pycocotools.mask
+    except ImportError as error:
+        raise ImportError("boxes and masks need pycocotools: pip install 'vitq-kernels[detection]'") from error
+    return pycocotools
 
 
 def is_detector(model: nn.Module) -> bool:
@@ -87,7 +99,7 @@ def load_detection(source: str, split: str, model: nn.Module, limit: int | None 
     shapes keep theirs.
 
     Args:   as of ``load_data``.
-    Raises: ValueError: a source or a split that is none, files that are missing or malformed (the message names file
+    Raises: ImportError: without pycocotools. ValueError: a source or a split that is none, files that are missing or malformed (the message names file
             and place), other categories than the model's, ``limit`` outside what there is.
     """
     what = f"split {split!r} of '{source}'"
@@ -151,12 +163,10 @@ _CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(shapes.CLASSES, 
 
 def _describe(truth: dict[str, Any], scene: shapes.Scene, image_id: int) -> None:
     """Add ``scene`` to annotations in COCO's form."""
-    from pycocotools import mask
-
     h, w = scene.image.shape[1:]
     truth["images"].append({"id": image_id, "file_name": f"{image_id:06d}.png", "height": h, "width": w})
     for box, label, pixels in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks.numpy()):
-        rle = mask.encode(np.asfortranarray(pixels))
+        rle = coco_tools().mask.encode(np.asfortranarray(pixels))
         truth["annotations"].append(
             {
                 "id": len(truth["annotations"]) + 1,

@@ -149,6 +149,8 @@ def _decisions(calibration: Calibration) -> tuple[list[_Decision], list[_Item]]:
     for block in blocks:
         site, parent = block.attention, block.path.rpartition(".")[0]
         rows, window = layers[site.qkv.path].rows, site.window
+        if window is not None and window.dynamic:
+            raise ValueError(f"windows of {site.path!r} are laid out for each image size, expected those of one size")
         keys = rows if window is None else window.tokens
         macs, own = rows * keys * site.heads * site.head_dim, sim.attentions[site.path].operands.spec.bits
         scores = _Item(rows, own, lambda bits, macs=macs: int(macs * bits**2), macs * FLOAT_BITS**2)
