@@ -8,6 +8,7 @@ from pathlib import Path
 from vitq.data.bundled import SIZE
 from vitq.data.contours import CLASSES, MEAN, STD
 from vitq.models import digits_vit
+from vitq.models.points.registry import ASSETS as SHIPPED
 from vitq.sources import ModelSource
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -22,6 +23,7 @@ class Trained:
         data: the images it knows, by their name in `load_data`.
         images: how many it was trained on, with repetition; batch: at a time.
         stream: what it was trained on, by its name in `bench.train.STREAMS`, where that is another.
+        start: weights that a detector's backbone and RPN begin with, a file of another.
         drop_path: largest rate of stochastic depth.
     """
 
@@ -32,6 +34,7 @@ class Trained:
     drop_path: float = 0.0
     learning_rate: float = 1e-3
     stream: str | None = None
+    start: str | None = None
 
 
 def _contours(name: str, architecture: str, images: int, learning_rate: float = 1e-3, **kwargs) -> Trained:
@@ -49,7 +52,16 @@ CLOUDS = {
 
 #: Detectors, by name.
 DETECTORS = {
-    "shapes": Trained(ModelSource("mask_rcnn_shapes"), "shapes", 32_000, batch=16, drop_path=0.05, learning_rate=1.5e-3),
+    "shapes": Trained(ModelSource("mask_rcnn_shapes"), "shapes", 16_000, batch=8, drop_path=0.05, learning_rate=1.2e-3),
+    "cascade": Trained(
+        ModelSource("cascade_rcnn_shapes"),
+        "shapes",
+        4_000,
+        batch=8,
+        drop_path=0.05,
+        learning_rate=6e-4,
+        start=str(SHIPPED / "mask_rcnn_shapes.safetensors"),
+    ),
 }
 
 #: By name. Tokens: 65, 65, 65, and 256 in windows of 16.

@@ -1,7 +1,8 @@
 """Train a model of the bench: `python -m bench.train vit --out FILE.safetensors`.
 
 AdamW, linear warm-up and cosine decay, stochastic depth; classifiers with label smoothing, detectors with the losses of
-torchvision's parts. The last weights are stored, as float16; the metric on the test splits is only reported. Interrupted, the same command goes on from the last checkpoint.
+torchvision's parts. The last weights are stored, as float16; the metric on the test splits is only reported.
+Interrupted, the same command goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from vitq.data import contours, digits, load_data, primitives, shapes
 from vitq.data.distort import TRAIN, distort
+from vitq.detect import detect, precisions
 from vitq.evaluate import predict, top1
 from vitq.models import Detector, state_data
 
@@ -33,7 +36,7 @@ LABEL_SMOOTHING = 0.1
 RAMP, PEAK = 0.4, 1.2
 EVERY = 100
 #: Heights and widths of the scenes, and the share of a detector's training in which it learns the class of pixels only.
-SIDES, PIXELS = (80, 96, 112), 0.64
+SIDES, PIXELS = (80, 96, 112), 0.25
 TRAINED = MODELS | CLOUDS | DETECTORS
 
 
@@ -125,7 +128,11 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
     """
     torch.manual_seed(seed)
     model = timm.create_model(trained.source.name, drop_path_rate=trained.drop_path, **trained.source.kwargs).train()
+    if trained.start is not None:
+        # What is of another head stays as it is.
+        model.load_state_dict({k: v.float() for k, v in load_file(trained.start).items() if k in _shared(model)}, False)
     detector = isinstance(model, Detector)
+    alone = PIXELS if trained.start is None else 0.0
     learner = Guided(model) if detector else model
     # As is customary, biases, norms and embeddings do not decay.
     free = ("_token", "_embed", "_pos", "_bias_table")
@@ -160,7 +167,7 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
     ):
         if mean is not None:
             images = [(image - mean) / std for image in images] if detector else (images - mean) / std
-        loss, value = learner(images, labels, step <= PIXELS * steps) if detector else classified(model, images, labels)
+        loss, value = learner(images, labels, step <= alone * steps) if detector else classified(model, images, labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -178,6 +185,11 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
             torch.save({**states, "random": torch.get_rng_state(), "step": step}, partial)
             os.replace(partial, checkpoint)
     return model.eval()
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """Of a detector's tensors, those that do not depend on its heads."""
+    return {name for name in model.state_dict() if name.startswith(("backbone.", "rpn."))}
 
 
 def main() -> None:
@@ -205,9 +217,16 @@ def main() -> None:
     os.replace(partial, out)
     checkpoint.unlink()
     model.load_state_dict(weights)
-    scores = {} if isinstance(model, Detector) else {split: top1(*predict(model, load_data(trained.data, split, model))) for split in ("test", "hard")}
+    scores = {split: score(model, load_data(trained.data, split, model)) for split in ("test", "hard")}
     size = out.stat().st_size / 1e6
     print(f"{out}: {size:.2f} MB, as stored: " + ", ".join(f"{k} {v:.2f} %" for k, v in scores.items()))
+
+
+def score(model: nn.Module, data: Dataset) -> float:
+    """Top-1, or box AP."""
+    return (
+        precisions(detect(model, data), data)["box AP"] if isinstance(model, Detector) else top1(*predict(model, data))
+    )
 
 
 if __name__ == "__main__":

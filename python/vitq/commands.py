@@ -258,7 +258,8 @@ def _recorded_source(config: checkpoint.Config) -> ModelSource:
 
 def _evaluation(mode: str, outputs: dict[str, jobs.Prediction], data: Dataset) -> dict[str, Any]:
     if isinstance(data, DetectionData):
-        same = None if "simulated" not in outputs else torch.equal(*(as_tensor(outputs[m]) for m in (mode, "simulated")))
+        pair = [as_tensor(outputs[name]) for name in (mode, "simulated") if name in outputs]
+        same = torch.equal(*pair) if "simulated" in outputs else None
         return {"mode": mode, **precisions(outputs[mode], data), "agreement_simulated": same}
     logits = {name: logits for name, (logits, _) in outputs.items()}
     row: dict[str, Any] = {"mode": mode, "top1": top1(*outputs[mode])}

@@ -110,7 +110,9 @@ def predictions(
     model: nn.Module, data: Dataset, batch_size: int = 64, advance: Callable[[int], None] = lambda n: None
 ) -> Prediction:
     """(logits, labels) of ``model``, or what it finds in each image."""
-    return detect(model, data, advance) if isinstance(data, DetectionData) else predict(model, data, batch_size, advance)
+    if isinstance(data, DetectionData):
+        return detect(model, data, advance)
+    return predict(model, data, batch_size, advance)
 
 
 def evaluate(

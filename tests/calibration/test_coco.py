@@ -157,7 +157,7 @@ MALFORMED = {
     "unknown class": (broken(lambda t: t["annotations"][0].update(category_id=4)), "category_id 4, which"),
     "three numbers": (broken(lambda t: t["annotations"][0].update(bbox=[1, 2, 3])), r"bbox \[1, 2, 3\], expected x, y"),
     "no width of a box": (broken(lambda t: t["annotations"][0].update(bbox=[1, 2, 0, 3])), "positive width and height"),
-    "infinite": (broken(lambda t: t["annotations"][0].update(bbox=[1, 2, 3, float("inf")])), "positive width and height"),
+    "infinite": (broken(lambda t: t["annotations"][0].update(bbox=[1, 2, 3, float("inf")])), "positive width"),
 }
 
 

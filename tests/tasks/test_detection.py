@@ -26,7 +26,8 @@ def truth(*boxes: tuple[int, list[int], int]) -> dict:
         | {"segmentation": rle(*box)}
         for i, (image, box, label) in enumerate(boxes, 1)
     ]
-    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}
+    categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def found(image: int, box: list[int], label: int, score: float, pixels: list[int] | None = None) -> dict:

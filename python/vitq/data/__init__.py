@@ -1,5 +1,5 @@
-"""Images to calibrate and to evaluate with: bundled ones (digits, contours) or any image folder; clouds, and images with
-boxes, likewise."""
+"""Images to calibrate and to evaluate with: bundled ones (digits, contours) or any image folder. Clouds and images with
+boxes likewise."""
 
 from pathlib import Path
 

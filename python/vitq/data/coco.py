@@ -99,8 +99,9 @@ def load_detection(source: str, split: str, model: nn.Module, limit: int | None 
     shapes keep theirs.
 
     Args:   as of ``load_data``.
-    Raises: ImportError: without pycocotools. ValueError: a source or a split that is none, files that are missing or malformed (the message names file
-            and place), other categories than the model's, ``limit`` outside what there is.
+    Raises: ImportError: without pycocotools. ValueError: a source or a split that is none, files that are missing or
+            malformed (the message names file and place), other categories than the model's, ``limit`` outside what
+            there is.
     """
     what = f"split {split!r} of '{source}'"
     if source == SHAPES:
@@ -123,7 +124,7 @@ def load_detection(source: str, split: str, model: nn.Module, limit: int | None 
 
 
 def calibration_images(source: str, model: nn.Module, n: int, seed: int = 0, augment: float = 0.0) -> Tensor:
-    """``n`` training images [n, 3, H, W] of the model's input size in random order, padded with zeros at the lower right.
+    """``n`` training images [n, 3, H, W] of the model's input size in random order, zeros at the lower right.
 
     Args:   augment: share of them under the mild distortion of the other image sets.
     Raises: ValueError: as of :func:`load_detection`, or ``augment`` outside [0, 1].

@@ -1,7 +1,7 @@
 """Scenes that need no files: textured figures of six classes on cluttered ground, with their boxes and masks.
 
-Scene i of a split is a function of the split, i and nothing else. Figures lie over each other in random order; the mask
-is what is seen of one. Height and width differ from scene to scene; some have no figure. The ``hard`` split has more and
+Scene i of a split is a function of the split, i and nothing else. Figures lie over each other; the mask is
+what is seen of one. Height and width differ from scene to scene; some have no figure. The ``hard`` split has more and
 smaller figures, less contrast, more clutter and noise.
 """
 
@@ -29,21 +29,22 @@ class Nuisance:
     """Upper limits; each scene draws its own values, uniformly.
 
     figures: number of them. small: radius of the smallest, as a share of the shorter side (the largest:
-    0.32). faint: of the contrast of figure and ground, taken away. clutter: amplitude of the ground's waves; strokes:
+    0.32). tint: deviation of a figure's colour from its class's. faint: of the contrast of figure and ground, taken away. clutter: amplitude of the ground's waves; strokes:
     number of lines over the ground; noise: standard deviation. Intensities are of the [0, 1] pixel range.
     """
 
     figures: int = 6
     small: float = 0.09
+    tint: float = 0.6
     faint: float = 0.6
     clutter: float = 0.12
     strokes: int = 4
     noise: float = 0.06
 
 
-CLEAN = Nuisance(figures=3, small=0.16, faint=0.0, clutter=0.0, strokes=0, noise=0.0)
+CLEAN = Nuisance(figures=3, small=0.16, tint=0.0, faint=0.0, clutter=0.0, strokes=0, noise=0.0)
 USUAL = Nuisance()
-HARD = Nuisance(figures=9, small=0.07, faint=0.75, clutter=0.2, strokes=8, noise=0.1)
+HARD = Nuisance(figures=9, small=0.07, tint=0.8, faint=0.7, clutter=0.2, strokes=8, noise=0.1)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def scene(split: str, index: int, limits: Nuisance | None = None, size: tuple[in
         seen = [mask & ~inside for mask in masks]
         floor = LEAST_SEEN * _AREA[CLASSES[label]] * radius**2
         if all(mask.sum() >= few for mask, few in zip([*seen, inside], [*least, floor])):
-            image = np.where(inside[..., None], _texture(rng, u, v, ground, limits), image)
+            image = np.where(inside[..., None], _texture(rng, CLASSES[label], u, v, ground, limits), image)
             masks, labels, least = [*seen, inside], [*labels, label + 1], [*least, floor]
     light, _ = _turned(x / w - 0.5, y / h - 0.5, rng.uniform(0, 2 * np.pi))
     image = image * (1 + rng.uniform(0, 0.25) * light)[..., None]
@@ -108,9 +109,7 @@ def boxes_of(masks: Tensor) -> Tensor:
 
 def strengthened(share: float) -> Nuisance:
     """Between clean scenes (0) and the usual ones (1), for a training that begins with clean ones."""
-    between = {
-        name: type(clean)(clean + share * (getattr(USUAL, name) - clean)) for name, clean in vars(CLEAN).items()
-    }
+    between = {name: type(clean)(clean + share * (getattr(USUAL, name) - clean)) for name, clean in vars(CLEAN).items()}
     return replace(CLEAN, **between)
 
 
@@ -135,12 +134,13 @@ def _ground(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, limits: Nuis
 
 
 def _texture(
-    rng: np.random.Generator, u: np.ndarray, v: np.ndarray, ground: np.ndarray, limits: Nuisance
+    rng: np.random.Generator, kind: str, u: np.ndarray, v: np.ndarray, ground: np.ndarray, limits: Nuisance
 ) -> np.ndarray:
-    """[H, W, 3]: plain, striped or checked, brighter or darker than the ground."""
-    contrast = rng.uniform(0.3, 0.45, 3) * (1 - rng.uniform(0, limits.faint)) * rng.choice((-1.0, 1.0))
-    kind, frequency = rng.integers(3), rng.uniform(4, 9)
-    wave = (1.0, np.cos(frequency * u), np.cos(frequency * u) * np.cos(frequency * v))[kind]
+    """[H, W, 3]: plain, striped or checked, of a tint over the ground that is usual for its class."""
+    tint = np.array(_TINTS[kind]) + rng.uniform(0, limits.tint) * rng.standard_normal(3)
+    contrast = rng.uniform(0.3, 0.4) * (1 - rng.uniform(0, limits.faint)) * tint
+    pattern, frequency = rng.integers(3), rng.uniform(4, 9)
+    wave = (1.0, np.cos(frequency * u), np.cos(frequency * u) * np.cos(frequency * v))[pattern]
     return ground + contrast * (0.75 + 0.25 * np.sign(wave) * np.ones_like(u))[..., None]
 
 
@@ -163,6 +163,9 @@ def _inside(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (_DENT[0] - 1) * y - _DENT[1] * x >= 0
 
 
+#: Of colours over the ground. Classes would be told apart by their outline alone, which takes long to learn.
+_TINTS = {"disc": (1, -0.5, -0.5), "ring": (-0.5, 1, -0.5), "square": (-0.5, -0.5, 1)}
+_TINTS |= {"triangle": (1, 1, -1), "cross": (1, -1, 1), "star": (-1, 1, 1)}
 _DENT = 0.45 * np.cos(np.pi / 5), 0.45 * np.sin(np.pi / 5)
 #: Of figures in the unit disc.
 _AREA = {"disc": np.pi, "ring": 0.75 * np.pi, "square": 2.0, "triangle": 1.3, "cross": 1.65, "star": 5 * _DENT[1]}

@@ -179,10 +179,10 @@ class Family(ABC):
         return y
 
     def holding(self, model: nn.Module, images: Tensor, batch: int) -> AbstractContextManager:
-        """The time of a calibration on ``images``, run ``batch`` at a time; ``model``: a copy of this one, still float.
+        """The time of a calibration on ``images``, run ``batch`` at a time; ``model``: a copy of this, still float.
 
-        Within, whatever ``model`` chooses by what it sees (regions of interest) stays what it is now, in copies too: the
-        layers of float and quantized model have the same rows. Most models choose nothing.
+        Within, whatever ``model`` chooses by what it sees (regions of interest) stays what it is now, in copies too:
+        the layers of float and quantized model have the same rows. Most models choose nothing.
         """
         return nullcontext()
 

@@ -30,7 +30,7 @@ class SwinFeatures(Backbone):
     """All stages of Swin, a LayerNorm behind each (as Swin's own detectors have it), through a feature pyramid network.
 
     Args: image_size: (H, W) that windows are laid out for; others build theirs per call. extra: a coarser map by
-          pooling, for anchors. batch_norm: behind the pyramid's convolutions. body: further arguments of the timm model.
+          pooling, for anchors. batch_norm: behind the pyramid's convolutions. body: arguments of the timm model.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class ViTFeatures(Backbone):
     def __init__(
         self, name: str, image_size: tuple[int, int], out_channels: int, extra: bool, batch_norm: bool, **body
     ) -> None:
+        if batch_norm:
+            raise ValueError("batch_norm is True, expected False: a ViT's pyramid has LayerNorms")
         vit = timm.create_model(name, img_size=image_size, num_classes=0, dynamic_img_size=True, **body)
         super().__init__(vit, SimplePyramid(vit.embed_dim, out_channels, extra), out_channels)
         self.divisor = 2 * max(vit.patch_embed.patch_size)

@@ -8,13 +8,12 @@ from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..block_family import BlockFamily
 from ..sites import AttentionSite, BlockSite, LinearSite
 from ..timm_family import FAMILIES
-from .rcnn import Detector, padded_detections
+from .rcnn import CascadeHeads, Detector, padded_detections
 
 BODY = "backbone.body"
 #: RoIs per calibration image and box head.
@@ -69,9 +68,10 @@ class DetectionFamily(BlockFamily):
     def _stages(self) -> Iterator[str]:
         """Module paths of the box heads."""
         heads = self.model.roi_heads
-        return (f"roi_heads.stages.{i}" for i in range(len(heads.stages))) if hasattr(heads, "stages") else iter(
-            ("roi_heads",)
-        )
+        if isinstance(heads, CascadeHeads):
+            yield from (f"roi_heads.stages.{i}" for i in range(len(heads.stages)))
+        else:
+            yield "roi_heads"
 
     def attention_bias(self, site: AttentionSite) -> Tensor | None:
         return self.body.attention_bias(self._inner[site.path])

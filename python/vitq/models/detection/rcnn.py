@@ -23,7 +23,7 @@ Rois = tuple[Tensor, ...]
 
 
 class HeldRois:
-    """RoIs by image while calibration holds them (see :meth:`Detector.hold`), else None; copies of a model share them."""
+    """RoIs by image while calibration holds them (see :meth:`Detector.hold`), else None; copies of a model share it."""
 
     def __init__(self, of_image: dict[str, Rois] | None = None) -> None:
         self.of_image = of_image
@@ -40,7 +40,7 @@ class Detector(nn.Module):
         num_classes: without background, which is class 0 of what the heads tell apart.
         data: ``ModelState.data`` of the model, whose input size is that of calibration and timing.
 
-    Images are [3, H, W], normalized. A batch is padded with zeros, at the lower right, to one size that is a multiple of
+    Images are [3, H, W], normalized. A batch is padded with zeros, at the lower right, to one size, a multiple of
     ``backbone.divisor``; attention sees the padding as it sees any ground, in float as in integers (the published
     detectors do not mask it), while boxes are clipped to the image itself.
     """
@@ -88,7 +88,7 @@ class Detector(nn.Module):
 
     @contextmanager
     def hold(self, batches: Iterable[Tensor], rois: int) -> Iterator[None]:
-        """Within: keep the RoIs that this model has on these images; copies made within have the same, quantized or not.
+        """Within: keep the RoIs that this model has on these images; copies made within have the same, quantized too.
 
         Without this, rows of the heads' layers would be of other RoIs in a quantized model than in the float one.
 

@@ -163,5 +163,5 @@ def cascade_rcnn_shapes(pretrained: bool = False, **kwargs) -> Detector:
 @register_model
 def mask_rcnn_shapes_vit(pretrained: bool = False, **kwargs) -> Detector:
     """Mask R-CNN of ``vitq.data.shapes`` on a small ViT with a simple feature pyramid; no weights shipped."""
-    arguments = _SHAPES | _SMALL_VIT | {"body": "vit_tiny_patch16_224"}
+    arguments = _SHAPES | _SMALL_VIT | {"body": "vit_tiny_patch16_224", "batch_norm": False}
     return built("mask_rcnn_shapes_vit", detector, pretrained, arguments, kwargs)
