@@ -224,9 +224,9 @@ def main() -> None:
 
 def score(model: nn.Module, data: Dataset) -> float:
     """Top-1, or box AP."""
-    return (
-        precisions(detect(model, data), data)["box AP"] if isinstance(model, Detector) else top1(*predict(model, data))
-    )
+    if isinstance(model, Detector):
+        return precisions(detect(model, data), data)["box AP"]
+    return top1(*predict(model, data))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ EMPTY, LEAST_SEEN, ATTEMPTS = 0.04, 0.4, 3
 class Nuisance:
     """Upper limits; each scene draws its own values, uniformly.
 
-    figures: number of them. small: radius of the smallest, as a share of the shorter side (the largest:
-    0.32). tint: deviation of a figure's colour from its class's. faint: of the contrast of figure and ground, taken away. clutter: amplitude of the ground's waves; strokes:
-    number of lines over the ground; noise: standard deviation. Intensities are of the [0, 1] pixel range.
+    figures: number of them. small: radius of the smallest, as a share of the shorter side (the largest: 0.32). tint:
+    deviation of a figure's colour from its class's. faint: of the contrast of figure and ground, taken away. clutter:
+    amplitude of the ground's waves; strokes: number of lines over the ground; noise: standard deviation. Intensities
+    are of the [0, 1] pixel range.
     """
 
     figures: int = 6
