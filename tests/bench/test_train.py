@@ -7,12 +7,13 @@ from itertools import islice
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from vitq.data import contours, digits
 from vitq.models import digits_vit
-from vitq.sources import load_float
+from vitq.sources import ModelSource, load_float
 
 from bench import train
-from bench.models import MODELS
+from bench.models import MODELS, Trained
 
 FEW = replace(MODELS["digits"], images=16 * 12, batch=16, drop_path=0.2)
 
@@ -74,6 +75,36 @@ def test_contours_are_new_in_every_batch_and_grow_harder():
     assert torch.equal(later[0][0], batches[3])
     other = next(train.contours_batches(1, 8, 4, 5))[0]
     assert not torch.equal(other, batches[4])
+
+
+TINY = {"channels": 16, "head_width": 16, "mask_layers": (16,), "depths": (1, 1, 1, 1), "embed_dim": 16}
+TINY |= {"num_heads": (1, 1, 1, 1), "proposals": (40, 10), "image_size": (64, 64)}
+DETECTOR = Trained(ModelSource("mask_rcnn_shapes", kwargs=TINY), "shapes", images=10, batch=2)
+
+
+def test_detectors_learn_pixels_then_boxes(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PIXELS", 0.4)
+    alone, forward = [], train.Guided.forward
+
+    def watched(learner, images, targets, pixels_alone):
+        alone.append(pixels_alone)
+        assert {image.shape for image in images} == {images[0].shape}
+        return forward(learner, images, targets, pixels_alone)
+
+    monkeypatch.setattr(train.Guided, "forward", watched)
+    first, second = (train.fit(DETECTOR, 1, tmp_path / name) for name in ("a", "b"))
+    assert alone == [True, True, False, False, False] * 2
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+    assert not first.training
+    # A cascade that begins with its backbone and RPN, and does not learn.
+    save_file(first.state_dict(), tmp_path / "start.safetensors")
+    source = ModelSource("cascade_rcnn_shapes", kwargs=TINY)
+    later = replace(DETECTOR, source=source, learning_rate=0.0, start=str(tmp_path / "start.safetensors"))
+    cascade = dict(train.fit(later, 2, tmp_path / "c").named_parameters())
+    assert alone[10:] == [False] * 5
+    for name, p in first.named_parameters():
+        if name.startswith(("backbone.", "rpn.")):
+            assert torch.equal(cascade[name], p)
 
 
 def test_command_writes_float16_weights_and_how_they_were_made(tmp_path, monkeypatch, capsys):
