@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from vitq.data import coco, load_calibration, load_data, shapes, splits
+from vitq.detect import average_precision
 from vitq.sources import ModelSource, load_float
 
 pytest.importorskip("pycocotools")
@@ -138,6 +139,15 @@ def test_files_in_cocos_form(tmp_path, two_classes):
     assert {a["image_id"] for a in one.truth["annotations"]} <= {one.truth["images"][0]["id"]}
 
 
+def test_the_first_annotation_may_be_number_zero(tmp_path, two_classes):
+    truth = annotations()
+    truth["annotations"][0]["id"] = 0
+    data = load_data(written(tmp_path, truth), "test", two_classes)
+    row = {"image_id": 7, "category_id": 18, "bbox": [2, 3, 10, 5.5], "score": 1.0}
+    row["segmentation"] = coco.coco_tools().mask.frPyObjects(truth["annotations"][0]["segmentation"], 20, 30)[0]
+    assert [average_precision([row], data.truth, kind) for kind in ("bbox", "segm")] == [pytest.approx(100)] * 2
+
+
 def broken(change):
     truth = annotations()
     change(truth)
@@ -157,6 +167,9 @@ MALFORMED = {
     "unknown class": (broken(lambda t: t["annotations"][0].update(category_id=4)), "category_id 4, which"),
     "three numbers": (broken(lambda t: t["annotations"][0].update(bbox=[1, 2, 3])), r"bbox \[1, 2, 3\], expected x, y"),
     "no width of a box": (broken(lambda t: t["annotations"][0].update(bbox=[1, 2, 0, 3])), "positive width and height"),
+    "no polygon": (broken(lambda t: t["annotations"][0].update(segmentation=[])), "neither RLE nor polygons"),
+    "two points": (broken(lambda t: t["annotations"][0].update(segmentation=[[1, 2, 3, 4]])), "neither RLE"),
+    "half an RLE": (broken(lambda t: t["annotations"][0].update(segmentation={"counts": "1"})), "neither RLE"),
     "infinite": (broken(lambda t: t["annotations"][0].update(bbox=[1, 2, 3, float("inf")])), "positive width"),
 }
 

@@ -198,7 +198,8 @@ def write_shapes(folder: Path, split: str, count: int) -> None:
 def _stored(truth: dict[str, Any], chosen: list[int], images: Path, model: nn.Module, title: str) -> DetectionData:
     listed = [truth["images"][i] for i in chosen]
     kept = {image["id"] for image in listed}
-    annotations = [a for a in truth["annotations"] if a["image_id"] in kept]
+    # Numbered anew: pycocotools takes what is matched with an annotation 0 for unmatched.
+    annotations = [a | {"id": n} for n, a in enumerate((a for a in truth["annotations"] if a["image_id"] in kept), 1)]
 
     def read(i: int) -> Tensor:
         image = read_image(str(images / listed[i]["file_name"]))
@@ -214,7 +215,8 @@ def read_annotations(file: Path) -> dict[str, Any]:
     """A file of instances in COCO's form. An image may have no annotation.
 
     Raises: ValueError that names the file and what is wrong: no JSON, fields missing, identifiers twice, an annotation
-            of an unknown image or category, a box that is not four finite numbers of positive extent, no segmentation.
+            of an unknown image or category, a box that is not four finite numbers of positive extent, no segmentation
+            or one that is neither RLE nor polygons.
     """
 
     def refuse(why: str) -> None:
@@ -245,6 +247,13 @@ def read_annotations(file: Path) -> dict[str, Any]:
         numbers = len(box) == 4 and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
         if not numbers or min(box[2:]) <= 0:
             refuse(f"annotations[{i}] has bbox {box}, expected x, y and a positive width and height")
+        outline = entry["segmentation"]
+        if isinstance(outline, dict):
+            whole = outline.keys() >= {"size", "counts"}
+        else:
+            whole = bool(outline) and all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in outline)
+        if not whole:
+            refuse(f"annotations[{i}] has a segmentation that is neither RLE nor polygons of three points or more")
     return truth
 
 
