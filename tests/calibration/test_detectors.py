@@ -209,6 +209,10 @@ def test_images_are_checked():
             model(bad)
     with pytest.raises(ValueError, match="expected 4 or 5 sizes"):
         made("mask_rcnn_shapes", anchors=(8, 16))
+    with pytest.raises(ValueError, match="body is 'resnet18', expected a model of timm whose name starts with swin"):
+        made("mask_rcnn_shapes", body="resnet18")
+    with pytest.raises(ValueError, match="batch_norm is True, expected False"):
+        made("mask_rcnn_shapes_vit", batch_norm=True)
 
 
 @pytest.mark.parametrize("name", ["mask-swin", "cascade-swin"])

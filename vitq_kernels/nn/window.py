@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,7 @@ from .base import QModule
 # key that is excluded altogether adds nothing to a quantizer's offset either, nor to the sum that renormalizes.
 _OUTSIDE = float("-inf")
 #: Grids besides its own that a dynamic window keeps the maps of.
-_GRIDS = 32
+_GRIDS = 8
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,10 @@ class WindowMap(QModule):
         self.register_buffer("token_of_slot", slots.to(torch.int32))
         self.register_buffer("mask", window.mask())
         # Of other grids: made when they come up, never stored.
-        self.__dict__["others"] = OrderedDict()
+        self.__dict__["others"] = {}
 
     def at(self, x: Tensor) -> WindowMap:
-        """The map of the grid of x [B, H, W, C]: this one, or where windows are dynamic one of the last few grids.
+        """The map of the grid of x [B, H, W, C]: this one, or where windows are dynamic another, kept for a while.
 
         Raises: ValueError if x is on another grid than the window's, or no grid.
         """
@@ -136,13 +135,14 @@ class WindowMap(QModule):
         if not self.window.dynamic or len(grid) != 2:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, *{self.window.resolution}, C)")
         key = (grid, x.device)
-        if key not in self.others:
+        found = self.others.get(key)
+        if found is None:
             with torch.inference_mode(False):
-                self.others[key] = WindowMap(replace(self.window, resolution=grid)).to(x.device)
-            if len(self.others) > _GRIDS:
-                self.others.popitem(last=False)
-        self.others.move_to_end(key)
-        return self.others[key]
+                found = WindowMap(replace(self.window, resolution=grid)).to(x.device)
+            for oldest in list(self.others)[: max(0, len(self.others) + 1 - _GRIDS)]:
+                self.others.pop(oldest, None)
+            self.others[key] = found
+        return found
 
     def partition(self, x: Tensor | QTensor, zero_code: int = 0) -> Tensor | QTensor:
         """[B, H, W, C] to [B·nW, N, C]; ``zero_code``: the code of 0.0, which padded slots hold.

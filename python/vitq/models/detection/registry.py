@@ -23,6 +23,9 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CASCADE = ((0.5, (10.0, 10.0, 5.0, 5.0)), (0.6, (20.0, 20.0, 10.0, 10.0)), (0.7, (30.0, 30.0, 15.0, 15.0)))
 
 
+_BODIES = {"swin": SwinFeatures, "vit": ViTFeatures, "deit": ViTFeatures}
+
+
 def detector(
     body: str,
     num_classes: int = 80,
@@ -55,11 +58,13 @@ def detector(
             by heads.
         batch_norm: behind the convolutions of feature pyramid and mask head.
         body_arguments: of the timm model.
-    Raises: ValueError for anchors of another number of maps.
+    Raises: ValueError for anchors of another number of maps, or another kind of body.
     """
     if len(anchors) not in (4, 5):
         raise ValueError(f"anchors is {anchors}, expected 4 or 5 sizes, one for each map")
-    features = SwinFeatures if body.startswith("swin") else ViTFeatures
+    features = next((kind for prefix, kind in _BODIES.items() if body.startswith(prefix)), None)
+    if features is None:
+        raise ValueError(f"body is {body!r}, expected a model of timm whose name starts with {', '.join(_BODIES)}")
     backbone = features(body, tuple(image_size), channels, len(anchors) == 5, batch_norm, **body_arguments)
     generator = AnchorGenerator(tuple((size,) for size in anchors), ((0.5, 1.0, 2.0),) * len(anchors))
     rpn = RegionProposalNetwork(
