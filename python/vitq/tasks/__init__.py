@@ -143,7 +143,7 @@ TASKS: dict[str, Task] = {
     for task in (
         CloudTask("cloud-classification", ModelSource("point_mae_primitives"), "primitives", _POINTS, _classes),
         CloudTask("part-segmentation", ModelSource("point_mae_parts"), "primitives", _POINTS, _parts),
-        DetectionTask("detection", ModelSource("cascade_rcnn_shapes"), "shapes", _COCO),
+        DetectionTask("detection", ModelSource("faster_rcnn_shapes"), "shapes", _COCO),
         DetectionTask("instance-segmentation", ModelSource("mask_rcnn_shapes"), "shapes", _COCO),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from safetensors.torch import load_file
 from timm.models import register_model
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -15,7 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from vitq.data import shapes
 
-from ..points.registry import built
+from ..points.registry import ASSETS, built
 from .backbones import SwinFeatures, ViTFeatures
 from .rcnn import AgnosticPredictor, CascadeHeads, Detector
 
@@ -159,8 +160,19 @@ def mask_rcnn_shapes(pretrained: bool = False, **kwargs) -> Detector:
 
 
 @register_model
+def faster_rcnn_shapes(pretrained: bool = False, **kwargs) -> Detector:
+    """``mask_rcnn_shapes`` without its mask head, of whose weights it is."""
+    arguments = _SHAPES | _SMALL_SWIN | {"body": "swin_tiny_patch4_window7_224", "masks": False}
+    model = built("faster_rcnn_shapes", detector, False, arguments, kwargs)
+    if pretrained:
+        weights, own = load_file(ASSETS / "mask_rcnn_shapes.safetensors"), model.state_dict()
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items() if name in own})
+    return model
+
+
+@register_model
 def cascade_rcnn_shapes(pretrained: bool = False, **kwargs) -> Detector:
-    """Cascade R-CNN without masks, otherwise as ``mask_rcnn_shapes``."""
+    """Cascade R-CNN without masks, otherwise as ``mask_rcnn_shapes``; no weights shipped."""
     arguments = _SHAPES | _SMALL_SWIN | {"body": "swin_tiny_patch4_window7_224", "cascade": True, "masks": False}
     return built("cascade_rcnn_shapes", detector, pretrained, arguments | {"head_width": 96}, kwargs)
 
