@@ -89,3 +89,29 @@ def test_command_line_on_clouds(model, tmp_path, capsys):
     assert rows[0]["top1"] > 50
     assert main(["quantize", model, out, "--force", "--recipe", "minmax-w8a8", "--no-eval"]) == 2
     assert "data is 'digits', expected primitives" in capsys.readouterr().err
+
+
+def test_command_line_on_shapes(tmp_path, capsys):
+    out = str(tmp_path / "c")
+    quantize = ["quantize", "faster_rcnn_shapes", out, "--recipe", "minmax-w8a8", "--data", "shapes"]
+    assert main([*quantize, "--images", "4", "--eval-images", "6", "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["split"] for run in runs] == ["test", "hard"]
+    for run in runs:
+        assert run["identical"] is True
+        assert run["box AP simulated"] == run["box AP integer"]
+        assert run["mask AP float"] is None
+    assert runs[0]["box AP float"] > 30
+    assert abs(runs[0]["box AP float"] - runs[0]["box AP integer"]) < 10
+    evaluate = ["eval", out, "--data", "shapes", "--modes", "simulated,integer", "--limit", "3"]
+    assert main([*evaluate, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["agreement_simulated"] for row in rows] == [True, True]
+    assert rows[0]["box AP"] == rows[1]["box AP"]
+    assert main(["report", out, "--output", str(tmp_path / "page.html")]) == 0
+    assert "box AP integer" in (tmp_path / "page.html").read_text()
+    capsys.readouterr()
+    assert main(["export", out, "--output", str(tmp_path / "m.pt2")]) == 2
+    assert "regions and boxes depend on the image" in capsys.readouterr().err
+    assert main([*quantize[:3], "--force", "--recipe", "minmax-w8a8", "--no-eval"]) == 2
+    assert "data is 'digits', expected shapes or coco:<folder>" in capsys.readouterr().err
