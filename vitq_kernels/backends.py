@@ -148,8 +148,9 @@ def layouts(op: str, device: torch.device, n: int, k: int, pin: str | None = Non
     """
     found = resolve(op, device.type, pin=pin).served(device)
     if (pin or pinned()) is None and device.type == "cuda" and "cuda" in _table[op]:
-        more = _table[op]["cuda"].served(device)
-        found = (*(x for x in more if x not in found and serving.cuda_serves_some(op, x, (n, k))), *found)
+        cuda = _table[op]["cuda"]
+        if winning := {x for x in cuda.layouts if x not in found and serving.cuda_serves_some(op, x, (n, k))}:
+            found = (*(x for x in cuda.served(device) if x in winning), *found)
     return found
 
 
