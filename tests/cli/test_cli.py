@@ -113,6 +113,22 @@ def test_bench_of_a_checkpoint_and_of_an_architecture(quantized, capsys):
     assert [row["model"] for row in figures(capsys, *argv)["rows"]] == ["float32", "minmax-w4a4"]
 
 
+def test_list_models(capsys):
+    assert main(["list-models", "*t*_tiny_patch16_224", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    assert rows["deit_tiny_patch16_224"]["verdict"] == "integer"
+    assert rows["deit_tiny_patch16_224"]["attention"] == 1.0
+    assert rows["deit_tiny_patch16_224"]["weights"] > 0.95
+    assert main(["list-models", "cait_xxs24_224", "--json"]) == 0
+    (cait,) = json.loads(capsys.readouterr().out)["models"]
+    assert (cait["verdict"], cait["attention"]) == ("partly", 0.0)
+    assert any("talking heads" in reason for reason in cait["reasons"])
+    assert main(["list-models", "visformer_tiny"]) == 0
+    assert "no adapter" in "".join(capsys.readouterr().out.split("\n"))
+    assert main(["list-models", "resnet18"]) == 2
+    assert "pattern is 'resnet18'" in capsys.readouterr().err
+
+
 def test_info(quantized, capsys):
     record = figures(capsys, "info")
     assert record["backends"]["ref"] == "live"
@@ -153,7 +169,7 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["quantize", NAME, "OUT", "--weights", "/nowhere.pth"], "weights is '/nowhere.pth', expected a file"),
         (["quantize", NAME, "OUT", "--weights", "x", "--random-weights"], "both given"),
         (["quantize", NAME, "OUT", "--model-arg", "colour=3"], "do not fit"),
-        (["quantize", "resnet18", "OUT", "--random-weights"], "expected a timm VisionTransformer"),
+        (["quantize", "resnet18", "OUT", "--random-weights"], "expected one of VisionTransformer"),
         (["quantize", "vit_tiny_patch16_224", "OUT"], "pretrained weights of vit_tiny_patch16_224 cannot be had"),
         (["eval", "/nowhere"], "/nowhere: no such folder"),
         (["bench", "/nowhere"], "model is '/nowhere'"),
