@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,14 +180,19 @@ def roofline(record: dict[str, Any]) -> Picture | None:
 
 
 def write_pictures(record: dict[str, Any], folder: Path, check: bool) -> list[Path]:
-    """Files of ``folder`` that are not what the record gives; unless ``check``, they are afterwards."""
-    wanted = {folder / f"cpu-{name}.svg": picture.svg() for name, picture in pictures(record).items()}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    """Files of ``folder`` that are not of the record; unless ``check``, they are afterwards.
+
+    A file names the digest of its record: matplotlib's versions draw the same figures a little differently.
+    """
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    stamp = f"<!-- of figures {digest} -->\n"
+    wanted = {folder / f"cpu-{name}.svg": picture for name, picture in pictures(record).items()}
+    stale = [path for path in wanted if not path.exists() or not path.read_text().startswith(stamp)]
     left = [path for path in folder.glob("cpu-*.svg") if path not in wanted]
     if not check:
         folder.mkdir(parents=True, exist_ok=True)
         for path in stale:
-            path.write_text(wanted[path])
+            path.write_text(stamp + wanted[path].svg())
         for path in left:
             path.unlink()
     return stale + left

@@ -1,4 +1,4 @@
-"""Lines, bars and histograms by matplotlib: inline SVG, as wide as a phone, and PNG. Imports it when something is drawn."""
+"""Lines, bars and histograms by matplotlib, imported when something is drawn: inline SVG for a phone's width, PNG."""
 
 from __future__ import annotations
 
@@ -46,11 +46,15 @@ class Axis:
         if not len(values) or not all(map(math.isfinite, values)):
             raise ValueError(f"values of axis {self.label!r} are {list(values)[:8]}, expected finite numbers")
         if self.log and min(values) <= 0:
-            raise ValueError(f"values of logarithmic axis {self.label!r} go down to {min(values)}, expected positive ones")
+            raise ValueError(
+                f"values of logarithmic axis {self.label!r} go down to {min(values)}, expected positive ones"
+            )
         axes.set(**{f"{which}scale": "log" if self.log else "linear", f"{which}label": self.label})
         axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
         if self.log:  # few decades need more marks than one each
-            axis.get_major_locator().set_params(subs=(1, 2, 5) if max(values) <= 100 * min(values) else (1,), numticks=7)
+            axis.get_major_locator().set_params(
+                subs=(1, 2, 5) if max(values) <= 100 * min(values) else (1,), numticks=7
+            )
             axis.minorticks_off()
         axis.set_major_formatter("{x:.4g}")
         axes.set(**{f"{which}lim": (self.low, self.high)})
@@ -69,7 +73,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Picture:
-    """Panels below each other: (height, title, what draws it). ``label`` is what a reader hears who does not see them."""
+    """Panels below each other: (height, title, what draws it). ``label`` is for readers who do not see them."""
 
     label: str
     panels: tuple[tuple[float, str, Callable[[Axes], None]], ...] = field(repr=False)
@@ -98,7 +102,7 @@ class Picture:
         self.save(path, format="png")
 
     def svg(self) -> str:
-        """An ``svg`` element, the same for the same picture. Its ids start with a digest of the label: pages hold several."""
+        """An ``svg`` element, the same for the same picture; its ids start with a digest of the label."""
         buffer = io.StringIO()
         self.save(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         root = re.search(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', buffer.getvalue())
@@ -147,7 +151,8 @@ def plot(
             above(name, ((low + high) / 2, 1), (0, 3), ha="center")
         for s in series:
             style, many = "-" * s.line + "o" * s.dots, len(s.points) > MARKS
-            axes.plot(*zip(*s.points), style, color=s.color, label=s.name or "_", rasterized=many)
+            size = None if s.line else 5
+            axes.plot(*zip(*s.points), style, color=s.color, label=s.name or "_", rasterized=many, markersize=size)
         for at, name in marks:
             axes.axvline(at, color=RED, linestyle="--")
             above(name, (at, 1), (2, -8))
