@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vitq_kernels import _native, backends
 from vitq_kernels.triton import host as triton_host
 from vitq_kernels.triton import warmup as warm
 
-from . import checkpoint, console, jobs, parallel, recipes, tasks
+from . import checkpoint, console, jobs, parallel, plots, recipes, tasks
 from . import export as exporting
 from . import report as reporting
 from .allocation.plot import draw_frontier, draw_packs
@@ -168,7 +169,7 @@ def quantize(args: argparse.Namespace) -> None:
         # The other points, hundreds to thousands, are a file beside the checkpoint's own.
         metrics["frontier"] = frontier | {"points": [frontier["points"][frontier["picked"]]], "picked": 0}
     checkpoint.save(target, replace(done.state, metrics=metrics), overwrite=args.force)
-    _write_allocation(target, frontier, metrics.get("packs"), f"{source.name}, {recipe.name}")
+    _write_allocation(out, target, frontier, metrics.get("packs"), f"{source.name}, {recipe.name}")
     reporting.write_evaluation(target, None)
     if not args.work_dir:
         shutil.rmtree(work, ignore_errors=True)
@@ -195,16 +196,20 @@ def _columns(runs: list[dict[str, Any]]) -> dict[str, str]:
     return {name: title for name, title in columns.items() if runs[0].get(name) is not None or name == "identical"}
 
 
-def _write_allocation(folder: Path, frontier: dict[str, Any] | None, packs: list[Any] | None, title: str) -> None:
-    """``frontier.json`` and the pictures; those of an earlier checkpoint go."""
+def _write_allocation(
+    out: Console, folder: Path, frontier: dict[str, Any] | None, packs: list[Any] | None, title: str
+) -> None:
+    """``frontier.json`` and, where matplotlib is there, the pictures; those of an earlier checkpoint go."""
     data = folder / reporting.FRONTIER
     data.unlink(missing_ok=True)
     if frontier is not None:
         data.write_text(json.dumps(frontier, indent=1) + "\n")
-    for name, draw, record in (("frontier.svg", draw_frontier, frontier), ("packs.svg", draw_packs, packs)):
+    for name, draw, record in (("frontier.png", draw_frontier, frontier), ("packs.png", draw_packs, packs)):
         (folder / name).unlink(missing_ok=True)
-        if record is not None:
-            (folder / name).write_text(str(draw(record, title)), encoding="utf-8")
+        if record is not None and find_spec("matplotlib"):
+            draw(record, title).png(folder / name)
+        elif record is not None:
+            out.print(f"no {name}: {plots.NEEDED}")
 
 
 def _reasons(integer: nn.Module) -> str:
@@ -398,8 +403,9 @@ def report(args: argparse.Namespace) -> None:
     target = Path(args.output)
     _refuse_existing(target, args)
     figures = reporting.collect(Path(args.checkpoint))
+    page = reporting.render(figures)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(reporting.render(figures), encoding="utf-8")
+    target.write_text(page, encoding="utf-8")
     out.print(f"{target}: {target.stat().st_size / 1e3:.0f} kB")
     _emit(args, {"output": str(target), "page_bytes": target.stat().st_size, "figures": figures})
 
