@@ -97,10 +97,10 @@ def test_command_line_on_shapes(tmp_path, capsys):
     assert main([*quantize, "--images", "4", "--eval-images", "6", "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [run["split"] for run in runs] == ["test", "hard"]
-    for run in runs:
-        assert run["identical"] is True
-        assert run["box AP simulated"] == run["box AP integer"]
-        assert run["mask AP float"] is None
+    for row in runs:
+        assert row["identical"] is True
+        assert row["box AP simulated"] == row["box AP integer"]
+        assert row["mask AP float"] is None
     assert runs[0]["box AP float"] > 30
     assert abs(runs[0]["box AP float"] - runs[0]["box AP integer"]) < 10
     evaluate = ["eval", out, "--data", "shapes", "--modes", "simulated,integer", "--limit", "3"]
