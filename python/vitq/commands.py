@@ -409,6 +409,20 @@ def _describe_checkpoint(args: argparse.Namespace, out: Console) -> None:
     _emit(args, {**record, "float_bytes": config.float_bytes, "integer": report.integer, "float": report.floating})
 
 
+def recorded_source(path: str) -> ModelSource:
+    """Where the float model of the checkpoint at ``path`` came from. Raises: ValueError if it does not say."""
+    return _recorded_source(checkpoint.read_config(path))
+
+
+def serve(args: argparse.Namespace) -> None:
+    dtype, device = _dtype(args.dtype), _device(args.device)
+    try:
+        from .serving import command
+    except ModuleNotFoundError as error:
+        raise ImportError(f"serving needs {error.name}: pip install 'vitq-kernels[serve]'") from error
+    command.serve(args, dtype, device)
+
+
 def demo(args: argparse.Namespace) -> None:
     from . import demo as job
 
