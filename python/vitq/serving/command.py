@@ -24,7 +24,6 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
 
     Raises: ValueError, OSError: what is wrong with the checkpoint, an option, or the address.
     """
-    _log(args.log_level)
     token = os.environ.get("VITQ_TOKEN")
     if args.token_file:
         token = Path(args.token_file).read_text().strip()
@@ -49,6 +48,7 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
         reference = Engine(model, device=device, threads=args.threads, buckets=(1, 2, 4), max_queue=32)
     name = args.name or Path(args.checkpoint).resolve().name
     server = Server(engine, name, limits=limits, token=token, reference=reference)
+    _log(args.log_level)
     asyncio.run(_listen(server, listening, args))
 
 
