@@ -94,6 +94,8 @@ async def _listen(app: Server, listening: socket.socket, args: argparse.Namespac
     fields |= {"replicas": app.engine.replicas, "threads": app.engine.threads, "buckets": app.engine.buckets}
     log.warning("listening", extra={"fields": fields | {"invariant": served.invariant}})
     await server.serve(sockets=[listening])
+    for engine in filter(None, (app.engine, app.reference)):
+        await asyncio.to_thread(engine.close, args.timeout)
     log.warning("stopped", extra={"fields": {"answered": app.engine.snapshot().requests}})
 
 

@@ -357,16 +357,19 @@ class Engine:
                 own = sorted(os.sched_getaffinity(0))[replica * self.threads : (replica + 1) * self.threads]
                 if len(own) == self.threads:
                     os.sched_setaffinity(0, own)  # of this thread, and of the OpenMP threads that it starts
-        batch = self._batches[replica]
+        batch, death = self._batches[replica], None
         while True:
             try:
+                if death is not None:
+                    self._recover(batch)
+                    log.error("a worker died; another takes its place", exc_info=death)
+                    death = None
                 while self._take(batch):
                     self._answer(batch, replica)
                     self._done(batch)
                 return
-            except BaseException:
-                log.exception("a worker died; another takes its place")
-                self._recover(batch)
+            except BaseException as error:
+                death = error  # and no more: what comes here while it is dealt with has to be dealt with, too
 
     def _take(self, batch: list[_Request]) -> bool:
         """Moves the next batch from the queue; False when the engine is closed and all is answered."""

@@ -9,8 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ class Limits:
 
 
 class Server:
-    """The ASGI application around ``engine``.
+    """The ASGI application around ``engine``, which whoever made it closes when this has ended.
 
     Args:
         name: of the model in the protocol. limits: see :class:`Limits`.
@@ -85,6 +84,7 @@ class Server:
         reference: Engine | None = None,
     ) -> None:
         self.engine, self.name, self.limits, self.reference = engine, name, limits or Limits(), reference
+        #: set when no more requests are to be sent here: readiness says so
         self.closing = False
         self._token = None if token is None else f"Bearer {token}".encode()
         self._transform = images.warm(images.transform(engine.served.data))
@@ -115,7 +115,6 @@ class Server:
         self._app = Starlette(
             routes=[Route(path, self._answering(what, handler), methods=[m]) for m, path, what, handler in routes],
             exception_handlers={HTTPException: _http_error},
-            lifespan=self._lifespan,
         )
 
     async def __call__(self, scope, receive, send) -> None:
@@ -145,14 +144,6 @@ class Server:
                 fields = {"method": scope["method"], "path": scope["path"][:200], "status": status,
                           "ms": round(seconds * 1e3, 3), "client": (scope.get("client") or ("",))[0]}  # fmt: skip
                 log.log(level, "request", extra={"fields": fields | about})
-
-    @asynccontextmanager
-    async def _lifespan(self, _) -> AsyncIterator[None]:
-        yield
-        # The server has answered what it accepted; who uses the engine otherwise is waited for, too.
-        self.closing = True
-        for engine in filter(None, (self.engine, self.reference)):
-            await anyio.to_thread.run_sync(engine.close, self.limits.answer_s)
 
     def _answering(self, what: str, handler: Callable[[Request], Awaitable[Response]]):
         """``handler`` behind the token and the limits, with errors as the protocol words them."""
