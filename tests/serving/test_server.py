@@ -1,5 +1,7 @@
 """The server on loopback: standard clients get the engine's bits; what is malformed gets its status, and no more."""
 
+import contextlib
+import http.client
 import io
 import json
 import re
@@ -274,6 +276,25 @@ def test_malformed_requests_are_refused(client, alive, case):
 def test_a_body_of_unknown_length_is_bounded_too(client, alive):
     status, _, body = client("POST", INFER, (b" " * 65536 for _ in range(32)))  # http.client then sends chunks
     assert status == 413, body
+
+
+def test_a_refused_body_is_read_so_that_its_sender_sees_why(client, alive):
+    """And the connection serves on; but not who sends without end, nor who waits to be told to send."""
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=10)
+    with contextlib.closing(connection):
+        for path, status in ((INFER, 413), ("/classify", 413), ("/v2/models/other/infer", 404)):
+            connection.request("POST", path, bytes(3_000_000))
+            own = connection.sock
+            answer = connection.getresponse()
+            assert "error" in json.loads(answer.read())
+            assert (answer.status, connection.sock) == (status, own)
+    for length, expect in ((10**12, ""), (3_000_000, "Expect: 100-continue\r\n")):
+        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{expect}\r\n"
+        with socket.create_connection(("127.0.0.1", client.port), timeout=10) as sender:
+            sender.sendall(head.encode())
+            answer = b"".join(iter(lambda: sender.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"connection: close" in answer.lower()
 
 
 def test_a_slow_body_is_not_waited_for(client, alive):

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 import torch
+import uvicorn
 
 from ..sources import load_float
 from .engine import Engine
-from .server import JsonLines, Limits, Server, log
+from .server import JsonLines, Limits, Server, access, log
 
 
 def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> None:
@@ -48,34 +49,41 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
         reference = Engine(model, device=device, threads=args.threads, buckets=(1, 2, 4), max_queue=32)
     name = args.name or Path(args.checkpoint).resolve().name
     server = Server(engine, name, limits=limits, token=token, reference=reference)
-    _log(args.log_level)
-    asyncio.run(_listen(server, listening, args))
+    log_lines(args.log_level)
+    tls = None if args.tls_cert is None else (args.tls_cert, args.tls_key)
+    asyncio.run(listen(server, listening, args.checkpoint, tls))
 
 
-def _log(level: str) -> None:
+def log_lines(requests: str) -> None:
+    """JSON lines on stderr. Args: requests: the level from which requests are logged; warning: only answers of 5xx."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for logger in (log, logging.getLogger("uvicorn.error")):
+    for logger, level in ((log, "INFO"), (logging.getLogger("uvicorn.error"), "WARNING")):
         logger.handlers, logger.propagate = [handler], False
-    log.setLevel(level.upper())
-    logging.getLogger("uvicorn.error").setLevel("WARNING")
+        logger.setLevel(level)
+    access.setLevel(requests.upper())
 
 
-async def _listen(app: Server, listening: socket.socket, args: argparse.Namespace) -> None:
-    import uvicorn
+async def listen(
+    app: Server, listening: socket.socket, checkpoint: str | None = None, tls: tuple[str, str] | None = None
+) -> None:
+    """Answer on ``listening`` until SIGTERM or SIGINT, then answer what was accepted and close the engines.
 
+    Args: checkpoint: taken anew on SIGHUP. tls: files of certificate chain and private key.
+    """
+    limits, engine = app.limits, app.engine
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
         ws="none",
-        lifespan="on",
+        lifespan="off",
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(args.body_timeout + args.timeout) + 1,
-        limit_concurrency=4 * args.max_pending,
-        ssl_certfile=args.tls_cert,
-        ssl_keyfile=args.tls_key,
+        timeout_graceful_shutdown=int(limits.body_s + limits.answer_s) + 1,
+        limit_concurrency=4 * limits.pending,
+        ssl_certfile=tls and tls[0],
+        ssl_keyfile=tls and tls[1],
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # it would raise them again when all is done
@@ -86,23 +94,23 @@ async def _listen(app: Server, listening: socket.socket, args: argparse.Namespac
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, _reload, app, args.checkpoint))
+    if checkpoint is not None:
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, _reload, engine, checkpoint))
     host, port = listening.getsockname()[:2]
-    url = f"{'https' if args.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-    served = app.engine.served
-    fields = {"url": url, "model": app.name, "recipe": served.recipe, "device": str(app.engine.device)}
-    fields |= {"replicas": app.engine.replicas, "threads": app.engine.threads, "buckets": app.engine.buckets}
-    log.warning("listening", extra={"fields": fields | {"invariant": served.invariant}})
+    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    fields = {"url": url, "model": app.name, "recipe": engine.served.recipe, "device": str(engine.device)}
+    fields |= {"replicas": engine.replicas, "threads": engine.threads, "buckets": engine.buckets}
+    log.info("listening", extra={"fields": fields | {"invariant": engine.served.invariant}})
     await server.serve(sockets=[listening])
-    for engine in filter(None, (app.engine, app.reference)):
-        await asyncio.to_thread(engine.close, args.timeout)
-    log.warning("stopped", extra={"fields": {"answered": app.engine.snapshot().requests}})
+    for each in filter(None, (engine, app.reference)):
+        await asyncio.to_thread(each.close, limits.answer_s)
+    log.info("stopped", extra={"fields": {"answered": engine.snapshot().requests}})
 
 
-def _reload(app: Server, checkpoint: str) -> None:
+def _reload(engine: Engine, checkpoint: str) -> None:
     try:
-        app.engine.swap(checkpoint)
+        engine.swap(checkpoint)
     except Exception:
         log.exception("the checkpoint was not taken; the one before goes on")
     else:
-        log.warning("swapped", extra={"fields": {"version": app.engine.served.version}})
+        log.info("swapped", extra={"fields": {"version": engine.served.version}})

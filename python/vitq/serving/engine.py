@@ -238,7 +238,7 @@ class Engine:
                 "running": sum(map(bool, self._batches)),
             }
             counts, latencies = dict(self._counts), list(self._latencies)
-        total, queued = (_percentiles(values) for values in zip(*latencies)) if latencies else (None, None)
+        total, queued = (percentiles(values) for values in zip(*latencies)) if latencies else (None, None)
         return Snapshot(**now, **counts, latency_ms=total, queue_ms=queued)
 
     # Life
@@ -461,7 +461,7 @@ def _resolve(set: Callable, value: object) -> None:
         set(value)
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+def percentiles(seconds: Iterable[float]) -> dict[str, float]:
     """p50, p95, p99 in milliseconds: the smallest value that so many percent do not exceed."""
     ordered = sorted(seconds)
     return {f"p{p}": ordered[math.ceil(p / 100 * len(ordered)) - 1] * 1e3 for p in (50, 95, 99)}

@@ -39,7 +39,7 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 
 IN_LOOP_BYTES = 1 << 16
 """JSON up to this size is parsed where it arrives: sooner than a thread would start to."""
 
-log = logging.getLogger("vitq.serving")
+log, access = logging.getLogger("vitq.serving"), logging.getLogger("vitq.serving.requests")
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,10 @@ class Server:
             self._requests.labels(route, str(status)).inc()
             self._seconds.labels(route).observe(seconds)
             level = logging.DEBUG if route == "health" else logging.INFO if status < 500 else logging.WARNING
-            if log.isEnabledFor(level):
+            if access.isEnabledFor(level):
                 fields = {"method": scope["method"], "path": scope["path"][:200], "status": status,
                           "ms": round(seconds * 1e3, 3), "client": (scope.get("client") or ("",))[0]}  # fmt: skip
-                log.log(level, "request", extra={"fields": fields | about})
+                access.log(level, "request", extra={"fields": fields | about})
 
     def _answering(self, what: str, handler: Callable[[Request], Awaitable[Response]]):
         """``handler`` behind the token and the limits, with errors as the protocol words them."""
@@ -176,8 +176,7 @@ class Server:
                 headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after)))
             if refusal.status == 401:
                 headers["www-authenticate"] = "Bearer"
-            # A body that was not read to its end would be taken for the next request.
-            if refusal.status in (408, 413, 503):
+            if not await self._drained(request, refusal.status):
                 headers["connection"] = "close"
             return JSONResponse({"error": str(refusal)}, refusal.status, headers)
 
@@ -189,6 +188,26 @@ class Server:
         given = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(given, self._token):
             raise Refused(401, "the bearer token is missing or wrong")
+
+    async def _drained(self, request: Request, status: int) -> bool:
+        """Reads and forgets what is left of a refused body: a connection that is closed before that is reset, and many
+        clients then see no answer. False where the connection has to go: clients that are slow, or send without end.
+        """
+        if "bytes" in request.scope["vitq"]:
+            return True
+        if status == 408 or "expect" in request.headers:
+            return False
+        try:
+            async with asyncio.timeout(self.limits.body_s):
+                left = 4 * self.limits.body_bytes
+                while left > 0:
+                    message = await request.receive()
+                    if not message.get("more_body", False):
+                        return message["type"] == "http.request"
+                    left -= len(message["body"])
+        except TimeoutError:
+            pass
+        return False
 
     async def _body(self, request: Request, most: int) -> bytearray:
         """The whole body, within all limits."""
