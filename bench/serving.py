@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -40,7 +41,7 @@ from vitq.bench.environment import environment
 from vitq.models.digits_vit import NAME
 from vitq.recipes import load_recipe
 from vitq.serving import images as files
-from vitq.serving.engine import Overloaded, percentiles
+from vitq.serving.engine import Overloaded, buckets_up_to, percentiles
 from vitq.sources import ModelSource, load_float
 
 RESULT = Path(__file__).resolve().parent / "results" / "serving.json"
@@ -195,13 +196,30 @@ def ask_server(pool: Pool, requests: list[bytes], wanted: Tensor, exact: bool) -
 def make(what: str, batch: int) -> Engine:
     """Of a checkpoint folder, or of the float model."""
     model = load_float(ModelSource(NAME)) if what == "float" else what
-    return Engine(model, buckets=[1 << i for i in range(batch.bit_length())])
+    return Engine(model, buckets=buckets_up_to(batch))
 
 
 @contextlib.contextmanager
-def server(what: str, batch: int) -> Iterator[tuple[int, int]]:
+def server(what: str, batch: int, engine: str = "local") -> Iterator[tuple[int, int]]:
     """Port and process of a server of its own."""
     command = [sys.executable, "-m", "bench.serving", "--serve", what, "--batch", str(batch)]
+    if engine == "ray":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        command = [
+            sys.executable,
+            "-m",
+            "vitq.cli",
+            "serve",
+            what,
+            "--engine",
+            "ray",
+            "--port",
+            port,
+            "--name",
+            "model",
+        ]
+        command += ["--max-batch", str(batch), "--log-level", "warning", "--threads", str(torch.get_num_threads())]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             line = process.stderr.readline()
@@ -209,7 +227,7 @@ def server(what: str, batch: int) -> Iterator[tuple[int, int]]:
             yield int(json.loads(line)["url"].rpartition(":")[2]), process.pid
         finally:
             process.terminate()
-            assert process.wait(60) == 0, process.stderr.read()
+            assert process.wait(120) == 0, process.stderr.read()
 
 
 def serve(what: str, batch: int) -> None:
@@ -230,7 +248,7 @@ async def under_load(who: str, what: str, batch: int, data: tuple[Tensor, Tensor
         with make(what, batch) as engine:
             yield ask_engine(engine, images, wanted, exact)
         return
-    with server(what, batch) as (port, _):
+    with server(what, batch, "ray" if who == "Ray" else "local") as (port, _):
         pool = Pool(port)
         yield ask_server(pool, [infer(image[None]) for image in images], wanted, exact)
         pool.close()
@@ -382,7 +400,9 @@ def measure(seconds: float, requests: int) -> dict:
             wanted = {path: by_one(checkpoint.load(path), images), "float": by_one(floating, images)}
         rows = []
         for what, logits in wanted.items():
-            for who in ("engine", "server"):
+            for who in ("engine", "server", "Ray"):
+                if who == "Ray" and (what == "float" or importlib.util.find_spec("ray") is None):
+                    continue  # it serves checkpoints
                 rows.append(asyncio.run(load(who, what, (images, logits), seconds)))
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
         per_request = asyncio.run(overhead(path, (images, wanted[path]), seconds))

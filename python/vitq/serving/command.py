@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import uvicorn
 
+from ..checkpoint import read_config
 from ..sources import load_float
-from .engine import Engine
+from .engine import Engine, buckets_up_to
 from .server import JsonLines, Limits, Server, access, log
 
 
@@ -25,6 +26,9 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
 
     Raises: ValueError, OSError: what is wrong with the checkpoint, an option, or the address.
     """
+    if args.engine == "ray":
+        _serve_on_ray(args)
+        return
     token = os.environ.get("VITQ_TOKEN")
     if args.token_file:
         token = Path(args.token_file).read_text().strip()
@@ -32,15 +36,11 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
         raise ValueError(f"the token has {len(token)} characters, expected at least 16 printable ones of ASCII")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ValueError("one of --tls-cert and --tls-key is given, expected both or neither")
-    limits = Limits(
-        args.max_bytes << 20, max(Limits.held_bytes, args.max_bytes << 20), args.max_pixels, args.max_pending,
-        args.body_timeout, args.timeout,
-    )  # fmt: skip
+    limits = _limits(args)
     listening = socket.create_server((args.host, args.port), backlog=1024)
     options = {"replicas": args.replicas, "max_delay": args.max_delay / 1e3, "max_queue": args.max_queue}
     options |= {"device": device, "dtype": dtype, "backend": args.backend, "threads": args.threads}
-    buckets = [b for b in (1 << i for i in range(args.max_batch.bit_length())) if b < args.max_batch]
-    engine = Engine(args.checkpoint, buckets=[*buckets, args.max_batch], **options)
+    engine = Engine(args.checkpoint, buckets=buckets_up_to(args.max_batch), **options)
     reference = None
     if args.float:
         from ..commands import recorded_source
@@ -52,6 +52,27 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
     log_lines(args.log_level)
     tls = None if args.tls_cert is None else (args.tls_cert, args.tls_key)
     asyncio.run(listen(server, listening, args.checkpoint, tls))
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    most = args.max_bytes << 20
+    held = max(Limits.held_bytes, most)
+    return Limits(most, held, args.max_pixels, args.max_pending, args.body_timeout, args.timeout)
+
+
+def _serve_on_ray(args: argparse.Namespace) -> None:
+    for name in ("token_file", "tls_cert", "tls_key", "float"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is given with --engine ray, expected --engine local")
+    read_config(args.checkpoint)
+    from . import cluster
+
+    same = ("name", "device", "dtype", "backend", "max_batch", "max_queue", "replicas", "max_replicas")
+    options = {name: getattr(args, name) for name in same} | {"threads": args.threads or 1, "limits": _limits(args)}
+    checkpoint = str(Path(args.checkpoint).resolve())
+    log_lines(args.log_level)
+    options = cluster.Options(checkpoint=checkpoint, max_delay_ms=args.max_delay, **options)
+    cluster.run(options, args.host, args.port)
 
 
 def log_lines(requests: str) -> None:

@@ -38,7 +38,11 @@ class Overloaded(RuntimeError):
 
     def __init__(self, waiting: int, most: int, retry_after: float) -> None:
         super().__init__(f"the queue holds {waiting} images, expected room in {most}; retry in {retry_after:.1f} s")
+        self._given = waiting, most, retry_after
         self.retry_after = retry_after
+
+    def __reduce__(self):
+        return type(self), self._given
 
 
 class DeadlineExceeded(TimeoutError):
@@ -196,7 +200,7 @@ class Engine:
                 values, which static quantizers would turn into ordinary codes. The future raises DeadlineExceeded,
                 WorkerFailed, or what the model raised.
         """
-        self.check(images)
+        check_images(images, self.served.data.input_size, self.max_batch)
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout is {timeout}, expected seconds above 0, or None")
         request = _Request(images, math.inf if timeout is None else time.perf_counter() + timeout)
@@ -215,19 +219,6 @@ class Engine:
     def __call__(self, images: Tensor, timeout: float | None = None) -> Tensor:
         """The logits [b, classes] of ``images``; waits for them. See :meth:`submit`."""
         return self.submit(images, timeout).result().logits
-
-    def check(self, images: Tensor) -> None:
-        """Raises what :meth:`submit` raises for images that cannot be answered."""
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images is {type(images).__name__}, expected a torch.Tensor")
-        size = self.served.data.input_size
-        if images.dtype != torch.float32 or images.device.type != "cpu":
-            raise ValueError(f"images has dtype {images.dtype} on {images.device}, expected torch.float32 on the cpu")
-        if images.dim() != 4 or tuple(images.shape[1:]) != size or not 1 <= len(images) <= self.max_batch:
-            want = ", ".join(map(str, (f"1..{self.max_batch}", *size)))
-            raise ValueError(f"images has shape {tuple(images.shape)}, expected ({want})")
-        if not images.isfinite().all():
-            raise ValueError("images has NaN or Inf, expected finite values")
 
     def snapshot(self) -> Snapshot:
         """Counts and percentiles; cheap enough for a scrape, not for every request."""
@@ -450,6 +441,24 @@ class Engine:
                     _fail(request, WorkerFailed(f"{ATTEMPTS} workers died with the request in their batch"))
             self._waiting = sum(len(request.images) for request in self._queue)
         self._done(batch)
+
+
+def check_images(images: Tensor, size: tuple[int, int, int], most: int) -> None:
+    """Raises TypeError, ValueError for what :meth:`Engine.submit` refuses."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images is {type(images).__name__}, expected a torch.Tensor")
+    if images.dtype != torch.float32 or images.device.type != "cpu":
+        raise ValueError(f"images has dtype {images.dtype} on {images.device}, expected torch.float32 on the cpu")
+    if images.dim() != 4 or tuple(images.shape[1:]) != size or not 1 <= len(images) <= most:
+        want = ", ".join(map(str, (f"1..{most}", *size)))
+        raise ValueError(f"images has shape {tuple(images.shape)}, expected ({want})")
+    if not images.isfinite().all():
+        raise ValueError("images has NaN or Inf, expected finite values")
+
+
+def buckets_up_to(most: int) -> tuple[int, ...]:
+    """Powers of two, and ``most``."""
+    return (*(1 << i for i in range((most - 1).bit_length())), most)
 
 
 def _fail(request: _Request, error: Exception) -> None:
