@@ -206,28 +206,20 @@ def server(what: str, batch: int, engine: str = "local") -> Iterator[tuple[int, 
     if engine == "ray":
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        command = [
-            sys.executable,
-            "-m",
-            "vitq.cli",
-            "serve",
-            what,
-            "--engine",
-            "ray",
-            "--port",
-            port,
-            "--name",
-            "model",
-        ]
-        command += ["--max-batch", str(batch), "--log-level", "warning", "--threads", str(torch.get_num_threads())]
+        command = [sys.executable, "-m", "vitq.cli", "serve", what, "--engine", "ray", "--port", port, "--name"]
+        command += ["model", "--max-batch", str(batch), "--threads", str(torch.get_num_threads())]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            line = process.stderr.readline()
-            assert line.startswith("{"), line + process.stderr.read()
-            yield int(json.loads(line)["url"].rpartition(":")[2]), process.pid
+            said = []
+            for line in process.stderr:  # Ray has more to say
+                said.append(line)
+                if line.startswith("{"):
+                    break
+            assert said[-1].startswith("{"), "".join(said)
+            yield int(json.loads(said[-1])["url"].rpartition(":")[2]), process.pid
         finally:
             process.terminate()
-            assert process.wait(120) == 0, process.stderr.read()
+            process.communicate(timeout=120)
 
 
 def serve(what: str, batch: int) -> None:

@@ -1,4 +1,7 @@
-"""The page in a real browser: an image put on it shows the server's answer. Skipped, visibly, without a browser."""
+"""The page in a real browser: an image put on it shows the server's answer. Skipped, visibly, without a browser.
+
+The picture of docs: VITQ_SCREENSHOT=docs/figures/serve.png pytest tests/serving/test_page.py -k 'page and 800'
+"""
 
 import html
 import json
@@ -8,12 +11,14 @@ import shutil
 import subprocess
 from base64 import b64encode
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
 from loopback import listening
 from PIL import Image
 from vitq import Engine
+from vitq.data import digits
 from vitq.models import digits_vit
 from vitq.sources import ModelSource, load_float
 
@@ -49,6 +54,7 @@ onload = async () => {
     width: document.getElementById("preview").naturalWidth, token: !document.getElementById("access").hidden,
     sides: [...answer.querySelectorAll("section")].map(side => [side.querySelector("h2").textContent,
       [...side.querySelectorAll("tr")].map(row => [...row.cells].map(cell => cell.textContent))])});
+  record.hidden = true;
   document.body.append(record);
 };
 </script>"""
@@ -65,8 +71,11 @@ def shown(client, folder, monkeypatch, body: bytes, width: int = 800, token: str
     command = [BROWSER, *flags, "--dump-dom", f"http://127.0.0.1:{client.port}/"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
-    record = re.search(r"<pre>(.*?)</pre>", done.stdout, re.S)
+    record = re.search(r'<pre hidden="">(.*?)</pre>', done.stdout, re.S)
     assert record, done.stdout[-2000:] + done.stderr[-2000:]
+    if shot := os.environ.get("VITQ_SCREENSHOT"):
+        command[command.index("--dump-dom")] = f"--screenshot={Path(shot).resolve()}"
+        subprocess.run(command, capture_output=True, timeout=120, check=True)
     said = [line for line in re.findall(r"CONSOLE.*", done.stderr) if "favicon" not in line]
     return json.loads(html.unescape(record[1])) | {"console": said}
 
@@ -75,9 +84,11 @@ def original() -> str:
     return (server.Path(server.__file__).parents[1] / "assets" / "serve.html").read_text(encoding="utf-8")
 
 
-def png(size: int = 32) -> bytes:
+def png() -> bytes:
+    """A handwritten digit."""
+    pixels = digits.images("test", torch.tensor([7]))[0][0].permute(1, 2, 0)
     file = BytesIO()
-    Image.effect_noise((size, size), 90).convert("RGB").save(file, "PNG")
+    Image.fromarray((255 * pixels).round().byte().numpy()).save(file, "PNG")
     return file.getvalue()
 
 
@@ -92,7 +103,7 @@ def engines():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [500, 1000])
+@pytest.mark.parametrize("width", [500, 800])
 def test_an_image_dropped_on_the_page(engines, tmp_path, monkeypatch, width):
     body = png()
     with listening(server.Server(engines[0], "digits", reference=engines[1])) as client:

@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
+from ..bench.environment import cores
 from .engine import (
     KEPT,
     Answer,
@@ -205,13 +206,15 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
 
 def run(options: Options, host: str, port: int) -> None:
     """Deploy on the cluster of RAY_ADDRESS, or on one of this machine alone; take it down on SIGTERM or SIGINT."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    ray.init(logging_level="warning", log_to_driver=False)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    own = {"include_dashboard": False, "num_cpus": max(cores(), options.replicas * options.threads)}
+    ray.init(address, logging_level="warning", log_to_driver=False, **(own if address == "local" else {}))
     # The proxies of a cluster are shared: their address is whoever's who started them.
     serve.start(http_options={"host": host, "port": port})
     serve.run(application(options), name=APPLICATION, route_prefix="/")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # now: Ray has put its own in place
+        signal.signal(number, lambda *_: stop.set())
     fields = {"url": f"http://{host}:{port}", "model": options.model, "replicas": options.replicas}
     log.info("listening", extra={"fields": fields | {"max_replicas": options.max_replicas}})
     stop.wait()
