@@ -233,31 +233,35 @@ def serve(what: str, batch: int) -> None:
 
 
 @contextlib.asynccontextmanager
-async def under_load(who: str, what: str, batch: int, data: tuple[Tensor, Tensor]) -> AsyncIterator[Ask]:
+async def under_load(who: str, what: str, batch: int, data: tuple[Tensor, Tensor]) -> AsyncIterator[tuple[Ask, int]]:
+    """Who answers, and the process that computes."""
     images, wanted = data
     exact = what != "float"
     if who == "engine":
         with make(what, batch) as engine:
-            yield ask_engine(engine, images, wanted, exact)
+            yield ask_engine(engine, images, wanted, exact), os.getpid()
         return
-    with server(what, batch, "ray" if who == "Ray" else "local") as (port, _):
+    with server(what, batch, "ray" if who == "Ray" else "local") as (port, pid):
         pool = Pool(port)
-        yield ask_server(pool, [infer(image[None]) for image in images], wanted, exact)
+        yield ask_server(pool, [infer(image[None]) for image in images], wanted, exact), pid
         pool.close()
 
 
 async def load(who: str, what: str, data: tuple[Tensor, Tensor], seconds: float) -> dict:
-    """A row: capacity at a largest batch of 1 and of BATCH, then latency at a share of the latter."""
-    async with under_load(who, what, 1, data) as ask:
+    """A row: capacity at a largest batch of 1 and of BATCH, then latency at a share of the latter; processor time of an
+    image at capacity (of Ray's many processes, none)."""
+    async with under_load(who, what, 1, data) as (ask, _):
         await closed(ask, CLIENTS, seconds / 4)
         single, _ = await closed(ask, CLIENTS, seconds)
-    async with under_load(who, what, BATCH, data) as ask:
+    async with under_load(who, what, BATCH, data) as (ask, pid):
         await closed(ask, CLIENTS, seconds / 4)
-        capacity, _ = await closed(ask, CLIENTS, seconds)
+        before = processor_ms(pid)
+        capacity, times = await closed(ask, CLIENTS, seconds)
+        busy = None if who == "Ray" else (processor_ms(pid) - before) / len(times)
         refused, times = await paced(ask, SHARE * capacity, 2 * seconds)
     row = {"who": who, "model": "float" if what == "float" else "integer", "single": single, "capacity": capacity}
     row |= {"gain": capacity / single, "rate": SHARE * capacity, "requests": len(times) + refused, "refused": refused}
-    return row | percentiles(times)
+    return row | {"processor_ms": busy} | percentiles(times)
 
 
 async def overhead(what: str, data: tuple[Tensor, Tensor], seconds: float) -> list[dict]:

@@ -120,8 +120,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = command("export", run.export, "Write the integer model as a program that torch loads without vitq's modules.")
     p.add_argument("checkpoint")
-    p.add_argument("--output", required=True, metavar="FILE", help="file to write, *.pt2")
-    p.add_argument("--format", default="exported", help=f"{' or '.join(run.FORMATS)} (default: exported)")
+    p.add_argument("--output", required=True, metavar="FILE", help="file to write, *.pt2; or folder")
+    p.add_argument("--format", default="exported", help=f"{', '.join(run.FORMATS)} (default: exported)")
     p.add_argument("--batch", type=_positive, help="fix the batch size (default: any)")
     p.add_argument("--dtype", default="float32", help=f"of the images: {', '.join(run.DTYPES)} (default: float32)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")

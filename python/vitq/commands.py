@@ -41,7 +41,7 @@ from .sources import ModelSource, load_float
 
 MODES = ("float", "simulated", "integer")
 DTYPES = ("float32", "float16", "bfloat16")
-FORMATS = exporting.FORMATS
+FORMATS = (*exporting.FORMATS, "triton")
 RUN_COLUMNS = {
     "split": "split",
     "top1_float": "float top-1 %",
@@ -352,6 +352,14 @@ def export(args: argparse.Namespace) -> None:
     out = console.make(args.json)
     target = Path(args.output)
     _refuse_existing(target, args)
+    if args.format == "triton":
+        from .serving import triton
+
+        _dtype(args.dtype)
+        triton.write(args.checkpoint, target, args.device, args.dtype, overwrite=args.force)
+        out.print(f"{target}: a model of the Triton model repository '{target.parent}'")
+        _emit(args, {"output": str(target), "format": args.format})
+        return
     dtype, device = _dtype(args.dtype), _device(args.device)
     exporting.check_target(target, args.format, overwrite=True)
     model = checkpoint.load(args.checkpoint, device).to(dtype)
