@@ -127,8 +127,9 @@ def gap_table(record: dict) -> str:
 
 def serving_pages(text: str, record: dict) -> str:
     """docs/serving.md with its tables: load, overhead per request, faults."""
-    load = {"who": "who", "model": "model", "single": "images/s, batch 1", "capacity": "batched", "gain": "gain", "processor_ms": "processor ms/image",
-            "rate": "requests/s", "p50": "p50 ms", "p95": "p95 ms", "p99": "p99 ms", "refused": "refused"}  # fmt: skip
+    load = {"who": "who", "model": "model", "single": "images/s, batch 1", "capacity": "batched", "gain": "gain",
+            "processor_ms": "processor ms/image", "rate": "requests/s", "p50": "p50 ms", "p95": "p95 ms",
+            "p99": "p99 ms", "refused": "refused"}  # fmt: skip
     overhead = {"who": "who", "ms": "ms", "over_ms": "over the engine", "processor_ms": "processor ms",
                 "over_processor_ms": "over the engine "}  # fmt: skip
     faults = record["faults"]

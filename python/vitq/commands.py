@@ -426,8 +426,12 @@ def serve(args: argparse.Namespace) -> None:
     dtype, device = _dtype(args.dtype), _device(args.device)
     try:
         from .serving import command
+
+        if args.engine == "ray":
+            from .serving import cluster  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ImportError(f"serving needs {error.name}: pip install 'vitq-kernels[serve]'") from error
+        extra = "ray" if error.name == "ray" else "serve"
+        raise ImportError(f"serving needs {error.name}: pip install 'vitq-kernels[{extra}]'") from error
     command.serve(args, dtype, device)
 
 

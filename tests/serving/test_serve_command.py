@@ -139,6 +139,16 @@ def test_an_address_in_use_is_refused(folders, capsys):
     assert "in use" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("missing", "extra"), [("uvicorn", "serve"), ("ray", "ray")])
+def test_a_missing_library_is_named_with_its_extra(folders, capsys, monkeypatch, missing, extra):
+    for name in [name for name in sys.modules if name.startswith("vitq.serving.c")]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(f"vitq.serving.{name.rpartition('.')[2]}")
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["serve", folders[0], "--engine", "ray" if missing == "ray" else "local"]) == 2
+    assert f"serving needs {missing}: pip install 'vitq-kernels[{extra}]'" in capsys.readouterr().err
+
+
 def test_nothing_of_it_is_imported_unless_it_is_used():
     code = "import sys, vitq.commands; print({'starlette', 'uvicorn', 'prometheus_client', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
