@@ -310,8 +310,9 @@ def malformed(images: Tensor) -> dict[str, tuple[bytes, int]]:
     """Request and the status it has to be refused with."""
     nan = images[:1].clone()
     nan[0, 0, 3, 3] = float("nan")
-    head = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(1 << 20))
+    framed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(framed)
     jpeg, large = picture(0, "JPEG"), 8 << 20
     return {
         "wrong dtype": (infer(images[:1], datatype="FP64"), 400),

@@ -47,11 +47,12 @@ class Gate:
         return before(images)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "ref"])
 @pytest.mark.parametrize("case", MODELS)
-def test_an_image_has_the_same_logits_in_every_batch_and_beside_padding(case):
+def test_an_image_has_the_same_logits_in_every_batch_and_beside_padding(case, backend):
     architecture, recipe, kwargs = MODELS[case]
     state = quantized(0, recipe, architecture, **kwargs)
-    model = to_integer(timm.create_model(architecture, **kwargs).eval(), state)
+    model = to_integer(timm.create_model(architecture, **kwargs).eval(), state, backend)
     images = random_images(8)
     images[3] *= 50  # its range is not its neighbours'
     with torch.inference_mode():
