@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | instructions: each sets up .venv by itself on a machine with Python >= 3.11, a C++ compiler and make.
+# make demo | test | lint | bench | bench-tasks | instructions: each sets up .venv by itself on a machine with Python >= 3.11, a C++ compiler and make.
 # make gpu-check: on a machine with a GPU, in the Python environment that is active.
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint format bench instructions gpu-check clean
+.PHONY: demo test lint format bench bench-tasks instructions gpu-check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/bin/python:
@@ -53,6 +53,10 @@ instructions: $(STAMP)
 	@mkdir -p build
 	$(PY) -m bench.instructions --json build/instructions.json
 	$(PY) -m bench.compare bench/results/instructions.json build/instructions.json
+
+bench-tasks: $(STAMP)
+	$(PY) -m bench.tasks
+	$(PY) bench/update_docs.py
 
 # With the python that is active, which brings torch and triton for the GPU; nothing is installed.
 GPU_PYTHON ?= python3

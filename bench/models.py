@@ -21,6 +21,7 @@ class Trained:
         source: architecture, arguments and weights.
         data: the images it knows, by their name in `load_data`.
         images: how many it was trained on, with repetition; batch: at a time.
+        stream: what it was trained on, by its name in `bench.train.STREAMS`, where that is another.
         drop_path: largest rate of stochastic depth.
     """
 
@@ -30,6 +31,7 @@ class Trained:
     batch: int = 64
     drop_path: float = 0.0
     learning_rate: float = 1e-3
+    stream: str | None = None
 
 
 def _contours(name: str, architecture: str, images: int, learning_rate: float = 1e-3, **kwargs) -> Trained:
@@ -38,6 +40,12 @@ def _contours(name: str, architecture: str, images: int, learning_rate: float = 
     source = ModelSource(architecture, pretrained=False, weights=str(ASSETS / f"{name}.safetensors"), kwargs=kwargs)
     return Trained(source, "contours", images, batch=32, learning_rate=learning_rate)
 
+
+#: Models of point clouds, by name.
+CLOUDS = {
+    "clouds": Trained(ModelSource("point_mae_primitives"), "primitives", 16_000, batch=32, stream="clouds"),
+    "parts": Trained(ModelSource("point_mae_parts"), "primitives", 9_600, batch=32, stream="parts"),
+}
 
 #: By name. Tokens: 65, 65, 65, and 256 in windows of 16.
 MODELS = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitq import svg
-from vitq.svg import Axis, Picture, Series
+from vitq import plots
+from vitq.plots import Axis, Picture, Series
 
 from . import RESULTS
 from .tables import table
@@ -120,8 +121,8 @@ def latency_over_batch(record: dict[str, Any]) -> Picture | None:
             batches = sorted({p[0] for s in series for p in s.points})
             x, y = Axis("batch", log=True), Axis("ms per image", low=0.0)
             ticks = [(b, str(b)) for b in batches]
-            panels.append(svg.stack([svg.plot(series, x, y, f"{name}: latency over batch", ticks=ticks)], name))
-    return svg.stack(panels) if panels else None
+            panels.append(plots.stack([plots.plot(series, x, y, f"{name}: latency over batch", ticks=ticks)], name))
+    return plots.stack(panels) if panels else None
 
 
 def speedup_per_layer(record: dict[str, Any]) -> Picture | None:
@@ -134,7 +135,7 @@ def speedup_per_layer(record: dict[str, Any]) -> Picture | None:
     for row in rows:
         if row["ours"] in names:
             bars.setdefault(row["case"], [None] * len(names))[names.index(row["ours"])] = row["ratio"]
-    return svg.bars(bars, names, "Speed-up of every layer over F.linear", "×")
+    return plots.bars(bars, names, "Speed-up of every layer over F.linear", "×")
 
 
 def accuracy_over_latency(record: dict[str, Any]) -> Picture | None:
@@ -149,8 +150,8 @@ def accuracy_over_latency(record: dict[str, Any]) -> Picture | None:
         series = [Series(row["who"], [(1 / row["speedup"], row["sqnr_db"])], line=False) for row in mine]
         if series:
             x, y = Axis("time / float32 eager", log=True), Axis("logit SQNR, dB")
-            panels.append(svg.stack([svg.plot(series, x, y, f"{case}: accuracy over latency")], case))
-    return svg.stack(panels) if panels else None
+            panels.append(plots.stack([plots.plot(series, x, y, f"{case}: accuracy over latency")], case))
+    return plots.stack(panels) if panels else None
 
 
 def roofline(record: dict[str, Any]) -> Picture | None:
@@ -168,25 +169,30 @@ def roofline(record: dict[str, Any]) -> Picture | None:
     low, high = min(x for x, _ in points.values()) / 2, max(x for x, _ in points.values()) * 2
     rate = max(found["bandwidth"].values()) / 1e9
     ceilings = []
-    for operand, color in (("int4", svg.GREY), ("int8", svg.GREY), ("float32", svg.LIGHT)):
+    for operand, color in (("int4", plots.GREY), ("int8", plots.GREY), ("float32", plots.LIGHT)):
         peak = found["peak"][operand] / 1e9
         knee = min(max(peak / rate, low), high)
         line = [(low, min(rate * low, peak)), (knee, min(rate * knee, peak)), (high, min(rate * high, peak))]
         ceilings.append(Series(f"ceiling {operand}", line, dots=False, color=color))
     dots = [Series(name, [point], line=False) for name, point in points.items()]
     x, y = Axis("operations per byte", log=True), Axis("Gop/s", log=True)
-    return svg.plot([*ceilings, *dots], x, y, "Operators under the ceilings of the machine", height=260.0)
+    return plots.plot([*ceilings, *dots], x, y, "Operators under the ceilings of the machine", height=3.0)
 
 
 def write_pictures(record: dict[str, Any], folder: Path, check: bool) -> list[Path]:
-    """Files of ``folder`` that are not what the record gives; unless ``check``, they are afterwards."""
-    wanted = {folder / f"cpu-{name}.svg": str(picture) for name, picture in pictures(record).items()}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    """Files of ``folder`` that are not of the record; unless ``check``, they are afterwards.
+
+    A file names the digest of its record: matplotlib's versions draw the same figures a little differently.
+    """
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    stamp = f"<!-- of figures {digest} -->\n"
+    wanted = {folder / f"cpu-{name}.svg": picture for name, picture in pictures(record).items()}
+    stale = [path for path in wanted if not path.exists() or not path.read_text().startswith(stamp)]
     left = [path for path in folder.glob("cpu-*.svg") if path not in wanted]
     if not check:
         folder.mkdir(parents=True, exist_ok=True)
         for path in stale:
-            path.write_text(wanted[path])
+            path.write_text(stamp + wanted[path].svg())
         for path in left:
             path.unlink()
     return stale + left

@@ -7,10 +7,11 @@ accuracy on the test splits is only reported. Interrupted, the same command goes
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from vitq.data import contours, data_config, digits, load_data
+from vitq.data import contours, digits, load_data, primitives
 from vitq.data.distort import TRAIN, distort
 from vitq.evaluate import predict, top1
+from vitq.models import state_data
 
-from bench.models import MODELS, Trained
+from bench.models import CLOUDS, MODELS, Trained
 
 LABEL_SMOOTHING = 0.1
 #: Nuisances of the contours grow up to this share of the training, and up to this strength: the tests' is 1.
@@ -57,7 +59,19 @@ def contours_batches(seed: int, batch: int, start: int, steps: int) -> Iterator[
         yield contours.images("train", index, contours.CLEAN.times(PEAK * min(1.0, step / (RAMP * steps))))
 
 
-STREAMS = {"digits": digits_batches, "contours": contours_batches}
+def clouds_batches(draw: Callable, seed: int, batch: int, start: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of `primitives`, every cloud new, their nuisances growing as those of the contours."""
+    for step in range(start, steps):
+        index = torch.arange(batch) + ((seed << 24) + batch * step)
+        yield draw("train", index, primitives.strengthened(PEAK * min(1.0, step / (RAMP * steps))))
+
+
+STREAMS = {
+    "digits": digits_batches,
+    "contours": contours_batches,
+    "clouds": functools.partial(clouds_batches, primitives.classes),
+    "parts": functools.partial(clouds_batches, primitives.objects),
+}
 
 
 def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
@@ -68,7 +82,7 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
     torch.manual_seed(seed)
     model = timm.create_model(trained.source.name, drop_path_rate=trained.drop_path, **trained.source.kwargs).train()
     # As is customary, biases, norms and embeddings do not decay.
-    free = ("_token", "_embed", "_bias_table")
+    free = ("_token", "_embed", "_pos", "_bias_table")
     decay = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(free)]
     rest = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(free)]
     optimizer = torch.optim.AdamW(
@@ -92,22 +106,27 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
             part.load_state_dict(progress[name])
         torch.set_rng_state(progress["random"])
         first = progress["step"]
-    mean, std = (torch.tensor(data_config(model)[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-    total, right, start = 0.0, 0, time.perf_counter()
-    for step, (images, labels) in enumerate(STREAMS[trained.data](seed, trained.batch, first, steps), first + 1):
-        logits = model((images - mean) / std)
+    config = state_data(model)
+    mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) if config[name] else None for name in ("mean", "std"))
+    total, right, seen, start = 0.0, 0, 0, time.perf_counter()
+    for step, (images, labels) in enumerate(
+        STREAMS[trained.stream or trained.data](seed, trained.batch, first, steps), first + 1
+    ):
+        logits = model(images if mean is None else (images - mean) / std).flatten(0, -2)
+        labels = labels.flatten()
         loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        total, right = total + loss.item(), right + int((logits.argmax(1) == labels).sum())
+        total, seen = total + loss.item(), seen + labels.numel()
+        right += int((logits.argmax(1) == labels).sum())
         if step % EVERY == 0 or step == steps:
             n = (step - 1) % EVERY + 1
-            print(f"step {step}/{steps}  loss {total / n:.4f}  top-1 {100 * right / n / trained.batch:.1f} %  "
+            print(f"step {step}/{steps}  loss {total / n:.4f}  top-1 {100 * right / seen:.1f} %  "
                   f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
-            total, right = 0.0, 0
+            total, right, seen = 0.0, 0, 0
             states = {name: part.state_dict() for name, part in parts.items()}
             partial = checkpoint.with_suffix(".partial")
             torch.save({**states, "random": torch.get_rng_state(), "step": step}, partial)
@@ -117,20 +136,23 @@ def fit(trained: Trained, seed: int, checkpoint: Path) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=MODELS)
+    parser.add_argument("name", choices=MODELS | CLOUDS)
     parser.add_argument("--out", type=Path, required=True, help="weights file to write; its progress lies beside it")
     parser.add_argument("--images", type=int, help="train on so many (default: as published)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    trained = MODELS[options.name]
+    trained = (MODELS | CLOUDS)[options.name]
     trained = replace(trained, images=options.images or trained.images)
     out = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = out.with_suffix(".progress")
     model = fit(trained, options.seed, checkpoint)
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     command = f"python -m bench.train {options.name} --seed {options.seed} --images {trained.images}"
     partial = out.with_suffix(".partial")
     save_file(weights, partial, metadata={"model": trained.source.name, "command": command})

@@ -149,6 +149,50 @@ def serving_pages(text: str, record: dict) -> str:
     return text
 
 
+def models_table(record: dict, library: str) -> str:
+    """One row per class of models with the same verdict for the same reasons."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in record["models"]:
+        if row["library"] == library:
+            key = (row["kind"], row["verdict"], round(row["attention"], 2), tuple(row["reasons"]))
+            groups.setdefault(key, []).append(row)
+    order = ("integer", "partly", "refused")
+    rows = []
+    for (kind, verdict, attention, reasons), members in sorted(
+        groups.items(), key=lambda item: (order.index(item[0][1]), item[0][0], -len(item[1]))
+    ):
+        names = ", ".join(f"`{row['name']}`" for row in members[:2]) + (", …" if len(members) > 2 else "")
+        why = "<br>".join(reason.replace("|", "\\|").replace("*", "\\*") for reason in reasons)
+        rows.append({"kind": kind, "n": len(members), "names": names, "verdict": verdict,
+                     "attention": None if verdict == "refused" else f"{attention:.0%}", "why": why})  # fmt: skip
+    columns = {"kind": "class", "n": "models", "names": "such as", "verdict": "verdict",
+               "attention": "integer attention", "why": "what stays float, and why"}  # fmt: skip
+    count = {v: sum(r["verdict"] == v for r in record["models"] if r["library"] == library) for v in order}
+    total = ", ".join(f"{n} {verdict}" for verdict, n in count.items())
+    return f"{library} {record['versions'][library]}: {total}.\n\n{table(rows, columns)}"
+
+
+def tasks_table(rows: list[dict]) -> str:
+    """A table per task: recipes down, splits and metrics across; the float model's first."""
+    tables = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        lines: dict[str, dict] = {"float": {"recipe": "float"}}
+        columns = {"recipe": task}
+        for row in (row for row in rows if row["task"] == task):
+            line = lines.setdefault(row["recipe"], {"recipe": row["recipe"]})
+            key = f"{row['split']} {row['metric']}"
+            columns[key] = key
+            lines["float"][key] = row["float"]
+            line[key] = row["simulated"] if row["integer"] is None else row["integer"]
+            line.setdefault("sqnr", {})[row["split"]] = f"{row['sqnr_db']:.1f}"
+            line["same"] = None if row["identical"] is None else "yes" if row["identical"] else "no"
+        for line in lines.values():
+            line["sqnr"] = " / ".join(line["sqnr"].values()) if "sqnr" in line else None
+        columns |= {"sqnr": "SQNR dB by split", "same": "identical"}
+        tables.append(table(list(lines.values()), columns))
+    return "\n\n".join(tables)
+
+
 def gpu_records() -> list[dict]:
     """The results of ``make gpu-check``, the newest first."""
     files = [path for path in RESULTS.glob("*.json") if not path.stem.endswith((".wrong", ".partial"))]
@@ -183,10 +227,16 @@ def pages() -> dict[Path, str]:
     cost = calibration_table(json.loads((RESULTS / "calibration_cost.json").read_text()))
     methods = replace(methods, "calibration", cost)
     methods = replace(methods, "leak", gap_table(json.loads((RESULTS / "evolution_gap.json").read_text())))
+    record = json.loads((RESULTS / "models.json").read_text())
+    models = (ROOT / "docs" / "models.md").read_text()
+    for library in ("timm", "transformers"):
+        models = replace(models, library, models_table(record, library))
+    tasks = json.loads((RESULTS / "tasks.json").read_text())["rows"]
+    tasks = replace((ROOT / "docs" / "tasks.md").read_text(), "tasks", tasks_table(tasks))
     texts = {"cpu.md": cpu_page((ROOT / "docs" / "cpu.md").read_text())}
     serving_page = (ROOT / "docs" / "serving.md").read_text()
     texts["serving.md"] = serving_pages(serving_page, json.loads((RESULTS / "serving.json").read_text()))
-    texts |= {"gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
+    texts |= {"tasks.md": tasks, "models.md": models, "gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
     texts = {ROOT / "docs" / name: text for name, text in texts.items()}
     return {ROOT / "README.md": readme} | texts | serving_tables()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
+from .data.clouds import is_cloud_model
 from .models import adapter_for
 from .propagation import IMAGES, propagation
 from .recipes import Recipe, load_recipe
@@ -61,8 +62,8 @@ def calibrate(
     """Quantize ``model`` by ``recipe``.
 
     Args:
-        model: float timm model (see ``vitq.models.adapter_for``); left untouched.
-        images ([B, C, H, W] float32): preprocessed calibration images.
+        model: float model of timm or transformers (see ``vitq.models.adapter_for``); left untouched.
+        images ([B, C, H, W] float32): preprocessed calibration images; of a point-cloud model clouds [B, N, C].
         recipe: a Recipe, a shipped recipe's name or a YAML file.
         seed: of every random choice; the same seed, model, images and thread count give the same state, bit for bit.
         work_dir: keep finished units here; a later call with the same arguments goes on where this one stopped and
@@ -75,11 +76,13 @@ def calibrate(
 
     Raises:
         TypeError: a model of no known family.
-        ValueError: images that are no finite [B, C, H, W] batch, a bad recipe, a work_dir of another calibration.
+        ValueError: images that are no finite batch of the model's, a bad recipe, a work_dir of another calibration.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if images.dim() != 4 or not images.is_floating_point() or images.shape[0] == 0:
-        raise ValueError(f"images is {images.dtype} {tuple(images.shape)}, expected a float batch [B, C, H, W]")
+    clouds = is_cloud_model(model)
+    if images.dim() != 4 - clouds or not images.is_floating_point() or images.shape[0] == 0:
+        wanted = "[B, N, C]" if clouds else "[B, C, H, W]"
+        raise ValueError(f"images is {images.dtype} {tuple(images.shape)}, expected a float batch {wanted}")
     if not bool(images.isfinite().all()):
         raise ValueError("images has NaN or Inf, expected finite values")
     device = next(model.parameters()).device if device is None else torch.device(device)

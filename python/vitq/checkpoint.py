@@ -77,9 +77,9 @@ class AttentionConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    """What images must look like."""
+    """What images must look like; ``input_size`` (C, H, W), of clouds (N, C), whose mean and std are empty."""
 
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, int, int] | tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
@@ -95,6 +95,9 @@ class WeightsFile(_Strict):
     file: Annotated[str, Field(pattern=r"^model-[0-9a-f]{16}\.safetensors$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=0)]
+
+
+Sites = dict[str, Annotated[LinearConfig | AttentionConfig, Field(discriminator="kind")]]
 
 
 class Config(_Strict):
@@ -113,7 +116,7 @@ class Config(_Strict):
     recipe: dict[str, Any]
     source: dict[str, Any]
     metrics: dict[str, Any]
-    sites: dict[str, Annotated[LinearConfig | AttentionConfig, Field(discriminator="kind")]]
+    sites: Sites
     float_bytes: int
     weights: WeightsFile
     digest: str = ""
@@ -135,7 +138,7 @@ def save(path: str | os.PathLike, state: ModelState, *, overwrite: bool = False)
     """
     folder = Path(path)
     _check_target(folder, overwrite)
-    tensors, sites = _disassemble(state)
+    tensors, sites = disassemble(state)
     fields = {k: _plain(f"state.{k}", getattr(state, k)) for k in ("kwargs", "data", "recipe", "source", "metrics")}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
@@ -218,11 +221,7 @@ def load_state(path: str | os.PathLike) -> tuple[ModelState, Config]:
         tensors = load_file(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file}: is no safetensors file: {error}") from error
-    reader = _Reader(file, tensors)
-    sites = {name: reader.site(name, site) for name, site in config.sites.items()}
-    floats = {name.removeprefix("float."): reader.take(name) for name in list(tensors) if name.startswith("float.")}
-    if tensors:
-        raise CheckpointError(f"{file}: holds {sorted(tensors)[0]!r}, which {CONFIG} does not mention")
+    sites, floats = assemble(file, tensors, config.sites)
     data = config.data.model_dump(exclude_none=True)
     try:
         plain = {k: getattr(config, k) for k in ("kwargs", "recipe", "source", "metrics")}
@@ -283,7 +282,7 @@ _PARTS = {
 def part_bytes(state: ModelState) -> dict[str, int]:
     """Bytes of the tensors that a checkpoint of ``state`` holds, by what they are; float tensors by their module."""
     parts: dict[str, int] = {}
-    for name, tensor in _disassemble(state)[0].items():
+    for name, tensor in disassemble(state)[0].items():
         what = f"float: {name.split('.')[1]}" if name.startswith("float.") else _PARTS[name.rpartition(".")[2]]
         parts[what] = parts.get(what, 0) + tensor.nbytes
     return parts
@@ -374,7 +373,8 @@ def _linear_config(state: LinearState) -> LinearConfig:
     )
 
 
-def _disassemble(state: ModelState) -> tuple[dict[str, Tensor], dict[str, LinearConfig | AttentionConfig]]:
+def disassemble(state: ModelState) -> tuple[dict[str, Tensor], dict[str, LinearConfig | AttentionConfig]]:
+    """A state as tensors on the CPU by their names in a file, and what its sites are besides."""
     tensors: dict[str, Tensor] = {}
     sites: dict[str, LinearConfig | AttentionConfig] = {}
     for path, linear in state.linears().items():
@@ -409,6 +409,21 @@ def _float_bytes(state: ModelState, tensors: dict[str, Tensor]) -> int:
     kept = (".bias", ".bias_table")
     parts = sum(t.nbytes for n, t in tensors.items() if n.startswith("float.") or n.endswith(kept))
     return parts + sum(4 * linear.codes.numel() for linear in state.linears().values())
+
+
+def assemble(
+    file: Path, tensors: dict[str, Tensor], configs: dict[str, LinearConfig | AttentionConfig]
+) -> tuple[dict[str, SiteState], dict[str, Tensor]]:
+    """Inverse of :func:`disassemble`: the sites and floats of a ModelState; empties ``tensors``.
+
+    Raises: CheckpointError naming ``file`` and what is missing, malformed or left over.
+    """
+    reader = _Reader(file, tensors)
+    sites = {name: reader.site(name, site) for name, site in configs.items()}
+    floats = {name.removeprefix("float."): reader.take(name) for name in list(tensors) if name.startswith("float.")}
+    if tensors:
+        raise CheckpointError(f"{file}: holds {sorted(tensors)[0]!r}, which {CONFIG} does not mention")
+    return sites, floats
 
 
 class _Reader:

@@ -1,4 +1,4 @@
-"""The ``vitq`` command: quantize, eval, bench, warmup, export, serve, report, info, demo."""
+"""The ``vitq`` command: quantize, eval, bench, warmup, export, serve, report, info, list-models, demo."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="K=V",
         help="of a mixed-precision recipe, as a fraction of float32: size=0.2, bitops=0.03, latency=0.6",
     )
-    p.add_argument("--data", default="digits", help="digits (default), contours or an image folder")
+    p.add_argument(
+        "--data", default="digits", help="digits (default), contours, an image folder, or clouds (docs/tasks.md)"
+    )
     p.add_argument("--images", type=_positive, help="calibration images (default: the recipe's)")
     p.add_argument("--eval-images", type=_positive, help="evaluate on so many test images (default: all)")
     p.add_argument("--no-eval", action="store_true", help="write the checkpoint only")
@@ -92,8 +94,10 @@ def parser() -> argparse.ArgumentParser:
 
     p = command("eval", run.evaluate, "Top-1, agreement and SQNR of the float, simulated and integer model.")
     p.add_argument("checkpoint")
-    p.add_argument("--data", default="digits", help="digits (default), contours or an image folder")
-    p.add_argument("--split", default="test", help="test (default), hard (digits, contours), train")
+    p.add_argument(
+        "--data", default="digits", help="digits (default), contours, an image folder, or clouds (docs/tasks.md)"
+    )
+    p.add_argument("--split", default="test", help="test (default), hard (digits, contours, primitives), train")
     p.add_argument("--modes", default="float,simulated,integer", help="which of them, comma-separated")
     p.add_argument("--backend", help="run the integer model on this back end (see vitq info)")
     p.add_argument("--limit", type=_positive, help="so many images only")
@@ -160,8 +164,16 @@ def parser() -> argparse.ArgumentParser:
     p = command("info", run.info, "What is built, what is live, and why not; or what a checkpoint holds.")
     p.add_argument("checkpoint", nargs="?")
 
-    p = command("demo", run.demo, "The main job on the shipped model and real handwriting.")
+    p = command(
+        "list-models", run.list_models, "Vision transformers that can be quantized, how far, and why not further."
+    )
+    p.add_argument("pattern", nargs="?", default="*", help="architectures, such as 'vit_*' (default: all; minutes)")
+
+    p = command("demo", run.demo, "The main job on the shipped models: real handwriting, or another task.")
     p.add_argument("--output", default="build/demo")
+    p.add_argument("--task", help="cloud-classification or part-segmentation (default: handwritten digits)")
+    p.add_argument("--recipes", type=lambda text: text.split(","), help="of a task: only these, comma-separated")
+    p.add_argument("--limit", type=_positive, help="of a task: so many samples per split")
     return top
 
 

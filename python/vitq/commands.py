@@ -10,8 +10,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from vitq_kernels import _native, backends
 from vitq_kernels.triton import host as triton_host
 from vitq_kernels.triton import warmup as warm
 
-from . import checkpoint, console, jobs, parallel, recipes
+from . import checkpoint, console, jobs, parallel, plots, recipes, tasks
 from . import export as exporting
 from . import report as reporting
 from .allocation.plot import draw_frontier, draw_packs
@@ -36,6 +37,7 @@ from .convert import to_integer
 from .data import load_data, splits
 from .evaluate import agreement, predict, sqnr_db, top1
 from .models import adapter_for
+from .models import support as supported
 from .restore import to_simulated
 from .sources import ModelSource, load_float
 
@@ -61,6 +63,14 @@ BENCH_COLUMNS = {
     "speedup": "speed-up",
     "peak_mb": "peak MB",
     "model_mb": "model MB",
+}
+SUPPORT_COLUMNS = {
+    "name": "model",
+    "kind": "class",
+    "verdict": "verdict",
+    "attention": "integer attention",
+    "weights": "integer weights",
+    "reasons": "what stays float, and why",
 }
 PROFILE_COLUMNS = {
     "name": "what",
@@ -151,7 +161,7 @@ def quantize(args: argparse.Namespace) -> None:
         # The other points, hundreds to thousands, are a file beside the checkpoint's own.
         metrics["frontier"] = frontier | {"points": [frontier["points"][frontier["picked"]]], "picked": 0}
     checkpoint.save(target, replace(done.state, metrics=metrics), overwrite=args.force)
-    _write_allocation(target, frontier, metrics.get("packs"), f"{source.name}, {recipe.name}")
+    _write_allocation(out, target, frontier, metrics.get("packs"), f"{source.name}, {recipe.name}")
     reporting.write_evaluation(target, None)
     if not args.work_dir:
         shutil.rmtree(work, ignore_errors=True)
@@ -172,16 +182,20 @@ def quantize(args: argparse.Namespace) -> None:
     _emit(args, record)
 
 
-def _write_allocation(folder: Path, frontier: dict[str, Any] | None, packs: list[Any] | None, title: str) -> None:
-    """``frontier.json`` and the pictures; those of an earlier checkpoint go."""
+def _write_allocation(
+    out: Console, folder: Path, frontier: dict[str, Any] | None, packs: list[Any] | None, title: str
+) -> None:
+    """``frontier.json`` and, where matplotlib is there, the pictures; those of an earlier checkpoint go."""
     data = folder / reporting.FRONTIER
     data.unlink(missing_ok=True)
     if frontier is not None:
         data.write_text(json.dumps(frontier, indent=1) + "\n")
-    for name, draw, record in (("frontier.svg", draw_frontier, frontier), ("packs.svg", draw_packs, packs)):
+    for name, draw, record in (("frontier.png", draw_frontier, frontier), ("packs.png", draw_packs, packs)):
         (folder / name).unlink(missing_ok=True)
-        if record is not None:
-            (folder / name).write_text(str(draw(record, title)), encoding="utf-8")
+        if record is not None and find_spec("matplotlib"):
+            draw(record, title).png(folder / name)
+        elif record is not None:
+            out.print(f"no {name}: {plots.NEEDED}")
 
 
 def _reasons(integer: nn.Module) -> str:
@@ -290,7 +304,7 @@ def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The float model and its integer forms; latency does not depend on what the images show."""
     source = _source(args)
     model = load_float(source)
-    images = torch.randn(8, *jobs.state_data(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    images = jobs.random_images({"float32": model}, 8)
     models: dict[str, nn.Module] = {"float32": model}
     with _progress() as progress:
         for name in args.recipe.split(","):
@@ -376,8 +390,9 @@ def report(args: argparse.Namespace) -> None:
     target = Path(args.output)
     _refuse_existing(target, args)
     figures = reporting.collect(Path(args.checkpoint))
+    page = reporting.render(figures)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(reporting.render(figures), encoding="utf-8")
+    target.write_text(page, encoding="utf-8")
     out.print(f"{target}: {target.stat().st_size / 1e3:.0f} kB")
     _emit(args, {"output": str(target), "page_bytes": target.stat().st_size, "figures": figures})
 
@@ -435,7 +450,43 @@ def serve(args: argparse.Namespace) -> None:
     command.serve(args, dtype, device)
 
 
+def list_models(args: argparse.Namespace) -> None:
+    out = console.make(args.json)
+    found = []
+    with console.progress() as bar:
+        task = bar.add_task("trying", total=None)
+        for one in supported.support(args.pattern):
+            found.append(one)
+            bar.update(task, description=one.name)
+    if not found:
+        raise ValueError(f"pattern is {args.pattern!r}, which no vision transformer of timm or transformers matches")
+    rows = [asdict(one) | {"reasons": "; ".join(one.reasons)} for one in found]
+    console.print_rows(out, "vision transformers", rows, SUPPORT_COLUMNS)
+    _emit(args, {"versions": supported.versions(), "models": [asdict(one) for one in found]})
+
+
+def _demo_of_task(args: argparse.Namespace) -> None:
+    out, output = console.make(args.json), Path(args.output)
+    if args.task not in tasks.TASKS:
+        raise ValueError(f"--task is {args.task!r}, expected {' or '.join(tasks.TASKS)}")
+    task = tasks.TASKS[args.task]
+    floating = task.evaluate(task.load(), args.limit)
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        for name in args.recipes or task.recipes:
+            rows += tasks.run(task, task.recipe(name), output / name, floating, progress, args.limit)
+    summary = {"task": task.name, "environment": environment(), "rows": rows}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    console.print_rows(out, task.name, rows, {k: v for k, v in tasks.COLUMNS.items() if k != "task"})
+    out.print(f"figures: {output / 'summary.json'}")
+    _emit(args, summary)
+
+
 def demo(args: argparse.Namespace) -> None:
+    if args.task is not None:
+        _demo_of_task(args)
+        return
     from . import demo as job
 
     out = console.make(args.json)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vitq_kernels.formats import AttentionState, LinearState, QuantSpec
 from vitq_kernels.nn import FloatBranch, QAttention, QBlock, QBlocks, QLinear, QMlp, QModule, QPatchEmbed, prepack
 
+from .models.adapters import adapter_for
 from .models.sites import AttentionSite, BlockSite, Family, LinearSite, MlpSite, NormSite
-from .models.timm_family import adapter_for
 from .state import ModelState, SiteState
 
 
@@ -55,7 +55,7 @@ def to_integer(model: nn.Module, state: ModelState, backend: str | None = None) 
     family = adapter_for(model)
     check_state(family, state)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    out = copy.deepcopy(model).eval().requires_grad_(False)
+    out = copy.deepcopy(family.model).eval().requires_grad_(False)
     out.load_state_dict(state.floats, strict=False)
     swap = _Swap(out, state.to(device))
     for site in family.sequence():
@@ -75,7 +75,7 @@ def to_integer(model: nn.Module, state: ModelState, backend: str | None = None) 
 def check_state(family: Family, state: ModelState) -> None:
     """Raises ValueError or TypeError unless ``state`` fits the model of ``family``, naming what does not."""
     for path, site_state in state.sites.items():
-        _check_site(family.find(path), site_state)
+        _check_site(family, family.find(path), site_state)
     _check_token_bits(family, state)
     inside = {
         linear.path for site in family.attentions() if site.path in state.sites for linear in (site.qkv, site.proj)
@@ -93,7 +93,7 @@ def check_state(family: Family, state: ModelState) -> None:
             raise ValueError(f"floats[{name!r}] has shape {got}, expected {tuple(tensor.shape)}")
 
 
-def _check_site(site: LinearSite | AttentionSite, state: SiteState) -> None:
+def _check_site(family: Family, site: LinearSite | AttentionSite, state: SiteState) -> None:
     kind = AttentionState if isinstance(site, AttentionSite) else LinearState
     if not isinstance(state, kind):
         raise TypeError(f"sites[{site.path!r}] is {type(state).__name__}, expected {kind.__name__}")
@@ -102,12 +102,12 @@ def _check_site(site: LinearSite | AttentionSite, state: SiteState) -> None:
             want = (site.out_features, site.in_features)
             raise ValueError(f"codes of {site.path!r} has shape {tuple(state.codes.shape)}, expected {want}")
         return
-    _check_site(site.qkv, state.qkv)
-    _check_site(site.proj, state.proj)
+    _check_site(family, site.qkv, state.qkv)
+    _check_site(family, site.proj, state.proj)
     if state.heads != site.heads:
         raise ValueError(f"heads of {site.path!r} is {state.heads}, expected {site.heads}")
-    n = None if site.window is None else site.window.tokens
-    want = None if site.bias_table is None else (site.heads, n, n)
+    bias = family.attention_bias(site)
+    want = None if bias is None else tuple(bias.shape)
     got = None if state.bias is None else tuple(state.bias.shape)
     if got != want:
         raise ValueError(f"bias of {site.path!r} has shape {got}, expected {want}")
@@ -180,9 +180,11 @@ class _Swap:
         for linear in site.linears:
             if linear.path not in fused:
                 self.linear(linear)
-        if not fused_attention:
+        if not fused_attention or not site.branches:
+            # The float block keeps its residual sums and LayerScale.
+            if fused_attention:
+                self.model.set_submodule(site.attention.path, self._attention(site.attention))
             if fused_mlp:
-                # The float block keeps its residual sum and LayerScale.
                 self.model.set_submodule(site.mlp.path, self._mlp(site.mlp, None))
             return
         branch = site.branches[1]
@@ -211,6 +213,7 @@ class _Swap:
             proj_norm=self._absorb(site.proj.norm),
             layer_scale=self._gamma(site.layer_scale),
             window=site.window,
+            stage=None if site.stage is None else self.model.get_submodule(site.stage),
         )
 
 

@@ -18,13 +18,13 @@ def sqnr_db(reference: Tensor, actual: Tensor) -> float:
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
-    """Percent of rows of [N, C] whose largest logit is the label [N]."""
-    return 100.0 * float((logits.argmax(1) == labels).double().mean())
+    """Percent of rows of [N, C] whose largest logit is the label [N]; of points, [B, N, C] and [B, N]."""
+    return 100.0 * float((logits.argmax(-1) == labels).double().mean())
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
-    """Fraction of rows of two [N, C] whose largest logits are of the same class."""
-    return float((a.argmax(1) == b.argmax(1)).double().mean())
+    """Fraction of rows of two [..., C] whose largest logits are of the same class."""
+    return float((a.argmax(-1) == b.argmax(-1)).double().mean())
 
 
 @torch.inference_mode()

@@ -16,10 +16,11 @@ from torch.export import Dim, ExportedProgram
 FORMATS = ("exported", "aoti")
 
 
-def to_program(model: nn.Module, size: tuple[int, int, int], batch: int | None = None) -> ExportedProgram:
+def to_program(model: nn.Module, size: tuple[int, ...], batch: int | None = None) -> ExportedProgram:
     """``model`` as a graph of operators, on its own device and in its own dtype.
 
-    Args: size: (C, H, W) of an image; batch: None makes the batch size an input's property, as it is in eager mode.
+    Args: size: (C, H, W) of an image, (N, C) of a cloud; batch: None makes the batch size an input's property, as it is
+    in eager mode.
     """
     parameter = next(p for p in model.parameters())
     # Two images: tracers take a batch of one for a constant.
@@ -44,7 +45,7 @@ def check_target(path: Path, format: str, overwrite: bool) -> None:
 def write(
     model: nn.Module,
     path: str | os.PathLike,
-    size: tuple[int, int, int],
+    size: tuple[int, ...],
     format: str = "exported",
     batch: int | None = None,
     *,

@@ -57,8 +57,8 @@ def quantize(
     """Calibrate ``model`` and build its integer form, if it has one.
 
     Args:
-        images: [B, C, H, W] preprocessed calibration images, or where to take the recipe's number of them from
-            ("digits", "contours" or an image folder).
+        images: [B, C, H, W] preprocessed calibration images (clouds: [B, N, C]), or where to take the recipe's number
+            of them from (see ``vitq.data.load_data``).
         work_dir: keeps progress for resuming.
         device: where to calibrate, default where the model is.
     """
@@ -132,9 +132,12 @@ def time_models(models: dict[str, nn.Module], batches: Iterable[int], seconds: f
 
 
 def random_images(models: dict[str, nn.Module], batch: int) -> Tensor:
-    """[B, C, H, W] of the first model's input size, always the same."""
-    shape = state_data(next(iter(models.values())))["input_size"]
-    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
+    """Images (or clouds) of the first model's input size, always the same; clouds' category is the first."""
+    model = next(iter(models.values()))
+    images = torch.randn(batch, *state_data(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    if hasattr(model, "categories"):
+        images[..., -1] = 0.0
+    return images
 
 
 def summarize(recipe: Recipe, done: Quantized, floating: nn.Module, size: int, splits: list[dict], times: list[dict]):

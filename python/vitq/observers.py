@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -39,6 +40,23 @@ class Histogram:
         return cls(centres, weights)
 
 
+def even_stride(count: int, keep: int) -> int:
+    """The largest stride that leaves ``keep`` of ``count`` values or more and has no divisor in common with ``count``.
+
+    Values come in repeated structures (channels of a row, points of a group, tokens of a window): a stride that divides
+    these would meet some places over and over and others never, such as the centre of every group.
+    """
+    stride = max(1, count // max(1, keep))
+    while gcd(stride, count) > 1:
+        stride -= 1
+    return stride
+
+
+def thinned(x: Tensor, keep: int) -> Tensor:
+    """About ``keep`` of the rows of x [T, ...], or more, at an :func:`even_stride`."""
+    return x[:: even_stride(x.shape[0], keep)]
+
+
 @dataclass
 class InputStats:
     """Rows [T, K] that enter a linear layer.
@@ -55,8 +73,7 @@ class InputStats:
         low, high = x.amin(0), x.amax(0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        stride = max(1, x.shape[0] // max(1, keep))
-        self.parts.append(x[::stride].clone())
+        self.parts.append(thinned(x, keep).clone())
 
     @property
     def rows(self) -> Tensor:
@@ -87,7 +104,7 @@ class Observations:
 
     Attributes:
         inputs: linear path -> InputStats.
-        qkv: attention path -> [B', N, 3·H·d] fused outputs of qkv of the first images.
+        qkv: attention path -> [B', N, 3·H·d] what is to be quantized of the fused outputs of qkv, of the first images.
     """
 
     inputs: dict[str, InputStats]
@@ -99,7 +116,6 @@ def observe(sim: SimModel, images: Tensor, batch: int, rows: int = 4096, attenti
     """Run ``images`` through a float ``sim``; keep about ``rows`` rows a layer and ``attention_images`` images' qkv."""
     stats = {path: InputStats() for path in sim.linears}
     qkv: dict[str, list[Tensor]] = {path: [] for path in sim.attentions}
-    names = {site.qkv.path: path for path, site in sim.attention_sites.items()}
     keep = 0
     share = 0.0
 
@@ -108,11 +124,14 @@ def observe(sim: SimModel, images: Tensor, batch: int, rows: int = 4096, attenti
         x = linear.rows(inputs[0])
         # A layer wider than the sample would have a singular second moment.
         stats[path].update(x, int(share * max(rows, 4 * x.shape[1])) + 1)
-        if path in names and keep > 0:
-            per_image = output.shape[0] // size
-            qkv[names[path]].append(output[: keep * per_image].clone())
 
-    with recording(sim.linears, record):
+    def record_qkv(path: str, inputs: tuple, output: Tensor) -> None:
+        if keep > 0:
+            per_image = output.shape[0] // size
+            qkv[path].append(output[: keep * per_image].clone())
+
+    stages = {path: attention.stage for path, attention in sim.attentions.items()}
+    with recording(sim.linears, record), recording(stages, record_qkv):
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
             size, share, keep = len(part), len(part) / len(images), min(len(part), attention_images - start)

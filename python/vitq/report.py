@@ -10,15 +10,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vitq_kernels.formats import AttentionState, LinearState, QuantSpec
 
-from . import checkpoint, jobs, svg
+from . import checkpoint, jobs, plots
 from .allocation.plot import draw_frontier, draw_packs
 from .checkpoint import Config
 from .console import cell
+from .plots import Picture
 from .propagation import EDGES
 from .restore import to_simulated
 from .simulate import SimModel
 from .state import ModelState
-from .svg import Picture
 
 FRONTIER, EVALUATION = "frontier.json", "evaluation.json"
 ACCURACY = {
@@ -71,7 +71,7 @@ def render(figures: dict[str, Any]) -> str:
     return environment.get_template("report.html").render(
         figures,
         sizes=[{"part": part, "kB": n / 1e3} for part, n in figures["bytes"].items()],
-        sizes_picture=svg.bars({k: [n / 1e3] for k, n in figures["bytes"].items()}, ["kB"], "kB of each part"),
+        sizes_picture=plots.bars({k: [n / 1e3] for k, n in figures["bytes"].items()}, ["kB"], "kB of each part"),
         layers_picture=_draw_layers(figures["layers"]),
         units=None if errors is None else [_unit(row) for row in errors["units"]],
         errors_picture=None if errors is None else _draw_errors(errors["units"]),
@@ -138,32 +138,32 @@ def _draw_layers(layers: list[dict[str, Any]]) -> Picture:
     """Bits of every layer, and below them the ranks where there are any."""
     activations = {row["layer"]: None if row["activations"] == "float" else row["activations"] for row in layers}
     bits = {row["layer"]: [row["bits"], activations[row["layer"]]] for row in layers}
-    pictures = [svg.bars(bits, ["weight bits", "activation bits"], "Bits of every layer")]
+    pictures = [plots.bars(bits, ["weight bits", "activation bits"], "Bits of every layer")]
     if any(row["rank"] for row in layers):
-        pictures.append(svg.bars({row["layer"]: [row["rank"]] for row in layers}, ["rank"], "Rank of every layer"))
-    return svg.stack(pictures)
+        pictures.append(plots.bars({row["layer"]: [row["rank"]] for row in layers}, ["rank"], "Rank of every layer"))
+    return plots.stack(pictures)
 
 
 def _draw_errors(units: list[dict[str, Any]]) -> Picture | None:
     places = {row["path"]: at for at, row in enumerate(units)}
     series = [
-        svg.Series(name, [(places[row["path"]], row[key]) for row in units if row[key] is not None])
+        plots.Series(name, [(places[row["path"]], row[key]) for row in units if row[key] is not None])
         for name, key in (("by itself", "own_db"), ("with all before it", "through_db"))
     ]
     every = -(-len(units) // 8)
     ticks = [(at, path.rpartition(".")[2]) for path, at in places.items() if at % every == 0 or at == len(units) - 1]
-    x, y = svg.Axis("block or layer", low=-0.3, high=len(units) - 0.7), svg.Axis("SQNR, dB")
+    x, y = plots.Axis("block or layer", low=-0.3, high=len(units) - 0.7), plots.Axis("SQNR, dB")
     drawn = [s for s in series if s.points]
-    return svg.plot(drawn, x, y, "SQNR of every block", ticks=ticks) if drawn else None
+    return plots.plot(drawn, x, y, "SQNR of every block", ticks=ticks) if drawn else None
 
 
 def _draw_histogram(row: dict[str, Any], errors: dict[str, Any]) -> tuple[str, Picture]:
     """(path, picture) of one attention's probabilities under its quantizer."""
     relative = " / largest of the row" if row["anchor"] == "row" else ""
-    drawn = svg.histogram(
+    drawn = plots.histogram(
         EDGES,
         errors["softmax"][row["attention"]],
-        svg.Axis(f"probability{relative}", log=True),
+        plots.Axis(f"probability{relative}", log=True),
         f"Probabilities of {row['attention']} and the interval {row['b1']:.4g} to {row['b2']:.4g}",
         interval=(row["b1"], row["b2"]),
         levels=row["levels"],

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitq_kernels.formats import FocusSpec, QuantSpec
 
 from .levels import activation_table, weight_table
-from .observers import Histogram, search_range, weight_scale
+from .observers import Histogram, even_stride, search_range, weight_scale
 from .quantizers import FocusQuantizer, SimAttention, SimLinear, SimulationOnly
 
 SAMPLE = 1 << 19
@@ -40,8 +40,8 @@ class Search(BaseModel):
 
 
 def _sample(x: Tensor) -> Tensor:
-    """At most SAMPLE values of the last dimension, evenly drawn."""
-    return x[..., :: max(1, -(-x.shape[-1] // SAMPLE))]
+    """About SAMPLE values of the last dimension, evenly drawn."""
+    return x[..., :: even_stride(x.shape[-1], SAMPLE)]
 
 
 def set_weight(

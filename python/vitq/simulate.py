@@ -42,7 +42,8 @@ class SimModel(nn.Module):
             qkv, proj = linears[site.qkv.path], linears[site.proj.path]
             inner = site.proj.norm
             norm = None if inner is None else self.model.get_submodule(inner.path)
-            attention = SimAttention(qkv, proj, site.heads, site.softmax_scale, bias, norm, site.window)
+            stage = None if site.stage is None else self.model.get_submodule(site.stage)
+            attention = SimAttention(qkv, proj, site.heads, site.softmax_scale, bias, norm, site.window, stage)
             self.model.set_submodule(path, attention)
         inside = {p for site in self.attention_sites.values() for p in (site.qkv.path, site.proj.path)}
         for path, linear in linears.items():
@@ -97,7 +98,8 @@ class SimModel(nn.Module):
                 self.model.set_submodule(path, SimBlocks(blocks, attentions))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+        """What the family reads from the model's output (see ``Family.output``)."""
+        return self.family.output(self.model(x))
 
     def linears_of(self, unit: LinearSite | BlockSite) -> dict[str, SimLinear]:
         """The linear layers of a site of ``sequence`` in execution order."""

@@ -78,7 +78,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"holds a {type(state).__name__}, expected a state dict")
-        for wrapper in ("state_dict", "model"):
+        for wrapper in ("state_dict", "model", "base_model", "model_state_dict"):
             if isinstance(state.get(wrapper), dict):
                 state = state[wrapper]
         model.load_state_dict(state)

@@ -19,16 +19,16 @@ FOCUS = FocusSpec(8, power=2.0, anchor="row")
 
 def vit(cls=VisionTransformer, **kwargs) -> nn.Module:
     torch.manual_seed(0)
-    return _spread(cls(**(TINY | kwargs)))
+    return spread(cls(**(TINY | kwargs)))
 
 
 def swin(**kwargs) -> nn.Module:
     torch.manual_seed(0)
     arguments = {"img_size": (24, 40), "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
-    return _spread(SwinTransformer(**(arguments | {"num_classes": 7, "window_size": 4} | kwargs)))
+    return spread(SwinTransformer(**(arguments | {"num_classes": 7, "window_size": 4} | kwargs)))
 
 
-def _spread(model: nn.Module) -> nn.Module:
+def spread(model: nn.Module) -> nn.Module:
     """Weights of a size at which every branch matters (fresh timm models are nearly the identity)."""
     for name, p in model.named_parameters():
         if p.dim() > 1:
@@ -99,7 +99,8 @@ def minmax_state(
     act = act or QuantSpec(8, symmetric=False)
     operands = operands or QuantSpec(8, granularity="per_head")
     family = adapter_for(model)
-    read, wrote = inputs_of(model, [site.path for site in family.linears()], x)
+    stages = [site.stage for site in family.attentions() if site.stage is not None]
+    read, wrote = inputs_of(family.model, [*(site.path for site in family.linears()), *stages], x)
 
     def linear(site):
         bias = family.bias(site)
@@ -111,7 +112,7 @@ def minmax_state(
     for site in family.attentions():
         inside |= {site.qkv.path, site.proj.path}
         if site.path not in skip:
-            parts = wrote[site.qkv.path].reshape(-1, 3, site.heads, site.head_dim).abs()
+            parts = wrote[site.stage or site.qkv.path].reshape(-1, 3, site.heads, site.head_dim).abs()
             scale = None
             if not operands.dynamic:
                 top = parts.amax((0, 3)) if operands.granularity == "per_head" else parts.amax((0, 2, 3))
@@ -183,30 +184,31 @@ class SimConv(nn.Module):
 
 
 class SimAttention(nn.Module):
-    def __init__(self, state: AttentionState, norm: nn.Module):
+    def __init__(self, state: AttentionState, norm: nn.Module, stage: nn.Module, windows: bool):
         super().__init__()
-        self.s, self.norm, self.qkv, self.proj = state, norm, SimLinear(state.qkv), SimLinear(state.proj)
+        self.excluded = -100 if windows else -torch.inf
+        self.s, self.norm, self.stage = state, norm, stage
+        self.qkv, self.proj = SimLinear(state.qkv), SimLinear(state.proj)
 
     def forward(self, x, attn_mask=None, is_causal=False, mask=None):
         s, (b, n, _) = self.s, x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, s.heads, -1)
+        raw = self.stage(self.qkv(x)).reshape(b, n, 3, s.heads, -1)
         per_head = s.operands.granularity != "per_tensor"
         scale = None
         if s.operand_scale is not None:
             scale = s.operand_scale.double().reshape(3, s.heads if per_head else 1, 1)
-        qkv = fake_quantize(qkv, s.operands, scale, 0, dim=-1 if per_head else (-1, -2))
+        qkv = fake_quantize(raw, s.operands, scale, 0, dim=-1 if per_head else (-1, -2))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         scores = q @ k.transpose(-1, -2) * s.softmax_scale
         if s.bias is not None:
             scores = scores + s.bias.double()
         if mask is not None:
-            mask = mask.masked_fill(mask <= -100, -torch.inf)
+            mask = mask.masked_fill(mask <= self.excluded, -torch.inf)
             scores = scores + mask.repeat(b // mask.shape[0], 1, 1).unsqueeze(1)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf)
         if s.operands.dynamic:
             # Values meet the probabilities on the scale of the row with the largest one.
-            raw = self.qkv(x).reshape(b, n, 3, s.heads, -1)
             dim = -1 if per_head else (-1, -2)
             vs = (raw.abs().amax(dim, keepdim=True) / s.operands.qmax).permute(2, 0, 3, 1, 4)[2]
             top = vs.amax(-2, keepdim=True)
@@ -224,14 +226,14 @@ class SimAttention(nn.Module):
 def simulated(model: nn.Module, state: ModelState) -> nn.Module:
     """``state`` on timm's own modules in float64."""
     family = adapter_for(model)
-    out = copy.deepcopy(model)
+    out = copy.deepcopy(family.model)
     out.load_state_dict(state.floats, strict=False)
     out = out.double()
     for path, site_state in state.sites.items():
         site = family.find(path)
         if isinstance(site_state, AttentionState):
-            norm = getattr(out.get_submodule(path), "norm", nn.Identity())
-            out.set_submodule(path, SimAttention(site_state, norm))
+            parts = [getattr(out.get_submodule(path), name, nn.Identity()) for name in ("norm", "stage")]
+            out.set_submodule(path, SimAttention(site_state, *parts, site.window is not None))
         elif site.patch is not None:
             out.set_submodule(path, SimConv(site_state, site.patch))
         else:

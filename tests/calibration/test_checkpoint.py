@@ -53,7 +53,7 @@ CASES = {
 def make(name="vit-static"):
     architecture, kwargs, options = CASES[name]
     torch.manual_seed(0)
-    model = minmax._spread(timm.create_model(architecture, **kwargs))
+    model = minmax.spread(timm.create_model(architecture, **kwargs))
     x = minmax.images(model)
     state = minmax.minmax_state(model, x, **options)
     state = dataclasses.replace(

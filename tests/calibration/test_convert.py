@@ -7,7 +7,7 @@ import minmax
 import pytest
 import torch
 from minmax import minmax_state, simulated, sqnr, swin, vit
-from timm.layers import RmsNorm, SwiGLU, get_act_layer
+from timm.layers import SwiGLU, get_act_layer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
@@ -199,12 +199,18 @@ def test_attention_masks_reach_the_integer_attention():
 # What stays float, and why.
 
 
+def gated() -> nn.Module:
+    model = vit()
+    for block in model.blocks:
+        block.attn.gate = nn.Linear(32, 32).requires_grad_(False)
+    return model
+
+
 PARTIAL = {
-    "qk-norm": (lambda: vit(qk_norm=True), "blocks.0.attn", "normalizes queries and keys"),
+    "gated-attention": (gated, "blocks.0.attn", "gates its output"),
     "attention-pool": (lambda: vit(global_pool="map", class_token=False), "attn_pool", "AttentionPoolLatent"),
     "quick-gelu": (lambda: vit(act_layer=get_act_layer("quick_gelu")), "blocks.1.mlp.act", "QuickGELU"),
-    "rms-norm": (lambda: vit(norm_layer=RmsNorm), "blocks.0.norm1", "RmsNorm"),
-    "swiglu": (lambda: vit(mlp_layer=SwiGLU), "blocks.0.mlp", "SwiGLU"),
+    "swiglu": (lambda: vit(mlp_layer=SwiGLU), "blocks.0.mlp.act", "Gated"),
     "dynamic-swin": (lambda: swin(strict_img_size=False), "layers.0.blocks.1.attn", "each input size"),
 }
 
@@ -257,7 +263,7 @@ def test_every_parameter_is_accounted_for():
         report = to_integer(model, minmax_state(model, minmax.images(model))).vitq_report
         paths = (*report.integer, *report.floating)
         absorbed = ("norm1", "norm2", "attn.norm", "mlp.norm", "downsample.norm")
-        for name, module in model.named_modules():
+        for name, module in adapter_for(model).model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
                 inside = name in paths or name.endswith((*absorbed, "ls1", "ls2", "attn"))
                 assert inside or any(name.startswith(f"{p}.") for p in paths), name
@@ -368,8 +374,8 @@ def test_states_that_do_not_fit():
     refused("floats has spare", floats=good.floats | {"spare": torch.zeros(1)})
     refused(r"floats\['pos_embed'\] has shape \(1,\)", floats=good.floats | {"pos_embed": torch.zeros(1)})
     refused("heads of .* is 2, expected 4", target=vit(num_heads=4))
-    refused("normalizes queries", target=vit(qk_norm=True))
-    refused("model is Linear, expected a timm", TypeError, target=nn.Linear(2, 2))
+    refused("gates its output", target=gated())
+    refused("model is Linear, expected one of VisionTransformer, Eva", TypeError, target=nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"sites\['x'\] is int"):
         ModelState("test", {"x": 1}, {})
     with pytest.raises(TypeError, match=r"floats\['x'\] is torch.float16"):

@@ -3,15 +3,20 @@
 import minmax
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vitq import scales
 from vitq.calibrate import calibrate
 from vitq.models import adapter_for
+from vitq.observers import thinned
+from vitq.quantizers import SimLinear
 from vitq.recipes import parse
 from vitq.simulate import SimModel
 from vitq.stages import Calibration, find
 from vitq.stages.rank_search import RankMixture, candidates
 from vitq.stages.reconstruct import easy_fraction, losses
 
-from vitq_kernels.formats import FocusSpec
+from vitq_kernels.formats import FocusSpec, QuantSpec
 
 SCALES = {"method": "scales"}
 
@@ -251,3 +256,30 @@ def test_rank_mixture():
     assert candidates(options, (96, 288)) == [0, 16, 32, 48]
     with pytest.raises(ValueError, match="needs a branch"):
         step(calibration(minmax.vit(), {}), "allocate", "rank_search")
+
+
+@given(groups=st.integers(1, 40), size=st.integers(1, 20), keep=st.integers(1, 60))
+def test_thinned_rows_meet_every_place_of_a_group(groups, size, keep):
+    x = torch.arange(groups * size)
+    chosen = thinned(x, keep)
+    assert len(chosen) >= min(keep, len(x))
+    gaps = chosen.diff().unique()
+    assert len(gaps) <= 1
+    # Places within a group are met within one of equally often, as often as there are rows enough.
+    counts = (chosen % size).bincount(minlength=size)
+    assert int(counts.max() - counts.min()) <= 1
+
+
+def test_thinned_rows_of_a_square():
+    assert thinned(torch.arange(4096), 64).diff().unique().tolist() == [63]
+
+
+def test_sampled_ranges_see_every_channel(monkeypatch):
+    monkeypatch.setattr(scales, "SAMPLE", 64)
+    rows = torch.zeros(64, 16)
+    rows[:, 5] = torch.linspace(-1, 100, 64)
+    linear = SimLinear(torch.ones(4, 16), None)
+    spec = QuantSpec(8, symmetric=False)
+    scales.set_activation(linear, rows, spec, scales.Search(method="minmax"))
+    # Every fifteenth value is seen, four of the channel's.
+    assert linear.act.scale.item() > 0.75 * 101 / 255

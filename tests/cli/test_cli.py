@@ -78,16 +78,18 @@ def test_a_budget_picks_a_point_of_the_frontier(tmp_path, capsys):
     whole = json.loads((tmp_path / "c" / "frontier.json").read_text())
     assert len(whole["points"]) > 20
     assert whole["points"][whole["picked"]] == frontier["points"][0]
-    assert "budget" in (tmp_path / "c" / "frontier.svg").read_text()
+    with Image.open(tmp_path / "c" / "frontier.png") as picture:
+        assert (picture.format, picture.width) == ("PNG", 800)
     page = tmp_path / "new" / "report.html"
     assert figures(capsys, "report", str(tmp_path / "c"), "-o", str(page))["page_bytes"] == page.stat().st_size
     assert f"{len(whole['points'])} points" in page.read_text()
     assert "exists already" in failure(capsys, "report", str(tmp_path / "c"), "-o", str(page))
     figures(capsys, *argv, "--force", "--recipe", "pack-ptq-w4a4", "--set", "reconstruct=[]")
-    assert "score S" in (tmp_path / "c" / "packs.svg").read_text()
+    with Image.open(tmp_path / "c" / "packs.png") as picture:
+        assert (picture.format, picture.width) == ("PNG", 800)
     assert not list((tmp_path / "c").glob("frontier.*"))
     figures(capsys, *argv, "--force", "--recipe", "minmax-w4a4")
-    assert not list((tmp_path / "c").glob("*.svg"))
+    assert not list((tmp_path / "c").glob("*.png"))
 
 
 def test_eval_of_a_checkpoint(quantized, capsys):
@@ -111,6 +113,22 @@ def test_bench_of_a_checkpoint_and_of_an_architecture(quantized, capsys):
     assert record["rows"][1]["model_bytes"] < record["rows"][0]["model_bytes"] / 4
     argv = ["bench", NAME, "--random-weights", "--recipe", "minmax-w4a4", "--batch", "1", "--seconds", "0.01"]
     assert [row["model"] for row in figures(capsys, *argv)["rows"]] == ["float32", "minmax-w4a4"]
+
+
+def test_list_models(capsys):
+    assert main(["list-models", "*t*_tiny_patch16_224", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    assert rows["deit_tiny_patch16_224"]["verdict"] == "integer"
+    assert rows["deit_tiny_patch16_224"]["attention"] == 1.0
+    assert rows["deit_tiny_patch16_224"]["weights"] > 0.95
+    assert main(["list-models", "cait_xxs24_224", "--json"]) == 0
+    (cait,) = json.loads(capsys.readouterr().out)["models"]
+    assert (cait["verdict"], cait["attention"]) == ("partly", 0.0)
+    assert any("talking heads" in reason for reason in cait["reasons"])
+    assert main(["list-models", "visformer_tiny"]) == 0
+    assert "no adapter" in "".join(capsys.readouterr().out.split("\n"))
+    assert main(["list-models", "resnet18"]) == 2
+    assert "pattern is 'resnet18'" in capsys.readouterr().err
 
 
 def test_info(quantized, capsys):
@@ -153,7 +171,7 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["quantize", NAME, "OUT", "--weights", "/nowhere.pth"], "weights is '/nowhere.pth', expected a file"),
         (["quantize", NAME, "OUT", "--weights", "x", "--random-weights"], "both given"),
         (["quantize", NAME, "OUT", "--model-arg", "colour=3"], "do not fit"),
-        (["quantize", "resnet18", "OUT", "--random-weights"], "expected a timm VisionTransformer"),
+        (["quantize", "resnet18", "OUT", "--random-weights"], "expected one of VisionTransformer"),
         (["quantize", "vit_tiny_patch16_224", "OUT"], "pretrained weights of vit_tiny_patch16_224 cannot be had"),
         (["eval", "/nowhere"], "/nowhere: no such folder"),
         (["bench", "/nowhere"], "model is '/nowhere'"),

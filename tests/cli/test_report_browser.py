@@ -31,7 +31,7 @@ onload = () => {
   const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
   const boxes = [...page.querySelectorAll("svg")].map(picture => {
     const outer = picture.getBoundingClientRect();
-    const inner = [...picture.querySelectorAll("text, rect, circle, polyline")]
+    const inner = [...picture.querySelectorAll("text, path, use")].filter(x => !x.closest("defs, [clip-path]"))
       .map(x => [x, x.getBoundingClientRect()]);
     const outside = inner.filter(([x, r]) => r.left < outer.left - 1 || r.right > outer.right + 1 ||
       r.top < outer.top - 1 || r.bottom > outer.bottom + 1).map(([x, r]) => x.outerHTML);

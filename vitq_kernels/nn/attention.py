@@ -18,7 +18,7 @@ from .window import Window, WindowMap
 
 
 class QAttention(QModule):
-    """y = γ·proj(focus(softmax(q·kᵀ·s + bias))·v) + residual with q, k, v = qkv(norm(x)), in integers.
+    """y = γ·proj(focus(softmax(q·kᵀ·s + bias))·v) + residual with q, k, v = stage(qkv(norm(x))), in integers.
 
     Notation: B images (or windows), H heads, N tokens, d head_dim.
     Build with :meth:`from_state`. The codes of q, k and v are views of one fused result; the float attention output is
@@ -29,13 +29,23 @@ class QAttention(QModule):
         qkv, proj: QLinear; qkv holds the absorbed LayerNorm, proj γ.
         operands: Quantizer of q, k and v.
         window: WindowMap, or None for attention among all tokens.
+        stage: float module over the fused [B, N, 3·H·d] (norms of q and k, rotations), whose result is quantized; None
+            lets qkv's epilogue quantize.
         token_bits: TokenBits, or None where this attention decides nothing.
     """
 
-    def __init__(self, qkv: QLinear, proj: QLinear, state: AttentionState, window: Window | None, backend: str | None):
+    def __init__(
+        self,
+        qkv: QLinear,
+        proj: QLinear,
+        state: AttentionState,
+        window: Window | None,
+        stage: nn.Module | None,
+        backend: str | None,
+    ):
         super().__init__()
         self.backend = backend
-        self.qkv, self.proj = qkv, proj
+        self.qkv, self.proj, self.stage = qkv, proj, stage
         self.heads, self.softmax_scale = state.heads, float(state.softmax_scale)
         self.operand_spec, self.focus, self.token_bits = state.operands, state.focus, state.token_bits
         self.operands = Quantizer(state.operand_quant).to(qkv.weight.device)
@@ -53,17 +63,18 @@ class QAttention(QModule):
         proj_norm: nn.LayerNorm | None = None,
         layer_scale: Tensor | None = None,
         window: Window | None = None,
+        stage: nn.Module | None = None,
         backend: str | None = None,
     ) -> QAttention:
         """The attention of ``state``.
 
         Args:   norm, proj_norm: absorbed LayerNorms in front of qkv and proj; layer_scale: γ [C], absorbed into proj;
-                window: shifted windows over a token grid; x then is [B, H, W, C].
+                window: shifted windows over a token grid; x then is [B, H, W, C]; stage: see the class.
         Raises: ValueError if ``backend`` (or the one pinned around the call) does not serve the device.
         """
         qkv = QLinear.from_state(state.qkv, norm=norm, backend=backend)
         proj = QLinear.from_state(state.proj, norm=proj_norm, layer_scale=layer_scale, backend=backend)
-        return cls(qkv, proj, state, window, backend)
+        return cls(qkv, proj, state, window, stage, backend)
 
     def state(self) -> AttentionState:
         """Inverse of :meth:`from_state`, exact."""
@@ -114,10 +125,15 @@ class QAttention(QModule):
             codes = _in_windows(x, qkv, window, bits, in_slots)
             bits = in_slots
             options |= {"mask": window.mask, "scatter": window.token_of_slot, "tokens": x.shape[1] * x.shape[2]}
-        if bits is None:
+        stage = self.stage
+        if bits is None and stage is None:
             heads, scales = self._split(qkv.multiply(codes, out=operands), 3)
         else:
-            heads, scales = self._split_at(bits, qkv.multiply(codes), operands)
+            fused = qkv.multiply(codes) if stage is None else stage(qkv.multiply(codes))
+            if bits is None:
+                heads, scales = self._split(run_quantize(fused, operands.prepared(), self.backend), 3)
+            else:
+                heads, scales = self._split_at(bits, fused, operands)
         decided = None if self.token_bits is None else self._decide(heads, scales, options)
         out = proj.takes
         if out is None:

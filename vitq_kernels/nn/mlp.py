@@ -18,12 +18,13 @@ class QMlp(QModule):
     Attributes:
         fc1, fc2: QLinear; fc1 holds the absorbed LayerNorm, fc2 γ and, if there is one, a LayerNorm after the
             activation.
-        activation: "gelu_erf" or "gelu_tanh" (fused), or a float module that runs between the two layers.
+        activation: "gelu_erf" or "gelu_tanh" (fused), or a float module that runs between the two layers (which may
+            have another width behind it: gates).
     """
 
     def __init__(self, fc1: QLinear, fc2: QLinear, activation: str | nn.Module) -> None:
         super().__init__()
-        if fc1.out_features != fc2.in_features:
+        if isinstance(activation, str) and fc1.out_features != fc2.in_features:
             raise ValueError(f"fc2 has {fc2.in_features} in features, expected fc1's {fc1.out_features}")
         self.fc1, self.fc2 = fc1, fc2
         self.activation = activation

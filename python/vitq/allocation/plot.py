@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .. import svg
-from ..svg import Axis, Picture, Series
+from .. import plots
+from ..plots import Axis, Picture, Series
 
 LABELS = {
     "size": "bytes of the block layers / float32",
@@ -29,13 +29,13 @@ def draw_frontier(record: dict[str, Any], title: str = "") -> Picture:
         # With two axes each curve is a projection, no staircase.
         series = [Series("frontier", curve, line=len(axes) == 1), Series("picked", [(picked[axis], picked["error"])])]
         marks = [(record["budget"][axis], "budget")]
-        pictures.append(svg.plot(series, Axis(LABELS[axis]), y, f"Σ Ω against {axis}", marks=marks))
+        pictures.append(plots.plot(series, Axis(LABELS[axis]), y, f"Σ Ω against {axis}", marks=marks))
     picked_bits = {name: record["picked_bits"][name] for name in record["sensitivity"]}
     bits = {name: chosen[:2] for name, chosen in picked_bits.items()}
-    pictures.append(svg.bars(bits, ["weight bits", "activation bits"], "Bits of every layer at the point picked"))
+    pictures.append(plots.bars(bits, ["weight bits", "activation bits"], "Bits of every layer at the point picked"))
     if ranks := {name: chosen[2:] for name, chosen in picked_bits.items() if chosen[2:]}:
-        pictures.append(svg.bars(ranks, ["rank"], "Rank of every layer at the point picked"))
-    return svg.stack(pictures, title)
+        pictures.append(plots.bars(ranks, ["rank"], "Rank of every layer at the point picked"))
+    return plots.stack(pictures, title)
 
 
 def draw_packs(packs: list[dict[str, Any]], title: str = "") -> Picture:
@@ -55,6 +55,6 @@ def draw_packs(packs: list[dict[str, Any]], title: str = "") -> Picture:
         values = [block[key] for block in blocks]
         y = Axis(label, log=min(values) > 0)
         pictures.append(
-            svg.plot([Series("", list(enumerate(values)))], x, y, f"{label} of every block", bands=bands, ticks=ticks)
+            plots.plot([Series("", list(enumerate(values)))], x, y, f"{label} of every block", bands=bands, ticks=ticks)
         )
-    return svg.stack(pictures, title)
+    return plots.stack(pictures, title)

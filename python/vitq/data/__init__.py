@@ -1,4 +1,4 @@
-"""Images to calibrate and to evaluate with: bundled ones (digits, contours) or any image folder."""
+"""Images to calibrate and to evaluate with: bundled ones (digits, contours) or any image folder; clouds likewise."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from . import clouds
 from .bundled import augment_fraction, draw
 from .contours import CONTOUR_SET
 from .digits import DIGITS, calibration_images, load_digits
@@ -29,6 +30,8 @@ BUNDLED = {images.name: images for images in (DIGITS, CONTOUR_SET)}
 
 def splits(source: str | Path) -> tuple[str, ...]:
     """The splits of `source` to evaluate on."""
+    if clouds.is_source(source):
+        return clouds.splits(source)
     return tuple(name for name in BUNDLED[source].counts if name != "train") if source in BUNDLED else ("test",)
 
 
@@ -36,7 +39,8 @@ def load_data(source: str | Path, split: str, model: nn.Module, limit: int | Non
     """A split as a data set of (image [C, H, W] float32, label) pairs, preprocessed as `model` expects.
 
     Args:
-        source: "digits", "contours", or the path of an image folder (see `load_folder` for its layout).
+        source: "digits", "contours", or the path of an image folder (see `load_folder` for its layout); for a
+            point-cloud model "primitives" or a data set (see `clouds`), and what is said of images holds of clouds.
         split: "train", "test", or for the bundled ones also "hard".
         model: a timm model; its configuration decides image size and normalisation.
         limit: how many images, drawn without repetition under `seed` and kept in the split's order; None
@@ -48,6 +52,8 @@ def load_data(source: str | Path, split: str, model: nn.Module, limit: int | Non
         ValueError: what `Bundled.load` and `load_folder` refuse, or `limit` below 1 or above what there is.
         ImportError: the digits without scikit-learn.
     """
+    if clouds.is_cloud_model(model):
+        return clouds.load_clouds(source, split, model, limit, seed=seed)
     if source in BUNDLED:
         return BUNDLED[source].load(split, limit=limit, seed=seed, **_square_format(source, model))
     data = load_folder(source, split, model)
@@ -69,6 +75,8 @@ def load_calibration(source: str | Path, model: nn.Module, n: int, *, seed: int 
     Raises:
         ValueError: as for `load_data`, or `augment` outside [0, 1].
     """
+    if clouds.is_cloud_model(model):
+        return clouds.calibration_clouds(source, model, n, seed, augment)
     if source in BUNDLED:
         return BUNDLED[source].calibration(n, seed, augment, **_square_format(source, model))
     images = torch.stack([image for image, _ in load_data(source, "train", model, n, seed=seed)])

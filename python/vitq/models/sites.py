@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -69,6 +69,7 @@ class AttentionSite:
         layer_scale: state-dict name of γ [C], the factor on the branch, or None.
         bias_table: state-dict name of the relative position bias, or None (see ``Family.attention_bias``).
         window: the windows that attention stays within, or None for all tokens.
+        stage: module path of what becomes of the fused output of qkv in float before it is quantized, or None.
         prefix, class_token: how many leading tokens are no patches, and whether the first of them is the class token.
     """
 
@@ -81,6 +82,7 @@ class AttentionSite:
     layer_scale: str | None = None
     bias_table: str | None = None
     window: Window | None = None
+    stage: str | None = None
     prefix: int = 0
     class_token: bool = False
 
@@ -133,7 +135,8 @@ class BlockSite:
         path: module path; the module maps the residual stream to the residual stream.
         attention, mlp: None where ``Family.refused`` says why; their linear layers then are sites of their own.
         linears: every linear layer of the block, in execution order.
-        branches: what the block sums up, attention then MLP, whether convertible or not; empty if not of this form.
+        branches: what the block sums up, attention then MLP, whether convertible or not; empty if not of this form:
+            attention and MLP then are called where they are, without a norm in front.
     """
 
     path: str
@@ -169,6 +172,10 @@ class Family(ABC):
     @abstractmethod
     def attention_bias(self, site: AttentionSite) -> Tensor | None:
         """[H, N, N] float32 additive scores of ``site`` (relative position), or None."""
+
+    def output(self, y: Any) -> Tensor:
+        """The one tensor of what ``model`` returns that methods compare and predictions are read from."""
+        return y
 
     def sequence(self) -> list[LinearSite | BlockSite]:
         """All sites in execution order: blocks, and the linear layers between them."""

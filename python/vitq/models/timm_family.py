@@ -1,42 +1,46 @@
-"""timm's ViT (DeiT, distilled DeiT, DeiT-III) and Swin: the only place that knows timm's attribute names."""
+"""timm's ViT, EVA, BEiT, CaiT and Swin families: the only place that knows timm's attribute names."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from timm.layers import DropPath, PatchDropout, PatchEmbed, attention_pool, mlp, norm
-from timm.layers import activations as act
+import torch
+from timm.layers import PatchEmbed, attention, attention_pool
+from timm.models import beit, cait, eva
 from timm.models import swin_transformer as swin
+from timm.models import swin_transformer_v2 as swin2
 from timm.models import vision_transformer as vit
+from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
 from vitq.data import data_config
 from vitq_kernels.nn.window import Window
 
-from .sites import AttentionSite, BlockSite, BranchSite, Family, LinearSite, MlpSite, NormSite, Role
+from . import modules
+from .block_family import LAYER_NORMS, BlockFamily, gated_mlp
+from .sites import AttentionSite, BlockSite, BranchSite, LinearSite
 
-_LAYER_NORMS = (nn.LayerNorm, norm.LayerNorm, norm.LayerNormFp32)
-_FUSED = {act.GELU: "gelu_erf", act.GELUTanh: "gelu_tanh"}
-# Modules that only ever *call* their linear layers, so that these can be swapped one by one.
-_HOLDERS = (vit.Attention, swin.WindowAttention, attention_pool.AttentionPoolLatent, mlp.Mlp, mlp.GluMlp, mlp.SwiGLU)
-
-
-def adapter_for(model: nn.Module) -> Family:
-    """The adapter of ``model``'s family.
-
-    Raises: TypeError for a model of no known family.
-    """
-    if isinstance(model, vit.VisionTransformer):
-        return TimmViT(model)
-    if isinstance(model, swin.SwinTransformer):
-        return TimmSwin(model)
-    raise TypeError(f"model is {type(model).__name__}, expected a timm VisionTransformer (DeiT too) or SwinTransformer")
+#: Attention whose queries, keys and values meet in q·kᵀ and P·V alone.
+_PLAIN = (
+    vit.Attention,
+    attention.AttentionRope,
+    eva.EvaAttention,
+    beit.Attention,
+    relpos.RelPosAttention,
+    swin2.WindowAttention,
+)
+#: Arguments of blocks whose values are constants of the image size, inside the rewritten attention.
+_FOLDED = ("rope", "shared_rel_pos_bias", "shared_rel_pos")
 
 
 def state_data(model: nn.Module) -> dict[str, Any]:
-    """``ModelState.data`` of a timm model: input size, normalization, crop, and class names where timm knows them."""
+    """``ModelState.data`` of a timm model: input size, normalization, crop, and class names where timm knows them.
+
+    A model of our own that takes no images says so itself, in ``vitq_data``.
+    """
+    if hasattr(model, "vitq_data"):
+        return dict(model.vitq_data)
     config = data_config(model)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     data = {key: config[key] for key in keys} | {"num_classes": model.num_classes}
@@ -46,175 +50,260 @@ def state_data(model: nn.Module) -> dict[str, Any]:
     return data
 
 
-class _TimmFamily(Family):
-    training_only = (nn.Dropout, DropPath, PatchDropout)
+def _attention(module: nn.Module, rope: Tensor | None = None, shared: Tensor | None = None) -> modules.Attention | None:
+    """The form of a timm attention, or None where it has none (see :meth:`TimmFamily._reason`).
 
-    def attention_bias(self, site: AttentionSite) -> Tensor | None:
-        if site.bias_table is None:
-            return None
-        return self.model.get_submodule(site.path)._get_rel_pos_bias()[0].detach().float()
+    Args: rope: rotations of the tokens; shared: [H, N, N] scores that all blocks add.
+    """
+    if _obstacle(module) is not None:
+        return None
+    if module.qkv is None:
+        qkv = modules.fused((module.q_proj, module.k_proj, module.v_proj))
+    elif getattr(module, "q_bias", None) is not None:
+        qkv = modules.fused((module.qkv,), (module.q_bias, module.k_bias, module.v_bias))
+    else:
+        qkv = module.qkv
+    cosine = getattr(module, "logit_scale", None)
+    norms = {name: _present(getattr(module, name, None)) for name in ("q_norm", "k_norm")}
+    stage = None
+    if rope is not None or cosine is not None or any(norms.values()):
+        prefix, half = getattr(module, "num_prefix_tokens", 0), getattr(module, "rotate_half", False)
+        stage = modules.QueryKeyStage(
+            module.num_heads, **norms, rope=rope, prefix=prefix, half=half, logit_scale=cosine
+        )
+    bias = _relative_position(module)
+    if shared is not None:
+        bias = shared if bias is None else bias + shared
+    scale = 1.0 if cosine is not None else module.scale
+    norm = _present(getattr(module, "norm", None))
+    return modules.Attention(qkv, module.proj, module.num_heads, scale, stage=stage, bias=bias, norm=norm)
 
-    def _refuse(self, path: str, reason: str) -> None:
-        self.refused.append((path, reason))
 
-    def _linear(self, path: str, role: Role, norm: NormSite | None = None) -> LinearSite | None:
-        module = self.model.get_submodule(path)
-        if isinstance(module, nn.Identity):
-            return None
-        if type(module) is not nn.Linear:
-            self._refuse(path, f"is a {type(module).__name__}, expected a Linear")
-            return None
-        return LinearSite(path, role, module.out_features, module.in_features, module.bias is not None, norm)
+def _present(module: nn.Module | None) -> nn.Module | None:
+    return None if isinstance(module, nn.Identity) else module
 
-    def _norm(self, path: str) -> NormSite | None:
-        module = self.model.get_submodule(path)
-        if isinstance(module, nn.Identity):
-            return None
-        if type(module) not in _LAYER_NORMS or len(module.normalized_shape) != 1:
-            self._refuse(path, f"is a {type(module).__name__}, no LayerNorm: stays a float module")
-            return None
-        names = [f"{path}.{p}" if getattr(module, p) is not None else None for p in ("weight", "bias")]
-        return NormSite(path, module.normalized_shape[0], module.eps, *names)
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is vit.Attention and _present(module.q_norm) is None and _present(module.k_norm) is None
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a timm attention is no ``modules.Attention``."""
+    if type(module) not in _PLAIN:
+        return f"is a {type(module).__name__}, which the integer attention does not compute"
+    if getattr(module, "gate", None) is not None:
+        return "gates its output, which the integer attention does not"
+    if getattr(module, "num_kv_groups", 1) > 1:
+        return "shares keys and values among heads, which the integer attention does not"
+    return None
+
+
+@torch.no_grad()
+def _relative_position(module: nn.Module) -> Tensor | None:
+    """[H, N, N] scores of an attention's own position bias, or None."""
+    if isinstance(module, swin2.WindowAttention):
+        table = module.cpb_mlp(module.relative_coords_table).view(-1, module.num_heads)
+        bias = table[module.relative_position_index.flatten()].view(*module.relative_position_index.shape, -1)
+        return 16 * bias.permute(2, 0, 1).sigmoid()
+    if getattr(module, "relative_position_bias_table", None) is not None:
+        return module._get_rel_pos_bias()[0]
+    if getattr(module, "rel_pos", None) is not None:
+        return module.rel_pos.get_bias()[0]
+    return None
+
+
+def _gamma(block: nn.Module, index: int) -> nn.Parameter | None:
+    scale = getattr(block, f"gamma_{index}", None)
+    return getattr(getattr(block, f"ls{index}", None), "gamma", None) if scale is None else scale
+
+
+@torch.no_grad()
+def _constants(model: nn.Module) -> list[tuple[Tensor | None, Tensor | None]]:
+    """(rotations, shared scores) of each block at the model's own image size."""
+    depth = len(model.blocks)
+    rope, shared, ropes = getattr(model, "rope", None), None, [None] * depth
+    if rope is not None:
+        sized = getattr(rope, "feat_shape", None) is not None
+        embed = rope.get_embed() if sized else rope.get_embed(shape=model.patch_embed.grid_size)
+        ropes = list(embed) if getattr(model, "rope_mixed", False) else [embed] * depth
+    if getattr(model, "rel_pos_bias", None) is not None:
+        shared = model.rel_pos_bias()
+    elif getattr(model, "shared_rel_pos", None) is not None:
+        shared = model.shared_rel_pos.get_bias()[0]
+    return [(rope, shared) for rope in ropes]
+
+
+class TimmFamily(BlockFamily):
+    """What timm's models share."""
+
+    holders = (
+        *BlockFamily.holders,
+        vit.Attention,
+        attention.AttentionRope,
+        relpos.RelPosAttention,
+        swin.WindowAttention,
+        attention_pool.AttentionPoolLatent,
+        cait.ClassAttn,
+    )
 
     def _patch_embed(self, path: str) -> Iterator[LinearSite]:
         embed = self.model.get_submodule(path)
-        if not isinstance(embed, PatchEmbed):
+        if isinstance(embed, PatchEmbed):
+            yield from self._patches(f"{path}.proj")
+        else:
             self._refuse(path, f"is a {type(embed).__name__}, expected a PatchEmbed: stays float")
+
+    def _heads(self, *paths: str) -> Iterator[LinearSite]:
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            owner = self.model.get_submodule(parent)
+            if getattr(owner, name, None) is not None and (site := self._linear(path, "head")) is not None:
+                yield site
+
+    def _reason(self, attention: nn.Module) -> str:
+        return _obstacle(attention) or super()._reason(attention)
+
+    def _tokens(self) -> dict[str, int | bool]:
+        prefix = getattr(self.model, "num_prefix_tokens", 0)
+        return {"prefix": prefix, "class_token": prefix > 0 and getattr(self.model, "cls_token", None) is not None}
+
+
+class TimmViT(TimmFamily):
+    """Models of a patch embedding, ``blocks``, pooling and a head: VisionTransformer, Eva, Beit, relative positions.
+
+    Any pooling, class, distillation and register tokens, LayerScale, pre- and final norms; norms of queries and keys,
+    rotations and relative positions of the model's own image size.
+    """
+
+    _summed = (vit.Block, eva.EvaBlock, beit.Block, relpos.RelPosBlock)
+    _post_norm = (vit.ResPostBlock, eva.EvaBlockPostNorm, relpos.ResPostRelPosBlock)
+
+    def _rewritten(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for index, (block, constants) in enumerate(zip(model.blocks, _constants(model))):
+            if type(block) in (*self._summed, *self._post_norm):
+                yield from self._rewritten_block(f"blocks.{index}", block, *constants)
+
+    def _rewritten_block(
+        self, path: str, block: nn.Module, rope: Tensor | None, shared: Tensor | None
+    ) -> Iterator[tuple[str, nn.Module]]:
+        mlp = gated_mlp(block.mlp)
+        native, summed = type(block) is vit.Block, self._sums(block)
+        # timm's own attention stays where a kernel computes it as it is.
+        form = None if native and summed and _is_plain(block.attn) else _attention(block.attn, rope, shared)
+        if form is not None and summed and not native:
+            gammas = (_gamma(block, 1), _gamma(block, 2))
+            inner = modules.Block(block.norm1, form, block.norm2, mlp or block.mlp, *gammas)
+            yield path, modules.Shell(inner, _FOLDED)
             return
-        conv = embed.proj
-        plain = conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.dilation == (1, 1)
-        if type(conv) is not nn.Conv2d or not plain or conv.groups != 1:
-            self._refuse(f"{path}.proj", f"is {conv}, expected a Conv2d of patches that do not overlap: stays float")
-            return
-        k = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
-        bias = conv.bias is not None
-        yield LinearSite(f"{path}.proj", "patch_embed", conv.out_channels, k, bias, None, tuple(conv.kernel_size))
+        if form is not None:
+            yield f"{path}.attn", modules.Shell(form, _FOLDED)
+        if mlp is not None:
+            yield f"{path}.mlp", mlp
 
-    def _others(self, path: str, covered: set[str]) -> Iterator[LinearSite]:
-        """Linear layers below ``path`` outside ``covered``, of modules that merely call them."""
-        for name, module in self.model.get_submodule(path).named_modules(prefix=path):
-            for child, linear in module.named_children():
-                where = f"{name}.{child}"
-                if not isinstance(linear, nn.Linear) or where in covered:
-                    continue
-                if type(module) in _HOLDERS and type(linear) is nn.Linear:
-                    yield self._linear(where, "other")
-                else:
-                    self._refuse(
-                        where, f"belongs to a {type(module).__name__}, whose use of it is not known: stays float"
-                    )
-
-    def _layer_scale(self, path: str) -> str | None:
-        """γ's name if there is a LayerScale at ``path`` (Swin's blocks have none)."""
-        block, _, name = path.rpartition(".")
-        return (
-            f"{path}.gamma"
-            if isinstance(getattr(self.model.get_submodule(block), name, None), vit.LayerScale)
-            else None
-        )
-
-    def _mlp(self, branch: BranchSite) -> MlpSite | None:
-        path = branch.module
-        module = self.model.get_submodule(path)
-        if type(module) is not mlp.Mlp or type(module.fc1) is not nn.Linear:
-            self._refuse(path, f"is a {type(module).__name__}, expected an Mlp: its layers are not fused")
-            return None
-        inner = self._norm(f"{path}.norm")
-        if inner is None and not isinstance(module.norm, nn.Identity):
-            return None
-        fc1 = self._linear(f"{path}.fc1", "fc1", self._norm(branch.norm))
-        fc2 = self._linear(f"{path}.fc2", "fc2", inner)
-        kind = type(module.act)
-        name = _FUSED.get(kind, "module")
-        if kind is nn.GELU:
-            name = "gelu_tanh" if module.act.approximate == "tanh" else "gelu_erf"
-        if name == "module":
-            self._refuse(f"{path}.act", f"is a {kind.__name__}, no GELU: runs in float between fc1 and fc2")
-        return MlpSite(path, fc1, fc2, name, f"{path}.act", branch.layer_scale)
-
-    def _block(self, path: str) -> BlockSite:
-        """The block at ``path``: attention first, both branches behind a norm."""
-        branches = (
-            BranchSite(f"{path}.norm1", f"{path}.attn", self._layer_scale(f"{path}.ls1")),
-            BranchSite(f"{path}.norm2", f"{path}.mlp", self._layer_scale(f"{path}.ls2")),
-        )
-        attention, mlp = self._attention(path, branches[0]), self._mlp(branches[1])
-        front = () if attention is None else (attention.qkv, attention.proj)
-        back = () if mlp is None else (mlp.fc1, mlp.fc2)
-        others = tuple(self._others(path, {site.path for site in front + back}))
-        front += tuple(site for site in others if site.path.startswith(f"{branches[0].module}."))
-        back += tuple(site for site in others if site not in front)
-        return BlockSite(path, attention, mlp, front + back, branches)
-
-    def _unknown_block(self, path: str, expected: str) -> BlockSite:
-        kind = type(self.model.get_submodule(path)).__name__
-        self._refuse(path, f"is a {kind}, expected a {expected}: its layers are not fused")
-        return BlockSite(path, None, None, tuple(self._others(path, set())))
-
-    @abstractmethod
-    def _attention(self, block: str, branch: BranchSite) -> AttentionSite | None:
-        """The attention of a known block, or None with a reason in ``refused``."""
-
-
-class TimmViT(_TimmFamily):
-    """VisionTransformer: any pooling, class, distillation and register tokens, LayerScale, pre- and final norms."""
+    def _sums(self, block: nn.Module) -> bool:
+        """Whether the block is a sum of branches behind LayerNorms, of which a kernel takes the first along."""
+        return type(block) in self._summed and type(block.norm1) in LAYER_NORMS
 
     def _enumerate(self) -> Iterator[LinearSite | BlockSite]:
         yield from self._patch_embed("patch_embed")
         for index, block in enumerate(self.model.blocks):
             path = f"blocks.{index}"
-            known = type(block) is vit.Block
-            yield self._block(path) if known else self._unknown_block(path, "pre-norm Block")
-        if self.model.attn_pool is not None:
+            if isinstance(block, modules.Shell):
+                yield self._block(f"{path}.inner")
+            elif type(block) in (*self._summed, *self._post_norm):
+                attn = "attn.inner" if isinstance(block.attn, modules.Shell) else "attn"
+                yield self._block(path, attn=attn, summed=self._sums(block))
+            else:
+                yield self._unknown_block(path, "pre-norm Block")
+        if getattr(self.model, "attn_pool", None) is not None:
             kind = type(self.model.attn_pool).__name__
             self._refuse("attn_pool", f"is a {kind}: its attention runs in float")
-            yield from self._others("attn_pool", set())
-        for head in ("head", "head_dist"):
-            if hasattr(self.model, head) and (site := self._linear(head, "head")):
-                yield site
+            yield from self._others("attn_pool")
+        yield from self._heads("head", "head_dist")
 
     def _attention(self, block: str, branch: BranchSite) -> AttentionSite | None:
         path = branch.module
         module = self.model.get_submodule(path)
-        if type(module) is not vit.Attention:
-            reason = f"is a {type(module).__name__}, expected timm's Attention"
-        elif not isinstance(module.q_norm, nn.Identity) or not isinstance(module.k_norm, nn.Identity):
-            reason = "normalizes queries and keys, which the integer attention does not"
-        elif getattr(module, "gate", None) is not None:
-            reason = "gates its output, which the integer attention does not"
-        else:
-            norm1, inner = self._norm(branch.norm), self._norm(f"{path}.norm")
-            plain = inner is not None or isinstance(module.norm, nn.Identity)
-            if norm1 is not None and plain:
-                qkv = self._linear(f"{path}.qkv", "qkv", norm1)
-                proj = self._linear(f"{path}.proj", "proj", inner)
-                heads, head_dim = module.num_heads, module.head_dim
-                tokens = {"prefix": self.model.num_prefix_tokens, "class_token": self.model.has_class_token}
-                return AttentionSite(path, qkv, proj, heads, head_dim, module.scale, branch.layer_scale, **tokens)
-            reason = "is surrounded by norms that are no LayerNorm"
-        self._refuse(path, f"{reason}: it runs in float, its linear layers can be integer")
-        return None
+        if type(module) is not vit.Attention or _obstacle(module) is not None:
+            return super()._attention(block, branch)
+        norm1, inner = self._norm(branch.norm), self._norm(f"{path}.norm")
+        if norm1 is None or (inner is None and not isinstance(module.norm, nn.Identity)):
+            self._refuse_attention(path, "is surrounded by norms that are no LayerNorm")
+            return None
+        qkv = self._linear(f"{path}.qkv", "qkv", norm1)
+        proj = self._linear(f"{path}.proj", "proj", inner)
+        heads, head_dim = module.num_heads, module.head_dim
+        return AttentionSite(path, qkv, proj, heads, head_dim, module.scale, branch.layer_scale, **self._tokens())
 
 
-class TimmSwin(_TimmFamily):
-    """SwinTransformer: shifted windows, relative position bias, patch merging."""
+class TimmCait(TimmFamily):
+    """Cait: talking heads and class attention in float, every linear layer that reads tokens integer."""
+
+    holders = (*TimmFamily.holders, cait.TalkingHeadAttn)
+
+    def _enumerate(self) -> Iterator[LinearSite | BlockSite]:
+        yield from self._patch_embed("patch_embed")
+        for index in range(len(self.model.blocks)):
+            yield self._block(f"blocks.{index}")
+        for index in range(len(self.model.blocks_token_only)):
+            path = f"blocks_token_only.{index}"
+            # Called with two arguments: no unit of its own.
+            self._refuse_attention(f"{path}.attn", "is a ClassAttn, whose queries are those of one token")
+            yield from self._others(path)
+        yield from self._heads("head")
+
+    def _others(self, path: str, covered: Iterable[str] = ()) -> Iterator[LinearSite]:
+        for site in super()._others(path, covered):
+            if site.path.endswith((".proj_l", ".proj_w")):
+                self._refuse(site.path, "mixes heads between q·kᵀ and P·V: stays float")
+            else:
+                yield site
+
+    def _reason(self, attention: nn.Module) -> str:
+        return "mixes heads before and behind the softmax (talking heads), which the integer attention does not"
+
+
+class TimmSwin(TimmFamily):
+    """SwinTransformer and SwinTransformerV2: shifted windows, relative position bias, patch merging.
+
+    A block of V2 normalizes behind its branches: the float block partitions windows and sums up.
+    """
+
+    def _rewritten(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for depth, stage in enumerate(model.layers):
+            for index, block in enumerate(stage.blocks):
+                if isinstance(block, swin2.SwinTransformerV2Block) and (form := _attention(block.attn)) is not None:
+                    yield f"layers.{depth}.blocks.{index}.attn", form
 
     def _enumerate(self) -> Iterator[LinearSite | BlockSite]:
         yield from self._patch_embed("patch_embed")
         for depth, stage in enumerate(self.model.layers):
+            path = f"layers.{depth}.downsample"
             if isinstance(stage.downsample, swin.PatchMerging):
-                path = f"layers.{depth}.downsample"
                 yield self._linear(f"{path}.reduction", "reduction", self._norm(f"{path}.norm"))
+            elif isinstance(stage.downsample, swin2.PatchMerging):
+                yield self._linear(f"{path}.reduction", "reduction")
             for index, block in enumerate(stage.blocks):
                 path = f"layers.{depth}.blocks.{index}"
-                known = type(block) is swin.SwinTransformerBlock
-                yield self._block(path) if known else self._unknown_block(path, "SwinTransformerBlock")
-        if (site := self._linear("head.fc", "head")) is not None:
-            yield site
+                if type(block) is swin2.SwinTransformerV2Block:
+                    yield self._block(path, summed=False)
+                elif type(block) is swin.SwinTransformerBlock:
+                    yield self._block(path)
+                else:
+                    yield self._unknown_block(path, "SwinTransformerBlock")
+        yield from self._heads("head.fc")
+
+    def attention_bias(self, site: AttentionSite) -> Tensor | None:
+        module = self.model.get_submodule(site.path)
+        if isinstance(module, modules.Attention):
+            return super().attention_bias(site)
+        return module._get_rel_pos_bias()[0].detach().float()
 
     def _attention(self, block: str, branch: BranchSite) -> AttentionSite | None:
         path, module = branch.module, self.model.get_submodule(block)
         attn = module.attn
+        if isinstance(attn, modules.Attention):
+            return super()._attention(block, branch)
         if type(attn) is not swin.WindowAttention:
             reason = f"is a {type(attn).__name__}, expected timm's WindowAttention"
         elif getattr(module, "dynamic_mask", False):
@@ -229,5 +318,17 @@ class TimmSwin(_TimmFamily):
                 table = f"{path}.relative_position_bias_table"
                 return AttentionSite(path, qkv, proj, attn.num_heads, head_dim, attn.scale, None, table, window)
             reason = "has a norm in front that is no LayerNorm"
-        self._refuse(path, f"{reason}: it runs in float, its linear layers can be integer")
+        self._refuse_attention(path, reason)
         return None
+
+
+#: Classes of timm's models -> adapters.
+FAMILIES = {
+    vit.VisionTransformer: TimmViT,
+    eva.Eva: TimmViT,
+    beit.Beit: TimmViT,
+    relpos.VisionTransformerRelPos: TimmViT,
+    cait.Cait: TimmCait,
+    swin.SwinTransformer: TimmSwin,
+    swin2.SwinTransformerV2: TimmSwin,
+}

@@ -85,7 +85,8 @@ class SimAttention(nn.Module):
 
     Attributes:
         qkv, proj: SimLinear.
-        operands: ActivationQuantizer of the fused [3, H, d] output of qkv; no spec leaves Q, K, V float.
+        stage: float module over the fused [3, H, d] output of qkv, nothing in most models.
+        operands: ActivationQuantizer of what the stage makes of it; no spec leaves Q, K, V float.
         focus: FocusQuantizer, or None for float probabilities.
         simulated: a quantizer of the probabilities that has no integer kernel, in place of ``focus``, or None.
         norm: float module between the product with V and proj (timm's scale_norm), nothing in most models.
@@ -104,10 +105,12 @@ class SimAttention(nn.Module):
         bias: Tensor | None = None,
         norm: nn.Module | None = None,
         window: Window | None = None,
+        stage: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.qkv, self.proj, self.heads, self.softmax_scale = qkv, proj, heads, float(softmax_scale)
         self.norm = nn.Identity() if norm is None else norm
+        self.stage = nn.Identity() if stage is None else stage
         self.operands = ActivationQuantizer(3 * heads)
         self.focus: FocusQuantizer | None = None
         self.simulated: SimulationOnly | None = None
@@ -124,21 +127,22 @@ class SimAttention(nn.Module):
     ) -> Tensor:
         """[B, N, C] to [B, N, C']; mask ([G, N, N] or None) is added to the scores, image b uses mask[b mod G].
 
-        Keys whose mask is −100 or less (what Swin's own masks hold) are excluded, as in the integer model's windows.
+        Within windows of its own, keys whose mask is −100 or less (what Swin's masks hold) are excluded, as in the
+        integer model's windows.
         ``attn_mask`` and ``is_causal`` are the arguments of timm's ViT attention, which image models leave unused.
 
         Raises: ValueError if they are used.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask or is_causal is given, the integer attention takes neither")
-        if mask is not None:
+        if mask is not None and self.window is not None:
             mask = mask.masked_fill(mask <= _EXCLUDED, -torch.inf)
         if self.entering is not None:
             bits = self._rows(self.entering)
             high = bits.high.reshape(-1, 1, 1).expand(-1, 3, self.operands.groups // 3).clone()
             high[:, 2] = True
             self.qkv.act.bits, self.operands.bits = bits, replace(bits, high=high)
-        return self.proj(self.norm(self.attend(self.qkv(x), mask)))
+        return self.proj(self.norm(self.attend(self.stage(self.qkv(x)), mask)))
 
     def _rows(self, bits: RowBits) -> RowBits:
         """Bits in token order as bits of this attention's rows."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import lowrank
 from ..models.sites import BlockSite
-from ..observers import moment
+from ..observers import moment, thinned
 from ..quantizers import SimLinear
 from ..quantizers.functional import half_ste
 from ..scales import Search, set_activation, set_weight
@@ -82,12 +82,25 @@ def linear_input(calibration: Calibration, unit: Unit, path: str, x: Tensor) -> 
 
 @dataclass
 class _Moments:
-    """Means of products over rows, with what bias and subspace explain taken out (a Schur complement)."""
+    """Means of products over rows, with what bias and subspace explain taken out (a Schur complement).
+
+    The side's last column is the bias's. ``least``: what must be added to the diagonal of xx where the side explains
+    all of it (fewer rows than its columns, a class token that has seen no image) and rounding errors are left.
+    """
 
     xx: Tensor
     yx: Tensor
     side_x: Tensor
     side_y: Tensor
+    least: float
+
+    def damping(self, wanted: float) -> float:
+        """``wanted``, relative to the mean diagonal of xx as ``lowrank.damped`` takes it, or what ``least`` asks."""
+        value = max(wanted, self.least / max(float(self.xx.diagonal().mean()), 1e-12))
+        # Float32 moments of nearly constant inputs may leave a complement that is not even definite; NaN never is.
+        while value < 1e12 and int(torch.linalg.cholesky_ex(lowrank.damped(self.xx, value)).info):
+            value *= 10.0
+        return value
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, side: Tensor) -> _Moments:
@@ -95,7 +108,9 @@ class _Moments:
         side_x = torch.linalg.solve(s, moment(side, x))
         side_y = torch.linalg.solve(s, moment(side, y))
         xs, ys = moment(x, side), moment(y, side)
-        return cls(moment(x, x) - xs @ side_x, moment(y, x) - ys @ side_x, side_x, side_y)
+        xx = moment(x, x)
+        least = 1e-6 * xx.diagonal().mean() + 1e-8 * side[:, :-1].double().square().sum(1).mean() / len(xx)
+        return cls(xx - xs @ side_x, moment(y, x) - ys @ side_x, side_x, side_y, float(least))
 
 
 def _solve(
@@ -115,7 +130,7 @@ def _solve(
         linear.set_low_rank(kind, down, reference.weight @ down.T)
     spec = linear.act.spec
     if spec is not None and linear.simulated is None and options.activations is not None:
-        sample = residual[:: max(1, residual.shape[0] // 4096)]
+        sample = thinned(residual, 4096)
         table = recipe.activation_levels == "table" and not boundary
         # What was allocated to this layer, in the recipe's form.
         wanted = replace(recipe.activation_spec(boundary), bits=spec.bits)
@@ -123,12 +138,13 @@ def _solve(
     with torch.no_grad():
         seen = linear.decoded(residual)
     m = _Moments.of(seen, y, side)
-    target = lowrank.regress(weight, m.yx, m.xx, options.damping) if options.ridge else weight
+    damping = m.damping(options.damping)
+    target = lowrank.regress(weight, m.yx, m.xx, damping) if options.ridge else weight
     if kind == "merged" and rank:
-        up, down = _merged(target - weight, m.xx, rank, options.damping)
+        up, down = _merged(target - weight, m.xx, rank, damping)
         linear.set_low_rank(kind, down.float(), up.float())
         target = weight
-    _round(recipe, options, linear, target, m.xx, boundary)
+    _round(recipe, options, linear, target, m.xx, boundary, damping)
     with torch.no_grad():
         error = y - seen @ (linear.codes() * linear.quant.scale.unsqueeze(1)).T
     if kind == "error" and rank:
@@ -156,7 +172,9 @@ def _merged(delta: Tensor, c: Tensor, rank: int, damping: float) -> tuple[Tensor
     ) * k**-0.5
 
 
-def _round(recipe, options: ClosedFormOptions, linear: SimLinear, target: Tensor, c: Tensor, boundary: bool) -> None:
+def _round(
+    recipe, options: ClosedFormOptions, linear: SimLinear, target: Tensor, c: Tensor, boundary: bool, damping: float
+) -> None:
     spec = replace(recipe.weight_spec(boundary), bits=linear.quant.spec.bits)
     table = recipe.weight_levels == "table" and not boundary
     linear.weight.data = target.float()
@@ -165,9 +183,7 @@ def _round(recipe, options: ClosedFormOptions, linear: SimLinear, target: Tensor
     set_weight(linear, effective, spec, options.weights, c.diagonal().float(), table)
     if options.rounding == "compensated":
         quant = linear.quant
-        _, latent = lowrank.compensated_rounding(
-            effective.double(), c, quant.scale.double(), quant.spec, options.damping
-        )
+        _, latent = lowrank.compensated_rounding(effective.double(), c, quant.scale.double(), quant.spec, damping)
         linear.weight.data += latent.float() - effective
 
 

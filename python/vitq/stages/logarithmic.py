@@ -21,6 +21,7 @@ from torch import Tensor
 from vitq_kernels.formats import FocusSpec
 
 from ..levels import snapped
+from ..observers import thinned
 from ..quantizers import FocusQuantizer, LogLevels, ShiftedLog, SimLinear, SimulationOnly
 from ..scales import put_probabilities, search_probabilities
 from .base import Calibration, Options, method
@@ -74,14 +75,14 @@ def log_levels(calibration: Calibration, options: LogOptions) -> None:
             if block.mlp is not None and sim.linears[block.mlp.fc2.path].act.scale is not None:
                 path = block.mlp.fc2.path
                 rows = calibration.observations().inputs[path].rows
-                _behind_gelu(sim.linears[path], rows[:: max(1, len(rows) // options.rows)], options)
+                _behind_gelu(sim.linears[path], thinned(rows, options.rows), options)
 
 
 @torch.no_grad()
 def _largest(attention, qkv: Tensor, mask: Tensor | None) -> list[float]:
     """The percentiles of the float probabilities."""
     p = attention.probabilities(qkv, mask).flatten()
-    return torch.quantile(p[:: max(1, len(p) // (1 << 20))], p.new_tensor(PERCENTILES)).clamp_min(1e-6).tolist()
+    return torch.quantile(thinned(p, 1 << 20), p.new_tensor(PERCENTILES)).clamp_min(1e-6).tolist()
 
 
 def _probabilities(kind: str, bits: int, largest: list[float]) -> Iterator[SimulationOnly]:

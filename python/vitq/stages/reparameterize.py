@@ -50,7 +50,8 @@ def reparameterize(calibration: Calibration, options: ReparameterizeOptions) -> 
     calibration.discard_observations()
     if options.keys:
         for path, attention in sim.attentions.items():
-            if attention.qkv.bias is not None:
+            # Norms and rotations do not keep a bias common to all keys.
+            if attention.qkv.bias is not None and sim.attention_sites[path].stage is None:
                 k = attention.qkv.shape[0] // 3
                 attention.qkv.bias.data[k : 2 * k] -= seen.qkv[path].flatten(0, 1)[:, k : 2 * k].mean(0)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..fisher import output_gradients
 from ..levels import snapped
-from ..observers import affine_range
+from ..observers import affine_range, thinned
 from ..quantizers import SimLinear, TwinUniform
 from ..scales import put_probabilities, search_probabilities
 from .base import Calibration, Options, method
@@ -64,9 +64,9 @@ def twin_uniform(calibration: Calibration, options: TwinOptions) -> None:
     after_gelu = {block.mlp.fc2.path for block in sim.family.blocks() if block.mlp is not None}
     for index, (path, (x, g)) in enumerate(gradients.items()):
         calibration.progress(calibration.step, index, len(gradients))
-        every = max(1, len(x) // options.rows)
+        x, g = thinned(x, options.rows), thinned(g, options.rows)
         twin = path in after_gelu and options.gelu != "uniform" and recipe.activations == "static"
-        _search(sim.linears[path], x[::every], g[::every].square(), options, twin)
+        _search(sim.linears[path], x, g.square(), options, twin)
     if options.softmax and not options.tables:
         for path, attention in sim.attentions.items():
             site, bits = sim.attention_sites[path], recipe.bits.softmax

@@ -1,0 +1,1 @@
+"""The table of tasks: what each recipe leaves of each task's metrics."""
