@@ -125,6 +125,30 @@ def gap_table(record: dict) -> str:
     return table(rows, columns)
 
 
+def serving_pages(text: str, record: dict) -> str:
+    """docs/serving.md with its tables: load, overhead per request, faults."""
+    load = {"who": "who", "model": "model", "single": "images/s, batch 1", "capacity": "batched", "gain": "gain",
+            "processor_ms": "processor ms/image", "rate": "requests/s", "p50": "p50 ms", "p95": "p95 ms",
+            "p99": "p99 ms", "refused": "refused"}  # fmt: skip
+    overhead = {"who": "who", "ms": "ms", "over_ms": "over the engine", "processor_ms": "processor ms",
+                "over_processor_ms": "over the engine "}  # fmt: skip
+    faults = record["faults"]
+    kinds = [{"what": k, "n": n} for k, n in sorted(faults["malformed"].items())]
+    memory = faults["resident_mb"]
+    line = (
+        f"{faults['requests']} requests, {sum(faults['malformed'].values())} of them malformed: "
+        f"{len(faults['wrong'])} wrong answers or statuses; statuses "
+        + ", ".join(f"{status}: {n}" for status, n in faults["statuses"].items())
+        + f"; resident memory {memory[0]:.0f} MB at first, {memory[len(memory) // 2]:.0f} MB halfway, "
+        f"{memory[-1]:.0f} MB at the end."
+    )
+    tables = {"serving-load": table(record["rows"], load), "serving-overhead": table(record["overhead"], overhead),
+              "serving-faults": f"{line}\n\n{table(kinds, {'what': 'malformed', 'n': 'requests'})}"}  # fmt: skip
+    for name, body in tables.items():
+        text = replace(text, name, body)
+    return text
+
+
 def models_table(record: dict, library: str) -> str:
     """One row per class of models with the same verdict for the same reasons."""
     groups: dict[tuple, list[dict]] = {}
@@ -210,6 +234,8 @@ def pages() -> dict[Path, str]:
     tasks = json.loads((RESULTS / "tasks.json").read_text())["rows"]
     tasks = replace((ROOT / "docs" / "tasks.md").read_text(), "tasks", tasks_table(tasks))
     texts = {"cpu.md": cpu_page((ROOT / "docs" / "cpu.md").read_text())}
+    serving_page = (ROOT / "docs" / "serving.md").read_text()
+    texts["serving.md"] = serving_pages(serving_page, json.loads((RESULTS / "serving.json").read_text()))
     texts |= {"tasks.md": tasks, "models.md": models, "gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
     texts = {ROOT / "docs" / name: text for name, text in texts.items()}
     return {ROOT / "README.md": readme} | texts | serving_tables()

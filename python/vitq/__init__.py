@@ -11,4 +11,8 @@ def __getattr__(name: str):
         from . import checkpoint
 
         return getattr(checkpoint, name)
+    if name == "Engine":
+        from .serving.engine import Engine
+
+        return Engine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

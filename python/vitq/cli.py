@@ -1,4 +1,4 @@
-"""The ``vitq`` command: quantize, eval, bench, warmup, export, report, info, list-models, demo."""
+"""The ``vitq`` command: quantize, eval, bench, warmup, export, serve, report, info, list-models, demo."""
 
 from __future__ import annotations
 
@@ -124,12 +124,37 @@ def parser() -> argparse.ArgumentParser:
 
     p = command("export", run.export, "Write the integer model as a program that torch loads without vitq's modules.")
     p.add_argument("checkpoint")
-    p.add_argument("--output", required=True, metavar="FILE", help="file to write, *.pt2")
-    p.add_argument("--format", default="exported", help=f"{' or '.join(run.FORMATS)} (default: exported)")
+    p.add_argument("--output", required=True, metavar="FILE", help="file to write, *.pt2; or folder")
+    p.add_argument("--format", default="exported", help=f"{', '.join(run.FORMATS)} (default: exported)")
     p.add_argument("--batch", type=_positive, help="fix the batch size (default: any)")
     p.add_argument("--dtype", default="float32", help=f"of the images: {', '.join(run.DTYPES)} (default: float32)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     p.add_argument("--force", action="store_true", help="replace an existing file")
+
+    p = command("serve", run.serve, "Answer requests over HTTP: Open Inference Protocol v2, images, a page, metrics.")
+    p.add_argument("checkpoint")
+    p.add_argument("--name", help="of the model in URLs (default: the checkpoint folder's)")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    p.add_argument("--dtype", default="float32", help=f"of activations: {', '.join(run.DTYPES)} (default: float32)")
+    p.add_argument("--backend", help="pin the integer modules to this back end (see vitq info)")
+    p.add_argument("--engine", choices=("local", "ray"), default="local", help="this process (default) or Ray Serve")
+    p.add_argument("--replicas", type=_positive, default=1, help="workers, each with --threads torch threads")
+    p.add_argument("--max-replicas", type=_positive, help="with --engine ray: as many at most, by load")
+    p.add_argument("--max-batch", type=_positive, default=32, help="images of a request and of a batch (default: 32)")
+    p.add_argument("--max-delay", type=float, default=1.0, metavar="MS", help="wait for company (default: 1 ms)")
+    p.add_argument("--max-queue", type=_positive, default=256, help="images that may wait (default: 256)")
+    p.add_argument("--max-pending", type=_positive, default=1024, help="requests in progress (default: 1024)")
+    p.add_argument("--max-bytes", type=_positive, default=20, metavar="MIB", help="of a body (default: 20 MiB)")
+    p.add_argument("--max-pixels", type=_positive, default=50_000_000, help="of an image (default: 50 million)")
+    p.add_argument("--body-timeout", type=float, default=10.0, metavar="S", help="for a body to arrive (default: 10)")
+    p.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for its answer (default: 30)")
+    p.add_argument("--token-file", metavar="FILE", help="bearer token that requests need (or VITQ_TOKEN)")
+    p.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
+    p.add_argument("--tls-key", metavar="FILE", help="private key, PEM")
+    p.add_argument("--float", action="store_true", help="also load the float model, for comparison on the page")
+    p.add_argument("--log-level", choices=("debug", "info", "warning"), default="info", help="info logs requests")
 
     p = command("report", run.report, "Write what a checkpoint is as one HTML page without references.")
     p.add_argument("checkpoint")

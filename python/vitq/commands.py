@@ -46,7 +46,7 @@ from .sources import ModelSource, load_float
 
 MODES = ("float", "simulated", "integer")
 DTYPES = ("float32", "float16", "bfloat16")
-FORMATS = exporting.FORMATS
+FORMATS = (*exporting.FORMATS, "triton")
 RUN_COLUMNS = {
     "split": "split",
     "top1_float": "float top-1 %",
@@ -387,6 +387,14 @@ def export(args: argparse.Namespace) -> None:
     out = console.make(args.json)
     target = Path(args.output)
     _refuse_existing(target, args)
+    if args.format == "triton":
+        from .serving import triton
+
+        _dtype(args.dtype)
+        triton.write(args.checkpoint, target, args.device, args.dtype, overwrite=args.force)
+        out.print(f"{target}: a model of the Triton model repository '{target.parent}'")
+        _emit(args, {"output": str(target), "format": args.format})
+        return
     dtype, device = _dtype(args.dtype), _device(args.device)
     exporting.check_target(target, args.format, overwrite=True)
     model = checkpoint.load(args.checkpoint, device).to(dtype)
@@ -443,6 +451,24 @@ def _describe_checkpoint(args: argparse.Namespace, out: Console) -> None:
     console.print_rows(out, title, rows, {"path": "", "how": "what"})
     record = {"architecture": config.architecture, "recipe": config.recipe, "source": config.source, "bytes": size}
     _emit(args, {**record, "float_bytes": config.float_bytes, "integer": report.integer, "float": report.floating})
+
+
+def recorded_source(path: str) -> ModelSource:
+    """Where the float model of the checkpoint at ``path`` came from. Raises: ValueError if it does not say."""
+    return _recorded_source(checkpoint.read_config(path))
+
+
+def serve(args: argparse.Namespace) -> None:
+    dtype, device = _dtype(args.dtype), _device(args.device)
+    try:
+        from .serving import command
+
+        if args.engine == "ray":
+            from .serving import cluster  # noqa: F401
+    except ModuleNotFoundError as error:
+        extra = "ray" if error.name == "ray" else "serve"
+        raise ImportError(f"serving needs {error.name}: pip install 'vitq-kernels[{extra}]'") from error
+    command.serve(args, dtype, device)
 
 
 def list_models(args: argparse.Namespace) -> None:

@@ -1,0 +1,137 @@
+"""``vitq serve``: one process that listens until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from ..checkpoint import read_config
+from ..sources import load_float
+from .engine import Engine, buckets_up_to
+from .server import JsonLines, Limits, Server, access, log
+
+
+def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> None:
+    """Load, listen, answer; SIGHUP takes the checkpoint anew, SIGTERM and SIGINT end it when all is answered.
+
+    Raises: ValueError, OSError: what is wrong with the checkpoint, an option, or the address.
+    """
+    if args.engine == "ray":
+        _serve_on_ray(args)
+        return
+    token = os.environ.get("VITQ_TOKEN")
+    if args.token_file:
+        token = Path(args.token_file).read_text().strip()
+    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
+        raise ValueError(f"the token has {len(token)} characters, expected at least 16 printable ones of ASCII")
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ValueError("one of --tls-cert and --tls-key is given, expected both or neither")
+    limits = _limits(args)
+    listening = socket.create_server((args.host, args.port), backlog=1024)
+    options = {"replicas": args.replicas, "max_delay": args.max_delay / 1e3, "max_queue": args.max_queue}
+    options |= {"device": device, "dtype": dtype, "backend": args.backend, "threads": args.threads}
+    engine = Engine(args.checkpoint, buckets=buckets_up_to(args.max_batch), **options)
+    reference = None
+    if args.float:
+        from ..commands import recorded_source
+
+        model = load_float(recorded_source(args.checkpoint))
+        reference = Engine(model, device=device, threads=args.threads, buckets=(1, 2, 4), max_queue=32)
+    name = args.name or Path(args.checkpoint).resolve().name
+    server = Server(engine, name, limits=limits, token=token, reference=reference)
+    log_lines(args.log_level)
+    tls = None if args.tls_cert is None else (args.tls_cert, args.tls_key)
+    asyncio.run(listen(server, listening, args.checkpoint, tls))
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    most = args.max_bytes << 20
+    held = max(Limits.held_bytes, most)
+    return Limits(most, held, args.max_pixels, args.max_pending, args.body_timeout, args.timeout)
+
+
+def _serve_on_ray(args: argparse.Namespace) -> None:
+    for name in ("token_file", "tls_cert", "tls_key", "float"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is given with --engine ray, expected --engine local")
+    read_config(args.checkpoint)
+    from . import cluster
+
+    same = ("name", "device", "dtype", "backend", "max_batch", "max_queue", "replicas", "max_replicas")
+    options = {name: getattr(args, name) for name in same} | {"threads": args.threads or 1, "limits": _limits(args)}
+    checkpoint = str(Path(args.checkpoint).resolve())
+    log_lines(args.log_level)
+    options = cluster.Options(checkpoint=checkpoint, max_delay_ms=args.max_delay, **options)
+    cluster.run(options, args.host, args.port)
+
+
+def log_lines(requests: str) -> None:
+    """JSON lines on stderr. Args: requests: the level from which requests are logged; warning: only answers of 5xx."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for logger, level in ((log, "INFO"), (logging.getLogger("uvicorn.error"), "WARNING")):
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+    access.setLevel(requests.upper())
+
+
+async def listen(
+    app: Server, listening: socket.socket, checkpoint: str | None = None, tls: tuple[str, str] | None = None
+) -> None:
+    """Answer on ``listening`` until SIGTERM or SIGINT, then answer what was accepted and close the engines.
+
+    Args: checkpoint: taken anew on SIGHUP. tls: files of certificate chain and private key.
+    """
+    limits, engine = app.limits, app.engine
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="off",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(limits.body_s + limits.answer_s) + 1,
+        limit_concurrency=4 * limits.pending,
+        ssl_certfile=tls and tls[0],
+        ssl_keyfile=tls and tls[1],
+    )
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # it would raise them again when all is done
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        app.closing = server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    if checkpoint is not None:
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, _reload, engine, checkpoint))
+    host, port = listening.getsockname()[:2]
+    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    fields = {"url": url, "model": app.name, "recipe": engine.served.recipe, "device": str(engine.device)}
+    fields |= {"replicas": engine.replicas, "threads": engine.threads, "buckets": engine.buckets}
+    log.info("listening", extra={"fields": fields | {"invariant": engine.served.invariant}})
+    await server.serve(sockets=[listening])
+    for each in filter(None, (engine, app.reference)):
+        await asyncio.to_thread(each.close, limits.answer_s)
+    log.info("stopped", extra={"fields": {"answered": engine.snapshot().requests}})
+
+
+def _reload(engine: Engine, checkpoint: str) -> None:
+    try:
+        engine.swap(checkpoint)
+    except Exception:
+        log.exception("the checkpoint was not taken; the one before goes on")
+    else:
+        log.info("swapped", extra={"fields": {"version": engine.served.version}})

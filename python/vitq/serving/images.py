@@ -1,0 +1,62 @@
+"""Image files to what a model takes, and its logits to labels."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import timm.data
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..checkpoint import DataConfig
+from .protocol import Refused
+
+FORMATS = ("JPEG", "PNG")
+
+
+def transform(data: DataConfig) -> Callable[[Image.Image], Tensor]:
+    """timm's evaluation transform for ``data``: an RGB image to [C, H, W] float32."""
+    keys = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+    return timm.data.create_transform(**data.model_dump(include=keys), is_training=False)
+
+
+def warm(pixels: Callable[[Image.Image], Tensor]) -> Callable[[Image.Image], Tensor]:
+    """``pixels``, a :func:`transform`, after one run per format: decoders are loaded on first use."""
+    for format in FORMATS:
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, format)
+        pixels(decode(bytearray(file.getvalue()), 64))
+    return pixels
+
+
+def decode(body: bytearray, pixels: int) -> Image.Image:
+    """The image in ``body`` in RGB, upright as its EXIF orientation has it.
+
+    Raises: Refused: 413 if it has more than ``pixels``, before any is decoded; 415 if it is no JPEG or PNG; 400 if it
+            cannot be decoded to its end.
+    """
+    try:
+        image = Image.open(io.BytesIO(body), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise Refused(413, f"the image has too many pixels, expected up to {pixels}") from error
+    except Exception as error:  # decoders raise anything from OSError to SyntaxError
+        raise Refused(415, f"the body is no {' or '.join(FORMATS)} image") from error
+    with image:
+        if image.width * image.height > pixels:
+            raise Refused(413, f"the image has {image.width}x{image.height} pixels, expected up to {pixels}")
+        try:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except Exception as error:
+            raise Refused(400, f"the image cannot be decoded: {' '.join(str(error).split())[:100]}") from error
+
+
+def top(logits: Tensor, k: int, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """The ``k`` likeliest classes of logits [classes], the likeliest first."""
+    probabilities = logits.double().softmax(0)
+    values, classes = probabilities.topk(k)
+    return [
+        {"class": i, "label": names[i] if names else str(i), "probability": p, "logit": logits[i].item()}
+        for p, i in zip(values.tolist(), classes.tolist())
+    ]
