@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = command("demo", run.demo, "The main job on the shipped models: real handwriting, or another task.")
     p.add_argument("--output", default="build/demo")
-    tasks = "cloud-classification, part-segmentation, detection or instance-segmentation"
+    tasks = "image-classification, cloud-classification, part-segmentation, detection or instance-segmentation"
     p.add_argument("--task", help=f"{tasks} (default: handwritten digits)")
     p.add_argument("--recipes", type=lambda text: text.split(","), help="of a task: only these, comma-separated")
     p.add_argument("--limit", type=_positive, help="of a task: so many samples per split")

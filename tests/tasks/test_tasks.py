@@ -10,7 +10,11 @@ from vitq.tasks import TASKS, DetectionTask, run
 
 from bench.tasks.__main__ import merged
 
-METRICS = {"cloud-classification": {"OA", "mAcc"}, "part-segmentation": {"class mIoU", "instance mIoU"}}
+METRICS = {
+    "image-classification": {"top-1"},
+    "cloud-classification": {"OA", "mAcc"},
+    "part-segmentation": {"class mIoU", "instance mIoU"},
+}
 METRICS |= {"detection": {"box AP"}, "instance-segmentation": {"box AP", "mask AP"}}
 
 

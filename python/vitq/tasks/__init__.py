@@ -16,6 +16,7 @@ from .. import checkpoint, jobs
 from ..data import load_data, primitives, splits
 from ..detect import as_tensor, detect, logits_on, precisions
 from ..evaluate import predict, sqnr_db, top1
+from ..models import digits_vit
 from ..models.detection.family import ROIS
 from ..recipes import Recipe, load_recipe
 from ..sources import ModelSource, load_float
@@ -92,8 +93,8 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class CloudTask(Task):
-    """A point-cloud task; ``measure``: (logits, labels) to metrics in percent."""
+class PredictionTask(Task):
+    """A label per image, cloud or point; ``measure``: (logits, labels) to metrics in percent."""
 
     measure: Callable[[Tensor, Tensor], dict[str, float]]
 
@@ -125,6 +126,10 @@ class DetectionTask(Task):
         return out
 
 
+def _top1(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    return {"top-1": top1(logits, labels)}
+
+
 def _classes(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"OA": top1(logits, labels), "mAcc": mean_class_accuracy(logits, labels)}
 
@@ -137,12 +142,13 @@ def _methods(aiqvit: str) -> tuple[str, ...]:
     return ("minmax", "repq-vit", "repq-vit-tables", aiqvit, "vitq")
 
 
-_POINTS, _COCO = _methods("aiqvit-points"), _methods("aiqvit-coco")
+_IMAGES, _POINTS, _COCO = _methods("aiqvit"), _methods("aiqvit-points"), _methods("aiqvit-coco")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        CloudTask("cloud-classification", ModelSource("point_mae_primitives"), "primitives", _POINTS, _classes),
-        CloudTask("part-segmentation", ModelSource("point_mae_parts"), "primitives", _POINTS, _parts),
+        PredictionTask("image-classification", ModelSource(digits_vit.NAME), "digits", _IMAGES, _top1),
+        PredictionTask("cloud-classification", ModelSource("point_mae_primitives"), "primitives", _POINTS, _classes),
+        PredictionTask("part-segmentation", ModelSource("point_mae_parts"), "primitives", _POINTS, _parts),
         DetectionTask("detection", ModelSource("faster_rcnn_shapes"), "shapes", _COCO),
         DetectionTask("instance-segmentation", ModelSource("mask_rcnn_shapes"), "shapes", _COCO),
     )
