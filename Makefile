@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(PY) -m vitq.cli demo --output build/demo
 
 test: $(STAMP)
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

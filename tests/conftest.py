@@ -14,3 +14,16 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate] if os.environ.get("VITQ_T
 # A shared machine stalls for longer than any deadline; how fast code is, benchmarks say.
 settings.register_profile("vitq", deadline=None, phases=PHASES)
 settings.load_profile("vitq")
+
+#: Files that take more than a minute and a half, by `pytest --durations=10`: workers that start with them end together.
+LONGEST = (
+    "test_cuda_emulated.py",
+    "test_triton.py",
+    "test_triton_models.py",
+    "test_native.py",
+    "test_triton_attention.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
