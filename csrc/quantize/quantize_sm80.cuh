@@ -492,6 +492,7 @@ struct Quantize {
         VITQ_UNROLL
         for (int s = 0; s < kStrips; ++s) {
           if (strip(base, s) >= p.k) continue;
+          locate();  // kept from strip to strip, it is a register too many on sm_90a
           const int first = strip(base, s) + 8 * group;
           Words4 d[4];
           VITQ_UNROLL
