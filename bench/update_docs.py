@@ -149,6 +149,21 @@ def serving_pages(text: str, record: dict) -> str:
     return text
 
 
+def onnx_table(record: dict) -> str:
+    """One row per model, recipe and split."""
+    rows = [{**row, "onnx_mb": row["onnx_bytes"] / 1e6, "ours_mb": row["checkpoint_bytes"] / 1e6,
+             "int": f"{row['int4']} / {row['int8']}"} for row in record["rows"]]  # fmt: skip
+    columns = {"model": "model", "recipe": "recipe", "split": "split", "top1_integer": "top-1, ours",
+               "top1_onnx": "ONNX Runtime", "agreement": "same class", "sqnr_db": "dB",
+               "sqnr_float64_db": "yardstick",
+               "quantize": "Q", "dequantize": "DQ", "products": "MatMulInteger", "int": "INT4 / INT8 weights",
+               "onnx_mb": "MB", "ours_mb": "checkpoint MB", "float_ms": "float ms", "integer_ms": "ours ms",
+               "onnx_ms": "ONNX Runtime ms"}  # fmt: skip
+    host = record["environment"]
+    note = f"Batch {rows[0]['batch']}, one thread of {host['cpu']}, ONNX Runtime {host['onnxruntime']}."
+    return f"{table(rows, columns)}\n\n{note}"
+
+
 def models_table(record: dict, library: str) -> str:
     """One row per class of models with the same verdict for the same reasons."""
     groups: dict[tuple, list[dict]] = {}
@@ -235,6 +250,8 @@ def pages() -> dict[Path, str]:
     tasks = replace((ROOT / "docs" / "tasks.md").read_text(), "tasks", tasks_table(tasks))
     texts = {"cpu.md": cpu_page((ROOT / "docs" / "cpu.md").read_text())}
     serving_page = (ROOT / "docs" / "serving.md").read_text()
+    onnx = onnx_table(json.loads((RESULTS / "onnx.json").read_text()))
+    texts["deploy.md"] = replace((ROOT / "docs" / "deploy.md").read_text(), "onnx", onnx)
     texts["serving.md"] = serving_pages(serving_page, json.loads((RESULTS / "serving.json").read_text()))
     texts |= {"tasks.md": tasks, "models.md": models, "gpu.md": gpu, "accuracy.md": tables, "methods.md": methods}
     texts = {ROOT / "docs" / name: text for name, text in texts.items()}

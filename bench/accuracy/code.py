@@ -13,8 +13,8 @@ import vitq_kernels
 
 #: Modules and folders of vitq that only present results, or measure something else than accuracy.
 APART = (
-    "bench", "cli.py", "commands.py", "console.py", "demo.py", "export.py", "plots.py", "pretrained.py", "report.py",
-    "serving", "tasks",
+    "bench", "cli.py", "commands.py", "console.py", "demo.py", "export.py", "plots.py", "pretrained.py", "qdq.py",
+    "report.py", "serving", "tasks",
 )  # fmt: skip
 
 

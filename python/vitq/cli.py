@@ -122,9 +122,9 @@ def parser() -> argparse.ArgumentParser:
         "--gpu", action="append", default=[], help='such as sm_90 or "NVIDIA H200"; repeatable (default: the one here)'
     )
 
-    p = command("export", run.export, "Write the integer model as a program that torch loads without vitq's modules.")
+    p = command("export", run.export, "Write the integer model for torch without vitq, ONNX or Triton.")
     p.add_argument("checkpoint")
-    p.add_argument("--output", required=True, metavar="FILE", help="file to write, *.pt2; or folder")
+    p.add_argument("--output", required=True, metavar="FILE", help="file to write, *.pt2 or *.onnx; or folder")
     p.add_argument("--format", default="exported", help=f"{', '.join(run.FORMATS)} (default: exported)")
     p.add_argument("--batch", type=_positive, help="fix the batch size (default: any)")
     p.add_argument("--dtype", default="float32", help=f"of the images: {', '.join(run.DTYPES)} (default: float32)")

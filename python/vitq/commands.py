@@ -26,7 +26,7 @@ from vitq_kernels import _native, backends
 from vitq_kernels.triton import host as triton_host
 from vitq_kernels.triton import warmup as warm
 
-from . import checkpoint, console, jobs, parallel, plots, recipes, tasks
+from . import checkpoint, console, jobs, parallel, plots, qdq, recipes, tasks
 from . import export as exporting
 from . import report as reporting
 from .allocation.plot import draw_frontier, draw_packs
@@ -46,7 +46,7 @@ from .sources import ModelSource, load_float
 
 MODES = ("float", "simulated", "integer")
 DTYPES = ("float32", "float16", "bfloat16")
-FORMATS = (*exporting.FORMATS, "triton")
+FORMATS = (*exporting.FORMATS, "onnx", "triton")
 RUN_COLUMNS = {
     "split": "split",
     "top1_float": "float top-1 %",
@@ -395,8 +395,13 @@ def export(args: argparse.Namespace) -> None:
         out.print(f"{target}: a model of the Triton model repository '{target.parent}'")
         _emit(args, {"output": str(target), "format": args.format})
         return
+    if args.format not in FORMATS:
+        raise ValueError(f"format is {args.format!r}, expected one of {', '.join(FORMATS)}")
+    if args.format == "onnx":
+        _export_onnx(args, target, out)
+        return
     dtype, device = _dtype(args.dtype), _device(args.device)
-    exporting.check_target(target, args.format, overwrite=True)
+    exporting.check_target(target, exporting.SUFFIX, overwrite=True)
     model = checkpoint.load(args.checkpoint, device).to(dtype)
     size = model.vitq_config.data.input_size
     start = time.perf_counter()
@@ -404,6 +409,23 @@ def export(args: argparse.Namespace) -> None:
     seconds, size = time.perf_counter() - start, target.stat().st_size
     out.print(f"{target}: {args.format}, {size / 1e6:.2f} MB, in {seconds:.1f} s")
     _emit(args, {"output": str(target), "format": args.format, "bytes": size, "seconds": seconds})
+
+
+def _export_onnx(args: argparse.Namespace, target: Path, out: Console) -> None:
+    if (args.dtype, args.device) != ("float32", "cpu"):
+        raise ValueError(f"dtype and device are {args.dtype} and {args.device}, of ONNX expected float32 and cpu")
+    exporting.check_target(target, qdq.SUFFIX, overwrite=True)
+    start = time.perf_counter()
+    state, config = checkpoint.load_state(args.checkpoint)
+    sim = to_simulated(checkpoint.build_float(Path(args.checkpoint), config), state)
+    written = qdq.write(sim, target, config.data.input_size, args.batch, overwrite=args.force)
+    seconds = time.perf_counter() - start
+    out.print(
+        f"{target}: onnx, {written.bytes / 1e6:.2f} MB, {written.quantize} QuantizeLinear, {written.dequantize} "
+        f"DequantizeLinear, {written.products} MatMulInteger, {written.int4} weights in int4 and {written.int8} in "
+        f"int8, in {seconds:.1f} s"
+    )
+    _emit(args, {"output": str(target), "format": args.format, "seconds": seconds, **asdict(written)})
 
 
 def report(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from .data.coco import is_detector
 
 FORMATS = ("exported", "aoti")
+SUFFIX = ".pt2"
 
 
 def to_program(model: nn.Module, size: tuple[int, ...], batch: int | None = None) -> ExportedProgram:
@@ -38,12 +39,10 @@ def to_program(model: nn.Module, size: tuple[int, ...], batch: int | None = None
         return torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False)
 
 
-def check_target(path: Path, format: str, overwrite: bool) -> None:
-    """Raises ValueError unless a file of ``format`` may be written at ``path``."""
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
-    if path.suffix != ".pt2":
-        raise ValueError(f"'{path}' ends in {path.suffix!r}, expected .pt2, which torch insists on")
+def check_target(path: Path, suffix: str, overwrite: bool) -> None:
+    """Raises ValueError unless a file may be written at ``path``, which has to end in ``suffix``."""
+    if path.suffix != suffix:
+        raise ValueError(f"'{path}' ends in {path.suffix!r}, expected {suffix}")
     if path.is_dir():
         raise ValueError(f"'{path}' is a folder, expected a file")
     if path.exists() and not overwrite:
@@ -68,7 +67,9 @@ def write(
             OSError: the file system's own complaint.
     """
     path = Path(path)
-    check_target(path, format, overwrite)
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
+    check_target(path, SUFFIX, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     program = to_program(model, size, batch)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:

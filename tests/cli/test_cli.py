@@ -185,8 +185,13 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["export", "/nowhere", "--output", "OUT"], "expected .pt2"),
         (["export", "/nowhere", "--output", "OUT", "--device", "tpu"], "--device is 'tpu', expected cpu"),
         (
-            ["export", "/nowhere", "--output", "OUT", "--format", "onnx"],
-            "format is 'onnx', expected one of exported",
+            ["export", "/nowhere", "--output", "OUT", "--format", "tflite"],
+            "format is 'tflite', expected one of exported, aoti, onnx, triton",
+        ),
+        (["export", "/nowhere", "--output", "OUT", "--format", "onnx"], "expected .onnx"),
+        (
+            ["export", "/nowhere", "--output", "OUT.onnx", "--format", "onnx", "--dtype", "float16"],
+            "dtype and device are float16 and cpu, of ONNX expected float32 and cpu",
         ),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required"),
@@ -242,6 +247,23 @@ def test_export_of_a_checkpoint(quantized, capsys, tmp_path):
     program = torch.export.load(file)
     assert not program.range_constraints
     assert torch.equal(program.module()(x[:1].float()), checkpoint.load(quantized)(x[:1].float()))
+
+
+@pytest.mark.slow
+def test_export_of_a_checkpoint_to_onnx(quantized, capsys, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file = tmp_path / "model.onnx"
+    record = figures(capsys, "export", str(quantized), "--output", str(file), "--format", "onnx")
+    assert record["bytes"] == file.stat().st_size
+    assert record["int4"] + record["int8"] == 4 * 6 + 2
+    model = checkpoint.load(quantized)
+    x = torch.randn(3, *model.vitq_config.data.input_size, generator=torch.Generator().manual_seed(0))
+    logits = onnxruntime.InferenceSession(file).run(None, {"images": x.numpy()})[0]
+    want = model(x)
+    assert (torch.from_numpy(logits) - want).abs().max() < 0.1 * want.abs().max()
+    assert "exists already; give --force" in failure(
+        capsys, "export", str(quantized), "--output", str(file), "--format", "onnx"
+    )
 
 
 def test_damaged_checkpoint(quantized, capsys, tmp_path):

@@ -26,7 +26,7 @@ def quantized(seed: int, recipe: str = "vitq-w4a8", architecture: str = ARCHITEC
     torch.manual_seed(seed)
     kwargs = kwargs or SMALL
     model = timm.create_model(architecture, **kwargs).eval()
-    about = {"architecture": architecture, "kwargs": kwargs, "data": state_data(model) | {"input_size": SIZE}}
+    about = {"architecture": architecture, "kwargs": kwargs, "data": state_data(model)}
     return calibrate(model, random_images(4, seed), recipe, **about).state
 
 

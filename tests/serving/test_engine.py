@@ -24,9 +24,7 @@ MODELS = {
 
 def floating(**kwargs):
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **(SMALL | kwargs)).eval()
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": SIZE}
-    return model
+    return timm.create_model("vit_tiny_patch16_224", **(SMALL | kwargs)).eval()
 
 
 def replaced(engine: Engine, run) -> None:
@@ -67,7 +65,8 @@ def test_a_model_whose_logits_depend_on_the_batch_is_found():
     class Normalizing(torch.nn.Module):
         def __init__(self, model):
             super().__init__()
-            self.model, self.pretrained_cfg, self.num_classes = model, model.pretrained_cfg, model.num_classes
+            self.model, self.num_classes = model, model.num_classes
+            self.pretrained_cfg = {**model.pretrained_cfg, "input_size": SIZE}
 
         def forward(self, x):
             return self.model(x / x.abs().max())

@@ -16,6 +16,8 @@ SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
 def data_config(model: nn.Module) -> dict:
     """timm's data configuration: input_size (C, H, W), interpolation, mean, std, crop_pct, crop_mode.
 
+    The size is that of the images which `model` was built for, where its `pretrained_cfg` knows another (`img_size=`).
+
     Raises:
         ValueError: `model` does not carry timm's `pretrained_cfg`, so that its preprocessing is unknown.
     """
@@ -24,7 +26,11 @@ def data_config(model: nn.Module) -> dict:
             f"model must be a timm model, which carries its preprocessing in pretrained_cfg; "
             f"got {type(model).__name__} without one"
         )
-    return timm.data.resolve_model_data_config(model)
+    config = timm.data.resolve_model_data_config(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        config["input_size"] = (config["input_size"][0], *size)
+    return config
 
 
 def evaluation_transform(model: nn.Module) -> Callable[[Image.Image], torch.Tensor]:

@@ -77,7 +77,7 @@ class FocusQuantizer(nn.Module):
         return level, step, 0.0
 
 
-_EXCLUDED = -100.0
+EXCLUDED = -100.0
 
 
 class SimAttention(nn.Module):
@@ -136,7 +136,7 @@ class SimAttention(nn.Module):
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask or is_causal is given, the integer attention takes neither")
         if mask is not None and self.window is not None:
-            mask = mask.masked_fill(mask <= _EXCLUDED, -torch.inf)
+            mask = mask.masked_fill(mask <= EXCLUDED, -torch.inf)
         if self.entering is not None:
             bits = self._rows(self.entering)
             high = bits.high.reshape(-1, 1, 1).expand(-1, 3, self.operands.groups // 3).clone()
