@@ -238,6 +238,7 @@ def pages() -> dict[Path, str]:
         gpu = replace(gpu, name, body)
     rows = json.loads(accuracy.RESULTS.read_text())["rows"]
     tables = replace((ROOT / "docs" / "accuracy.md").read_text(), "accuracy", accuracy.tables(rows))
+    tables = replace(tables, "leaders", accuracy.leaders(rows))
     methods = replace((ROOT / "docs" / "methods.md").read_text(), "methods", methods_table())
     cost = calibration_table(json.loads((RESULTS / "calibration_cost.json").read_text()))
     methods = replace(methods, "calibration", cost)

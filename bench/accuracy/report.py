@@ -104,3 +104,44 @@ def tables(rows: list[dict[str, Any]]) -> str:
     if reasons:
         parts.append("\n".join(f"- {name}: {reason}" for name, reason in sorted(reasons.items())))
     return "\n\n".join(parts)
+
+
+def _means(rows: list[dict[str, Any]], key: str) -> dict[str, float]:
+    """Recipe to the mean of ``key`` over its rows."""
+    names = dict.fromkeys(row["recipe"] for row in rows)
+    return {name: statistics.fmean(row[key] for row in rows if row["recipe"] == name) for name in names}
+
+
+def leaders(rows: list[dict[str, Any]]) -> str:
+    """Our recipes beside the best of all others at the same nominal bits, per model, variant and split.
+
+    With a branch (the best `vitq`), without one (`vitq-strict`), and whoever else is best, by logit SQNR; then the same
+    for the share of images of the float model's class. A last line counts the cells that ours lead.
+    """
+    cells: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        bits = f"W{row['weight_bits']}A{row['act_bits']}"
+        cells.setdefault((bits, row["model"], row["variant"], row["split"]), []).append(row)
+    lines, ahead = [], {"sqnr": 0, "agreement": 0}
+    for (bits, model, variant, split), mine in sorted(cells.items(), key=lambda cell: (cell[0][1:], cell[0][0])):
+        if not any(_ours(r["recipe"]) for r in mine) or all(_ours(r["recipe"]) for r in mine):
+            continue
+        line = {"model": f"{model}, {variant}", "split": HEADINGS.get(split, split), "bits": bits}
+        for key, name, factor in (("logit_sqnr_db", "sqnr", 1), ("agreement", "agreement", 100)):
+            means = {recipe: factor * mean for recipe, mean in _means(mine, key).items()}
+            best = max((r for r in means if not _ours(r)), key=means.__getitem__)
+            own = max((r for r in means if _ours(r)), key=means.__getitem__)
+            strict = [mean for recipe, mean in means.items() if recipe.startswith("vitq-strict")]
+            line |= {name: means[own], f"{name}_strict": strict[0] if strict else None}
+            line |= {f"{name}_other": f"{means[best]:.2f} ({best})"}
+            ahead[name] += means[own] >= means[best]
+        lines.append(line)
+    columns = {"model": "model", "split": "split", "bits": "bits", "sqnr": "vitq dB", "sqnr_strict": "vitq-strict dB",
+               "sqnr_other": "best other dB", "agreement": "vitq = float %", "agreement_strict": "vitq-strict %",
+               "agreement_other": "best other %"}  # fmt: skip
+    count = f"Highest SQNR in {ahead['sqnr']} and most images of the float model's class in {ahead['agreement']}"
+    return f"{table(lines, columns)}\n\n{count} of {len(lines)} cells: `vitq`, `vitq-mixed` or `vitq-strict`."
+
+
+def _ours(recipe: str) -> bool:
+    return recipe.startswith("vitq")

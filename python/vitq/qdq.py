@@ -161,7 +161,9 @@ class _Linear(nn.Module):
             y = x @ (self.weight.to(x.dtype) * self.scale)
         elif self.act.dynamic:
             code, scale = self.act.codes(x)
-            y = _product(code.to(torch.int8), self.weight).to(x.dtype) * (scale * self.scale)
+            # One scale after the other: ONNX Runtime takes a product of both for that of two constants
+            # (MatMulIntegerToFloat), whatever the shape of the rows'.
+            y = _product(code.to(torch.int8), self.weight).to(x.dtype) * scale * self.scale
         else:
             y = self.act(x) @ _dequantize(self.weight, self.scale, axis=1)
         if t is not None:

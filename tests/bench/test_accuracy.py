@@ -282,6 +282,21 @@ def test_tables_show_both_splits_of_every_model():
     assert line == "| a | 4.10 / 4.20 | 5.50 | 70.00 | 50.00 | 9.00 | 51.00 | 50.00 | 4.00 | = | 2.00 | 100 | 1.50 |"
 
 
+def test_leaders_are_compared_at_equal_bits_by_means_over_seeds():
+    rows = [
+        row("vitq-w4a4", 0, 70.0, 20.0, agreement=0.9),
+        row("vitq-w4a4", 1, 70.0, 10.0, agreement=0.7),  # mean 15 dB, 80 %
+        row("vitq-strict-w4a4", 0, 70.0, 12.0, agreement=0.75),
+        row("a-w4a4", 0, 70.0, 14.0, agreement=0.85),
+        row("b-w4a4", 0, 70.0, 13.0, agreement=0.1),
+        row("a-w8a8", 0, 70.0, 50.0, weight_bits=8, act_bits=8),  # nothing of ours beside it
+    ]
+    text = report.leaders(rows).splitlines()
+    assert text[2] == "| vit, plain | clean | W4A4 | 15.00 | 12.00 | 14.00 (a-w4a4) | 80.00 | 75.00 | 85.00 (a-w4a4) |"
+    assert text[3:] == ["", text[-1]]
+    assert text[-1].startswith("Highest SQNR in 1 and most images of the float model's class in 0 of 1 cells")
+
+
 def test_published_figures():
     assert report.published("deit_tiny_patch16_224", "aiqvit-w4a4") == 62.33
     assert report.published("vit_base_patch16_224", "repq-vit-w4a4-dynamic") == 68.48

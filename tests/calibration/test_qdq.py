@@ -33,6 +33,7 @@ FORMATS = {
         "rank": 4,
         "kind": "subspace",
     },
+    "dynamic": {"act": PER_TOKEN, "operands": QuantSpec(8, dynamic=True), "focus": FocusSpec(8, b1=0.001)},
     "dynamic, table, error branch": {
         "weight": QuantSpec(4, granularity="per_channel", table=TABLE),
         "act": QuantSpec(4, granularity="per_token", dynamic=True, table=TABLE),
@@ -79,6 +80,7 @@ def run(proto, x):
     ("name", "format"),
     [
         ("vit", "static"),
+        ("vit", "dynamic"),
         ("vit", "dynamic, table, error branch"),
         ("deit", "static, four bits"),
         ("vit", "weights only"),

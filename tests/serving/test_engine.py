@@ -183,6 +183,21 @@ def test_a_request_past_its_deadline_is_not_computed(engine):
         engine.submit(random_images(1), timeout=0)
 
 
+def test_what_is_past_its_deadline_takes_no_room_from_others(engine):
+    gate = Gate(engine)
+    first = engine.submit(random_images(1))
+    assert gate.entered.wait(20)
+    late = [engine.submit(random_images(8), timeout=0.01) for _ in range(8)]
+    time.sleep(0.02)
+    fresh = engine.submit(random_images(1))
+    for answer in late:
+        with pytest.raises(DeadlineExceeded):
+            answer.result(0)
+    gate.open.set()
+    assert fresh.result(20).logits.shape == first.result(20).logits.shape
+    assert (engine.snapshot().expired, engine.snapshot().overloaded) == (8, 0)
+
+
 def test_a_cancelled_request_is_not_computed(engine):
     gate = Gate(engine)
     first = engine.submit(random_images(1))

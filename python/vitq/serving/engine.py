@@ -209,6 +209,8 @@ class Engine:
             if self._closing:
                 raise Closed("the engine is closed, expected an open one")
             if self._waiting + b > self.max_queue:
+                self._expire()  # workers that are busy have not looked
+            if self._waiting + b > self.max_queue:
                 self._counts["overloaded"] += 1
                 raise Overloaded(self._waiting, self.max_queue, self._waiting * self._image_s / self.replicas)
             self._queue.append(request)
