@@ -5,6 +5,9 @@
 Every figure is a ratio within one process, taken in turns, after the result passed its check. One process per
 benchmark, thread count and peer, pinned to as many cores as it has threads. Run it on an otherwise idle machine, then
 ``python -m bench.update_docs``. ``--isa avx2`` holds everybody to AVX2, as a stand-in for a machine without VNNI.
+
+The file is written after every process; ``--resume`` runs what it still lacks. Each row is a ratio of one process, so
+that a run in parts loses nothing but the machine's mood in common.
 """
 
 from __future__ import annotations
@@ -139,6 +142,26 @@ def selection(only: list[str] | None, quick: bool) -> dict[str, list[str]]:
     return chosen
 
 
+def resumed(target: Path, fresh: dict[str, Any]) -> tuple[dict[str, Any], list[list[Any]]]:
+    """The record in ``target`` and what it lacks. Raises: ValueError unless it is an unfinished one of this machine."""
+    record = json.loads(target.read_text()) if target.exists() else {}
+    if not record.get("missing"):
+        raise ValueError(f"--resume finds nothing unfinished in '{target}', expected a run that was interrupted")
+    for key, now in fresh["environment"].items():
+        if key not in ("commit", "date") and record["environment"].get(key) != now:
+            raise ValueError(f"--resume finds {key} {record['environment'].get(key)!r} in '{target}', expected {now!r}")
+    if record["quick"] != fresh["quick"]:
+        raise ValueError(f"--resume finds quick {record['quick']} in '{target}', expected {fresh['quick']}")
+    record["environment"]["commit"] = fresh["environment"]["commit"]
+    return record, record.pop("missing")
+
+
+def _write(target: Path, record: dict[str, Any]) -> None:
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(_short(record), indent=1, allow_nan=False) + "\n")
+    os.replace(partial, target)
+
+
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 where a result was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,6 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--isa", choices=["avx2"], help="hold everybody to it")
     parser.add_argument("--import", dest="modules", action="append", default=[], help="module with more of either kind")
     parser.add_argument("--output", type=Path, help="default: bench/results/<machine>.json")
+    parser.add_argument(
+        "--resume", action="store_true", help="run what an interrupted run's file lacks; same arguments"
+    )
     args = parser.parse_args(argv)
     modules = [*MODULES, *args.modules]
     for name in modules:
@@ -168,19 +194,34 @@ def main(argv: list[str] | None = None) -> int:
     counts = [int(n) for n in args.threads.split(",")]
     if lacking := [n for n in counts if n > cores()]:
         record["absent"] |= {f"{n} threads": f"{cores()} cores to run on" for n in lacking}
+    plan = [
+        [name, threads, peer]
+        for threads in [n for n in counts if n <= cores()]
+        for name in chosen
+        for peer in [None, *(peers if registry.benchmarks[name].peers else [])]
+    ]
+    if args.only is None:
+        plan.append(["profile", counts[0], None])
+    target = args.output or RESULTS / f"{machine(about)}.json"
+    if args.resume:
+        try:
+            record, plan = resumed(target, record)
+        except ValueError as error:
+            parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         run = Run(record, modules, args.isa, Path(folder), args.quick)
-        for threads in [n for n in counts if n <= cores()]:
-            for name, cases in chosen.items():
-                bench = registry.benchmarks[name]
-                for peer in [None, *(peers if bench.peers else [])]:
-                    run.job(bench, cases, threads, peer)
-        if args.only is None:
-            case = "digits b1" if args.quick else PROFILED
-            job = {"bench": "profile", "cases": [case], "threads": counts[0], "peer": None, "modules": modules}
-            record["profiles"] = run.process(job)
-    target = args.output or RESULTS / f"{machine(about)}.json"
-    target.write_text(json.dumps(_short(record), indent=1, allow_nan=False) + "\n")
+        while plan:
+            name, threads, peer = plan[0]
+            if name == "profile":
+                case = "digits b1" if args.quick else PROFILED
+                job = {"bench": name, "cases": [case], "threads": threads, "peer": None, "modules": modules}
+                record["profiles"] = run.process(job)
+            else:
+                run.job(registry.benchmarks[name], chosen[name], threads, peer)
+            del plan[0]
+            if plan:
+                _write(target, record | {"missing": plan})
+    _write(target, record)
     for name, reason in record["absent"].items():
         print(f"absent: {name}: {reason}")
     for name, reason in record["wrong"].items():

@@ -51,8 +51,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 new = run(task, task.recipe(recipe, options.effort), Path(folder) / "c", floating, limit=options.limit)
             for row in new:
+                integer = "none" if row["integer"] is None else f"{row['integer']:.2f}"
                 print(f"{name} {recipe} {row['split']} {row['metric']}: float {row['float']:.2f}, simulated "
-                      f"{row['simulated']:.2f}, integer {row['integer'] or float('nan'):.2f}, same {row['identical']}, "
+                      f"{row['simulated']:.2f}, integer {integer}, same {row['identical']}, "
                       f"{row['sqnr_db']:.1f} dB, {row['calibration_s']:.0f} s", flush=True)  # fmt: skip
             partial = options.output.with_suffix(".partial")
             result = {"environment": environment(), "rows": merged(rows, new)}

@@ -137,6 +137,33 @@ def test_a_run_names_what_is_absent_and_what_is_wrong(tmp_path, importable, caps
 
 
 @pytest.mark.slow
+def test_an_interrupted_run_goes_on(tmp_path, importable, monkeypatch, capsys):
+    job = run.Run.job
+
+    def interrupted(self, bench, cases, threads, peer=None):
+        if peer == "refusing":
+            raise KeyboardInterrupt
+        job(self, bench, cases, threads, peer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "job", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path)
+    unfinished = json.loads((tmp_path / "out.json").read_text())
+    peers = ["refusing", "dying", "not installed", "wide"]
+    assert unfinished["missing"] == [["tiny", 1, peer] for peer in peers]
+    assert [row["baseline"] for row in unfinished["rows"]] == ["base", "fake"]
+    _, record = start(tmp_path, "--resume")
+    assert record["rows"][:2] == unfinished["rows"]
+    assert [row["baseline"] for row in record["rows"]] == ["base", "fake", "wide"]
+    assert set(peers[:3]) <= {name.partition(",")[0] for name in record["absent"]}
+    assert "missing" not in record
+    with pytest.raises(SystemExit):
+        start(tmp_path, "--resume")
+    assert "--resume finds nothing unfinished" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(len(isas()) < 2, reason="no x86 kernels here")
 def test_held_to_avx2_whoever_cannot_be_is_absent(tmp_path, importable):
     _, record = start(tmp_path, "--isa", "avx2")
