@@ -152,7 +152,8 @@ def serving_pages(text: str, record: dict) -> str:
 def onnx_table(record: dict) -> str:
     """One row per model, recipe and split."""
     rows = [{**row, "onnx_mb": row["onnx_bytes"] / 1e6, "ours_mb": row["checkpoint_bytes"] / 1e6,
-             "int": f"{row['int4']} / {row['int8']}", "same": 100 * row["agreement"]} for row in record["rows"]]  # fmt: skip
+             "int": f"{row['int4']} / {row['int8']}", "same": 100 * row["agreement"]}
+            for row in record["rows"]]  # fmt: skip
     columns = {"model": "model", "recipe": "recipe", "split": "split", "top1_integer": "top-1, ours",
                "top1_onnx": "ONNX Runtime", "same": "same class %", "sqnr_db": "dB",
                "sqnr_float64_db": "yardstick",
