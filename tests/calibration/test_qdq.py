@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from minmax import deciding, images, minmax_state, simulated, sqnr, swin, vit
+from minmax import deciding, images, minmax_state, simulated, spread, sqnr, swin, vit
 from timm.models.deit import VisionTransformerDistilled
 from vitq import qdq
+from vitq.models.points import PointMAEClassifier
 from vitq.restore import to_simulated
 
 from vitq_kernels.formats import FocusSpec, LevelTable, QuantSpec
@@ -109,6 +110,19 @@ def test_runs_in_onnx_runtime_at_any_batch_size(name, format):
         assert sqnr(graph(x[:b]), run(proto, x[:b])) > 50  # a code here and there at a tie
     fixed = qdq.to_proto(graph, x.shape[1:], batch=2)
     assert [d.dim_value for d in fixed.graph.input[0].type.tensor_type.shape.dim] == [2, *x.shape[1:]]
+
+
+@pytest.mark.slow
+def test_a_classifier_of_clouds(tmp_path):
+    torch.manual_seed(0)
+    small = {"num_points": 40, "num_group": 8, "group_size": 6, "encoder_width": 8, "head_width": 16}
+    model = spread(PointMAEClassifier(**small, trans_dim=32, depth=1, num_heads=2, mlp_ratio=2, num_classes=5))
+    clouds = torch.randn(5, 40, 3)
+    sim = to_simulated(model, minmax_state(model, clouds))
+    qdq.write(sim, tmp_path / "a.onnx", (40, 3))
+    proto = onnx.load(tmp_path / "a.onnx")
+    for b in (1, 5):
+        assert sqnr(sim(clouds[:b]), run(proto, clouds[:b])) > 30
 
 
 @pytest.mark.parametrize("act", [None, PER_TOKEN])
