@@ -19,6 +19,15 @@ FORMATS = ("exported", "aoti")
 SUFFIX = ".pt2"
 
 
+def check_graph(model: nn.Module) -> None:
+    """Raises ValueError for a model that no graph describes."""
+    if is_detector(model):
+        raise ValueError(
+            f"model is a {type(model).__name__}: regions and boxes depend on the image, so there is no graph of it; "
+            "expected a model of one output, such as its backbone.body"
+        )
+
+
 def to_program(model: nn.Module, size: tuple[int, ...], batch: int | None = None) -> ExportedProgram:
     """``model`` as a graph of operators, on its own device and in its own dtype.
 
@@ -26,11 +35,7 @@ def to_program(model: nn.Module, size: tuple[int, ...], batch: int | None = None
     in eager mode.
     Raises: ValueError for a detector, whose number of boxes no graph knows beforehand.
     """
-    if is_detector(model):
-        raise ValueError(
-            f"model is a {type(model).__name__}: regions and boxes depend on the image, so there is no graph of it; "
-            "expected a model of one output, such as its backbone.body"
-        )
+    check_graph(model)
     parameter = next(p for p in model.parameters())
     # Two images: tracers take a batch of one for a constant.
     x = torch.zeros(batch or 2, *size, dtype=parameter.dtype, device=parameter.device)

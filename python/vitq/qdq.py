@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from .data.coco import is_detector
-from .export import check_target
+from .export import check_graph, check_target
 from .quantizers import SimAttention, SimBlocks, SimGelu, SimLayerNorm, SimLinear
 from .quantizers.activation import ActivationQuantizer
 from .quantizers.attention import EXCLUDED
@@ -282,11 +281,7 @@ def to_qdq(sim: SimModel) -> QdqModel:
 
     Raises: ValueError for a detector, for quantizers that exist in simulation only and for token-wise bits.
     """
-    if is_detector(sim.model):
-        raise ValueError(
-            f"model is a {type(sim.model).__name__}: regions and boxes depend on the image, so there is no graph of "
-            "it; expected a model of one output, such as its backbone.body"
-        )
+    check_graph(sim.model)
     if refusals := sim.refusals():
         path, reason = next(iter(refusals.items()))
         raise ValueError(f"the model has no integer form: {path}: {reason} ({len(refusals)} such sites)")
