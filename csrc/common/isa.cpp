@@ -8,7 +8,7 @@
 namespace vitq {
 namespace {
 
-constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx_vnni, Isa::avx512_vnni};
+constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx_vnni, Isa::avx512_vnni, Isa::avx512_amx};
 
 bool compiled(Isa isa) {
   switch (isa) {
@@ -21,6 +21,9 @@ bool compiled(Isa isa) {
 #ifdef VITQ_HAS_AVX512_VNNI
     case Isa::avx512_vnni:
 #endif
+#ifdef VITQ_HAS_AVX512_AMX
+    case Isa::avx512_amx:
+#endif
     case Isa::portable:
       return true;
     default:
@@ -29,7 +32,8 @@ bool compiled(Isa isa) {
 }
 
 struct Features {
-  bool avx2 = false, fma = false, f16c = false, avx_vnni = false, avx512 = false, avx512_vnni = false;
+  bool avx2 = false, fma = false, f16c = false, avx_vnni = false, avx512 = false, avx512_vnni = false,
+       amx_int8 = false;
 };
 
 }  // namespace
@@ -37,6 +41,10 @@ struct Features {
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace vitq {
 namespace {
@@ -47,6 +55,17 @@ __attribute__((target("xsave"))) unsigned long long xcr0() {
   unsigned eax, edx;
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
   return (static_cast<unsigned long long>(edx) << 32) | eax;
+}
+
+// Linux gives a process its tile registers on request, for all of its threads; a refusal means that it has
+// none.
+bool tiles_granted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 Features detect() {
@@ -62,6 +81,8 @@ Features detect() {
   f.avx2 = ymm && (b & bit_AVX2);
   f.avx512 = zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
   f.avx512_vnni = f.avx512 && (c & (1u << 11));
+  const bool tiles = (saved & 0x60000) == 0x60000 && (d & (1u << 24));
+  f.amx_int8 = tiles && (d & (1u << 25)) && tiles_granted();
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx_vnni = f.avx2 && (a & (1u << 4));
   return f;
 }
@@ -94,6 +115,8 @@ bool runs(Isa isa) {
       return avx2 && f.avx_vnni;
     case Isa::avx512_vnni:
       return avx2 && f.avx512_vnni;
+    case Isa::avx512_amx:
+      return avx2 && f.avx512_vnni && f.amx_int8;
     default:
       return true;
   }
@@ -128,6 +151,8 @@ const char* isa_name(Isa isa) {
       return "avx_vnni";
     case Isa::avx512_vnni:
       return "avx512_vnni";
+    case Isa::avx512_amx:
+      return "avx512_amx";
     default:
       return "portable";
   }
@@ -146,9 +171,10 @@ void set_cpu_isa(const std::string& name) { selected().store(parse(name, "isa"))
 
 std::vector<std::string> cpu_features() {
   const Features& f = features();
-  const std::pair<const char*, bool> all[] = {{"avx2", f.avx2},     {"fma", f.fma},
-                                              {"f16c", f.f16c},     {"avx_vnni", f.avx_vnni},
-                                              {"avx512", f.avx512}, {"avx512_vnni", f.avx512_vnni}};
+  const std::pair<const char*, bool> all[] = {{"avx2", f.avx2},        {"fma", f.fma},
+                                              {"f16c", f.f16c},        {"avx_vnni", f.avx_vnni},
+                                              {"avx512", f.avx512},    {"avx512_vnni", f.avx512_vnni},
+                                              {"amx_int8", f.amx_int8}};
   std::vector<std::string> out;
   for (const auto& [name, has] : all)
     if (has) out.emplace_back(name);

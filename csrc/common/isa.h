@@ -16,7 +16,7 @@
 
 namespace vitq {
 
-enum class Isa { portable, avx2, avx_vnni, avx512_vnni };
+enum class Isa { portable, avx2, avx_vnni, avx512_vnni, avx512_amx };
 
 VITQ_API const char* isa_name(Isa isa);
 
@@ -51,6 +51,12 @@ VITQ_API std::vector<std::string> cpu_features();
 #define VITQ_IF_AVX512_VNNI(...)
 #endif
 
+#ifdef VITQ_HAS_AVX512_AMX
+#define VITQ_IF_AVX512_AMX(...) __VA_ARGS__
+#else
+#define VITQ_IF_AVX512_AMX(...)
+#endif
+
 // VITQ_DECLARE_PER_ISA(void f(const Args& args)); declares vitq::<isa>::f for every instruction set.
 #define VITQ_DECLARE_PER_ISA(...)                             \
   namespace portable {                                        \
@@ -59,12 +65,14 @@ VITQ_API std::vector<std::string> cpu_features();
   VITQ_IF_AVX2(namespace avx2 { __VA_ARGS__; })               \
   VITQ_IF_AVX_VNNI(namespace avx_vnni { __VA_ARGS__; })       \
   VITQ_IF_AVX512_VNNI(namespace avx512_vnni { __VA_ARGS__; }) \
+  VITQ_IF_AVX512_AMX(namespace avx512_amx { __VA_ARGS__; })   \
   static_assert(true)
 
 // VITQ_DISPATCH(f)(arguments): f of the selected instruction set; for use in namespace vitq.
 #define VITQ_DISPATCH(f)                                                                   \
   ([]() {                                                                                  \
     switch (::vitq::cpu_isa()) {                                                           \
+      VITQ_IF_AVX512_AMX(case ::vitq::Isa::avx512_amx : return &::vitq::avx512_amx::f;)    \
       VITQ_IF_AVX512_VNNI(case ::vitq::Isa::avx512_vnni : return &::vitq::avx512_vnni::f;) \
       VITQ_IF_AVX_VNNI(case ::vitq::Isa::avx_vnni : return &::vitq::avx_vnni::f;)          \
       VITQ_IF_AVX2(case ::vitq::Isa::avx2 : return &::vitq::avx2::f;)                      \

@@ -9,7 +9,9 @@
 // - kStepBytes: of one k4 step of a decoded 16-row block; kReadsInt8: packed int8 blocks are used as they
 // are;
 // - decode(): one packed block to one decoded block. Returns the `run` that tiles over it need, if any;
-// - tile<MR>(): out [MR, 16·kBlocks] int32.
+// - tile<MR>(): out [MR, 16·kBlocks] int32; kWhole: MR is kRows always, and activations are read in steps of
+// 64 k;
+// - Session: lives in a thread as long as it computes tiles.
 //
 // Sums may wrap on the way; they are exact modulo 2^32, and the true sum fits (K <= 65,793).
 #pragma once
@@ -58,6 +60,8 @@ struct Vnni {
   static constexpr int32_t kCodeOffset = 128;
   // 24 (12) accumulators, kBlocks weight vectors and one broadcast on 32 (16) registers.
   static constexpr int kRows = 6, kBlocks = kLanes == 16 ? 4 : 1;
+  static constexpr bool kWhole = false;
+  struct Session {};
   static constexpr int64_t kSliceK4 = kLanes == 16 ? 1024 : 256;
 
   static constexpr int64_t kStepBytes = 64;
@@ -106,9 +110,101 @@ struct Vnni {
   }
 };
 
+#if defined(__AMX_INT8__)
+
+// tdpbssd: a tile of 16 rows and 64 k of activations by one of 64 k and 16 columns, which sixteen lines of a
+// block are as they lie. Four tiles of sums, one of activations, three for weights. Assembly, since GCC's
+// intrinsics do not say that a tile is read from memory.
+struct Amx {
+  using Code = int8_t;
+  static constexpr int32_t kCodeOffset = 0;
+  static constexpr int kRows = 16, kBlocks = 4;
+  static constexpr bool kWhole = true;
+  static constexpr int64_t kStepBytes = 64, kLines = 16;
+  static constexpr bool kReadsInt8 = true;
+  static constexpr int64_t kSliceK4 = 128;
+
+  static int64_t decode(Layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
+    decode_nibbles(packed, k4 / 2, table, out);
+    return 0;
+  }
+
+  class Session {
+   public:
+    Session() {
+      alignas(64) Config config{};
+      config.palette = 1;
+      for (int t = 0; t < 8; ++t) config.row_bytes[t] = 64, config.rows[t] = 16;
+      asm volatile("ldtilecfg %0" ::"m"(config));
+    }
+    ~Session() { asm volatile("tilerelease"); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+
+   private:
+    struct Config {
+      uint8_t palette, start, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    };
+  };
+
+  // All sixteen rows, whatever MR is: there is room for them.
+  template <int MR>
+  VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int64_t,
+                      int32_t* out, bool accumulate) {
+    static_assert(MR == kRows, "tiles are whole");
+    constexpr int64_t kSumBytes = 64 * kBlocks;
+    unroll<kBlocks>([&](auto j) VITQ_LAMBDA {
+      constexpr int kJ = int{j};
+      if (accumulate)
+        read<kJ>(out + kJ * 16, kSumBytes);
+      else
+        asm volatile("tilezero %%tmm%c0" ::"i"(kJ));
+    });
+    int64_t k = 0;
+    for (; k + kLines <= k4; k += kLines) {
+      read<4>(a + k * 4, lda);
+      unroll<kBlocks>([&](auto j) VITQ_LAMBDA { multiply<int{j}>(panel[j] + k * 64); });
+    }
+    if (k < k4) {  // activations behind K are zeros, weights might be another block's, or nobody's
+      alignas(64) uint8_t last[kLines * 64] = {};
+      read<4>(a + k * 4, lda);
+      unroll<kBlocks>([&](auto j) VITQ_LAMBDA {
+        std::memcpy(last, panel[j] + k * 64, static_cast<size_t>((k4 - k) * 64));
+        multiply<int{j}>(last);
+      });
+    }
+    unroll<kBlocks>([&](auto j) VITQ_LAMBDA {
+      constexpr int kJ = int{j};
+      asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kJ), "r"(out + kJ * 16), "r"(kSumBytes) : "memory");
+    });
+  }
+
+ private:
+  template <int T, class P>
+  VITQ_INLINE void read(const P* from, int64_t stride) {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(from), "r"(stride) : "memory");
+  }
+  template <int J>
+  VITQ_INLINE void multiply(const uint8_t* lines) {
+    constexpr int kWeights = 5 + J % 3;
+    read<kWeights>(lines, 64);
+    asm volatile("tdpbssd %%tmm%c0, %%tmm4, %%tmm%c1" ::"i"(kWeights), "i"(J));
+  }
+};
+
+using Int8Policy = Amx;
+using Int4Policy = Amx;
+using Int4LutPolicy = Amx;
+
+#else
+
 using Int8Policy = Vnni;
 using Int4Policy = Vnni;
 using Int4LutPolicy = Vnni;
+
+#endif
 
 #elif defined(__AVX2__)
 
@@ -122,6 +218,8 @@ struct Words {
   using Code = int16_t;
   static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 6, kBlocks = 1;
+  static constexpr bool kWhole = false;
+  struct Session {};
 
   static constexpr int64_t kStepBytes = 128;
   static constexpr bool kReadsInt8 = false;
@@ -184,6 +282,8 @@ struct Nibbles {
   using Code = uint8_t;
   static constexpr int32_t kCodeOffset = 128;
   static constexpr int kRows = 6, kBlocks = 1;
+  static constexpr bool kWhole = false;
+  struct Session {};
 
   static constexpr int64_t kStepBytes = 64;
   static constexpr bool kReadsInt8 = false;
@@ -279,6 +379,8 @@ struct Plain {
   using Code = int16_t;
   static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 2, kBlocks = 1;
+  static constexpr bool kWhole = false;
+  struct Session {};
 
   static constexpr int64_t kStepBytes = 128;
   static constexpr bool kReadsInt8 = false;

@@ -21,6 +21,8 @@ template <class P>
 class Linear {
  public:
   static constexpr int kTileN = P::kBlocks * static_cast<int>(kBlockN);
+  // Rows whose float part is computed in registers.
+  static constexpr int kFinishRows = P::kRows < 6 ? P::kRows : 6;
 
   explicit Linear(const QLinearArgs& args)
       : args_(args),
@@ -28,9 +30,9 @@ class Linear {
         k4_(w_.layout == Layout::int8_n16k4 ? ceil_div(w_.k, 4) : 2 * ceil_div(w_.k, 8)),
         packed_block_(w_.layout == Layout::int8_n16k4 ? k4_ * 64 : k4_ * 32),
         decoded_block_(w_.layout == Layout::int8_n16k4 && P::kReadsInt8 ? 0 : k4_ * P::kStepBytes),
-        lda_(k4_ * 4),
+        lda_(P::kWhole ? ceil_div(k4_, 16) * 64 : k4_ * 4),
         panels_(ceil_div(w_.n, kTileN)),
-        codes_(static_cast<size_t>(args.m * lda_) * sizeof(typename P::Code)) {}
+        codes_(static_cast<size_t>(padded_rows() * lda_) * sizeof(typename P::Code)) {}
 
   void run() {
     prepare();
@@ -77,6 +79,7 @@ class Linear {
     }
     const size_t decoded_bytes, up_bytes, sum_bytes;
     const Scratch scratch;
+    [[no_unique_address]] const typename P::Session session{};
     uint8_t* const decoded;
     int32_t* const sums;
     float* const rows;
@@ -89,9 +92,13 @@ class Linear {
     return ceil_div(kGrain, (outputs_per_task + 1) * (w_.k + 1));
   }
 
-  // Activations as the tile wants them, padded with zeros to 4·k4 (zeros meet whatever pads the weights).
+  int64_t padded_rows() const { return P::kWhole ? ceil_div(args_.m, P::kRows) * P::kRows : args_.m; }
+
+  // Activations as the tile wants them, padded with zeros (which meet whatever pads the weights).
   void prepare() {
     auto* codes = codes_.template at<typename P::Code>();
+    const int64_t behind = (padded_rows() - args_.m) * lda_;
+    std::memset(codes + args_.m * lda_, 0, static_cast<size_t>(behind) * sizeof(typename P::Code));
     pool_for(args_.pool, args_.m, ceil_div(1 << 16, w_.k + 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) prepare_row(args_.x + i * w_.k, codes + i * lda_, w_.k, lda_);
     });
@@ -144,11 +151,16 @@ class Linear {
         if (k + steps == k4_) prefetch_residual(args_.tail, terms, w_.n, i, rows);
         const auto* a = codes_.template at<typename P::Code>() + i * lda_ + k * 4;
         int32_t* sums = work.sums + (k4_ > P::kSliceK4 ? (i - row) * kTileN : 0);
-        with_rows<P::kRows>(rows, [&]<int MR>() VITQ_LAMBDA {
-          P::template tile<MR>(a, lda_, slice, steps, run, sums, k > 0);
-        });
-        if (k + steps == k4_)
-          finish(work, i, rows, sums, dst == nullptr ? nullptr : dst + (i - row) * ld, ld);
+        if constexpr (P::kWhole)
+          P::template tile<P::kRows>(a, lda_, slice, steps, run, sums, k > 0);
+        else
+          with_rows<P::kRows>(rows, [&]<int MR>() VITQ_LAMBDA {
+            P::template tile<MR>(a, lda_, slice, steps, run, sums, k > 0);
+          });
+        if (k + steps < k4_) continue;
+        for (int64_t r = 0; r < rows; r += kFinishRows)
+          finish(work, i + r, smaller<int64_t>(kFinishRows, rows - r), sums + r * kTileN,
+                 dst == nullptr ? nullptr : dst + (i + r - row) * ld, ld);
       }
     }
   }
@@ -164,14 +176,14 @@ class Linear {
         return to_float((I)((U)load(sums + r * kTileN + c) + column)) * (w_scale * x_scale[r * scale_step]);
       };
     };
-    finish_tile<kTileN, P::kRows>(args_.tail, work.terms, w_.n, row, rows, product, dst, ld, args_.out,
-                                  args_.out_dtype);
+    finish_tile<kTileN, kFinishRows>(args_.tail, work.terms, w_.n, row, rows, product, dst, ld, args_.out,
+                                     args_.out_dtype);
   }
 
   const QLinearArgs& args_;
   const Weight& w_;
   const int64_t k4_, packed_block_, decoded_block_, lda_, panels_;
-  const Scratch codes_;  // [M, 4·k4] Code
+  const Scratch codes_;  // [M, lda] Code, and what tiles read behind
 };
 
 // f.operator()<Policy>() for the policy that reads `weight`.

@@ -40,6 +40,20 @@ LOOP(words_avx2, WORDS256)
 LOOP(dot_avx2, DOT256)
 LOOP(dot_avx512, DOT512)
 
+/* Six tiles of sums, two of operands. Whoever calls has been granted the tiles. */
+#define TILE(j) "tdpbssd %%tmm7, %%tmm6, %%tmm" #j "\n\t"
+static void dot_amx(void) {
+  struct {
+    unsigned char palette, start, reserved[14];
+    unsigned short row_bytes[16];
+    unsigned char rows[16];
+  } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  for (int i = 0; i < STEPS; ++i)
+    __asm__ volatile(TILE(0) TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(0) TILE(1) TILE(2) TILE(3)::);
+  __asm__ volatile("tilerelease");
+}
+
 static const struct {
   const char* name;
   void (*run)(void);
@@ -47,6 +61,7 @@ static const struct {
 } kinds[] = {
     {"fma_avx2", fma_avx2, 16},     {"fma_avx512", fma_avx512, 32}, {"bytes_avx2", bytes_avx2, 64},
     {"words_avx2", words_avx2, 32}, {"dot_avx2", dot_avx2, 64},     {"dot_avx512", dot_avx512, 128},
+    {"dot_amx", dot_amx, 32768},
 };
 
 /* Operations a second, the best of what fits into `seconds`; -1 for a kind that is not known. */

@@ -22,6 +22,7 @@ KINDS = {
     "avx2": {"float32": "fma_avx2", "int8": "words_avx2", "int4": "bytes_avx2"},
     "avx_vnni": {"float32": "fma_avx2", "int8": "dot_avx2", "int4": "dot_avx2"},
     "avx512_vnni": {"float32": "fma_avx512", "int8": "dot_avx512", "int4": "dot_avx512"},
+    "avx512_amx": {"float32": "fma_avx512", "int8": "dot_amx", "int4": "dot_amx"},
 }
 #: Working sets whose bandwidth is measured: about those of the caches, and memory.
 SETS = (1 << 18, 1 << 21, 1 << 24, 1 << 28)
