@@ -122,7 +122,7 @@ struct Amx {
   static constexpr bool kWhole = true;
   static constexpr int64_t kStepBytes = 64, kLines = 16;
   static constexpr bool kReadsInt8 = true;
-  static constexpr int64_t kSliceK4 = 128;
+  static constexpr int64_t kSliceK4 = 384;
 
   static int64_t decode(Layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
     decode_nibbles(packed, k4 / 2, table, out);
