@@ -4,10 +4,12 @@
 // [n/16][k/step][16][step]: a 64-byte line holds `step` consecutive k of 16 columns, and a 32-bit lane of it
 // meets as many of A, broadcast.
 //
-// VNNI: A uint8, B int8, step 4, vpdpbusd; signed queries are shifted by 128, which init takes out again.
-// Otherwise: A, B int16, step 2, vpmaddwd; not vpmaddubsw, whose 16 bits two products of 255·127 saturate.
+// VNNI and AMX: A uint8, B int8, step 4, vpdpbusd or tdpbusd; signed queries are shifted by 128, which init
+// takes out again. Otherwise: A, B int16, step 2, vpmaddwd; not vpmaddubsw, whose 16 bits two products of
+// 255·127 saturate.
 #pragma once
 
+#include "common/amx.h"
 #include "common/simd.h"
 
 #if defined(__SSE2__)
@@ -31,8 +33,40 @@ constexpr int kLine = kColumns * kStep;        // elements of B in one line
 constexpr int kGroupVecs = kColumns / kLanes;  // accumulators of one row and one group of columns
 
 // Rows and groups of columns of one tile: as many accumulators as the registers hold beside the operands.
+#if defined(__AMX_INT8__)
+constexpr int kTileRows = amx::kTileRows;
+#else
 constexpr int kTileRows = kLanes == 4 ? 2 : 6;
+#endif
 constexpr int kTileGroups = kLanes == 16 ? 4 : 1;
+
+#if defined(__AMX_INT8__)
+
+// Of tiles that `multiply` configures and its caller releases.
+template <int Groups>
+VITQ_INLINE void tile(const A* a, int64_t lda, const B* b, int64_t group, int64_t steps, const int32_t* init,
+                      int32_t* c, int64_t ldc) {
+  // A stride of 0: every row begins with the same sums.
+  unroll<Groups>([&](auto j) VITQ_LAMBDA { amx::read<int{j}>(init + int{j} * kColumns, 0); });
+  int64_t s = 0;
+  for (; s + 16 <= steps; s += 16) {
+    amx::read<4>(a + s * kStep, lda);
+    unroll<Groups>([&](auto j) VITQ_LAMBDA {
+      amx::read<5>(b + j * group + s * kLine, kLine);
+      amx::dot_unsigned<int{j}, 4, 5>();
+    });
+  }
+  if (s < steps) {
+    amx::read<6>(a + s * kStep, lda);
+    unroll<Groups>([&](auto j) VITQ_LAMBDA {
+      amx::read<7>(b + j * group + s * kLine, kLine);
+      amx::dot_unsigned<int{j}, 6, 7>();
+    });
+  }
+  unroll<Groups>([&](auto j) VITQ_LAMBDA { amx::write<int{j}>(c + int{j} * kColumns, ldc * 4); });
+}
+
+#else
 
 VITQ_INLINE I dot(I acc, I a, I b) {
 #if defined(__AVX512VNNI__)
@@ -83,10 +117,15 @@ void tile(const A* a, int64_t lda, const B* b, int64_t group, int64_t steps, con
     for (int v = 0; v < kVecs; ++v) store(c + i * ldc + v * kLanes, acc[i][v]);
 }
 
+#endif
+
 // C for `rows` (a multiple of kTileRows) rows and `groups` groups of columns.
 static void multiply(const A* a, int64_t lda, int64_t rows, const B* b, int64_t groups, int64_t steps,
                      const int32_t* init, int32_t* c, int64_t ldc) {
   const int64_t group = steps * kLine;
+#if defined(__AMX_INT8__)
+  amx::configure(amx::Config(steps % 16));
+#endif
   // Equal widths rather than full ones and a remainder: a narrow tile cannot hide the latency of its sums.
   const int64_t tiles = (groups + kTileGroups - 1) / kTileGroups;
   for (int64_t t = 0; t < tiles; ++t) {

@@ -104,6 +104,12 @@ class Attention {
     std::memset(w.valid, 0, static_cast<size_t>(s.rows * s.keys));
   }
 
+#if defined(__AMX_INT8__)
+  ~Attention() { amx::release(); }
+  Attention(const Attention&) = delete;
+  Attention& operator=(const Attention&) = delete;
+#endif
+
   void pack_head(int64_t b, int64_t h) {
     pack_keys([&](int64_t j) VITQ_LAMBDA { return a.k.row(b, h, j); }, a.nk, a.d, s.qk_steps, w.keys,
               w.key_init);

@@ -11,11 +11,12 @@
 // - decode(): one packed block to one decoded block. Returns the `run` that tiles over it need, if any;
 // - tile<MR>(): out [MR, 16·kBlocks] int32; kWhole: MR is kRows always, and activations are read in steps of
 // 64 k;
-// - Session: lives in a thread as long as it computes tiles.
+// - Session(k4): lives in a thread as long as it computes tiles.
 //
 // Sums may wrap on the way; they are exact modulo 2^32, and the true sum fits (K <= 65,793).
 #pragma once
 
+#include "common/amx.h"
 #include "common/layout.h"
 #include "common/simd.h"
 
@@ -61,7 +62,9 @@ struct Vnni {
   // 24 (12) accumulators, kBlocks weight vectors and one broadcast on 32 (16) registers.
   static constexpr int kRows = 6, kBlocks = kLanes == 16 ? 4 : 1;
   static constexpr bool kWhole = false;
-  struct Session {};
+  struct Session {
+    explicit Session(int64_t) {}
+  };
   static constexpr int64_t kSliceK4 = kLanes == 16 ? 1024 : 256;
 
   static constexpr int64_t kStepBytes = 64;
@@ -112,13 +115,13 @@ struct Vnni {
 
 #if defined(__AMX_INT8__)
 
-// tdpbssd: a tile of 16 rows and 64 k of activations by one of 64 k and 16 columns, which sixteen lines of a
-// block are as they lie. Four tiles of sums, one of activations, three for weights. Assembly, since GCC's
-// intrinsics do not say that a tile is read from memory.
+// A tile of 16 rows and 64 k of activations by one of 64 k and 16 columns, which sixteen lines of a block are
+// as they lie. Four tiles of sums, one of activations, one for weights, two for the k that are left in the
+// end.
 struct Amx {
   using Code = int8_t;
   static constexpr int32_t kCodeOffset = 0;
-  static constexpr int kRows = 16, kBlocks = 4;
+  static constexpr int kRows = amx::kTileRows, kBlocks = 4;
   static constexpr bool kWhole = true;
   static constexpr int64_t kStepBytes = 64, kLines = 16;
   static constexpr bool kReadsInt8 = true;
@@ -129,27 +132,13 @@ struct Amx {
     return 0;
   }
 
-  class Session {
-   public:
-    Session() {
-      alignas(64) Config config{};
-      config.palette = 1;
-      for (int t = 0; t < 8; ++t) config.row_bytes[t] = 64, config.rows[t] = 16;
-      asm volatile("ldtilecfg %0" ::"m"(config));
-    }
-    ~Session() { asm volatile("tilerelease"); }
+  struct Session {
+    explicit Session(int64_t k4) { amx::configure(amx::Config(k4 % kLines)); }
+    ~Session() { amx::release(); }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
-
-   private:
-    struct Config {
-      uint8_t palette, start, reserved[14];
-      uint16_t row_bytes[16];
-      uint8_t rows[16];
-    };
   };
 
-  // All sixteen rows, whatever MR is: there is room for them.
   template <int MR>
   VITQ_TILE void tile(const Code* a, int64_t lda, const uint8_t* const* panel, int64_t k4, int64_t,
                       int32_t* out, bool accumulate) {
@@ -158,39 +147,26 @@ struct Amx {
     unroll<kBlocks>([&](auto j) VITQ_LAMBDA {
       constexpr int kJ = int{j};
       if (accumulate)
-        read<kJ>(out + kJ * 16, kSumBytes);
+        amx::read<kJ>(out + kJ * 16, kSumBytes);
       else
-        asm volatile("tilezero %%tmm%c0" ::"i"(kJ));
+        amx::zero<kJ>();
     });
     int64_t k = 0;
     for (; k + kLines <= k4; k += kLines) {
-      read<4>(a + k * 4, lda);
-      unroll<kBlocks>([&](auto j) VITQ_LAMBDA { multiply<int{j}>(panel[j] + k * 64); });
-    }
-    if (k < k4) {  // activations behind K are zeros, weights might be another block's, or nobody's
-      alignas(64) uint8_t last[kLines * 64] = {};
-      read<4>(a + k * 4, lda);
+      amx::read<4>(a + k * 4, lda);
       unroll<kBlocks>([&](auto j) VITQ_LAMBDA {
-        std::memcpy(last, panel[j] + k * 64, static_cast<size_t>((k4 - k) * 64));
-        multiply<int{j}>(last);
+        amx::read<5>(panel[j] + k * 64, 64);
+        amx::dot_signed<int{j}, 4, 5>();
       });
     }
-    unroll<kBlocks>([&](auto j) VITQ_LAMBDA {
-      constexpr int kJ = int{j};
-      asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kJ), "r"(out + kJ * 16), "r"(kSumBytes) : "memory");
-    });
-  }
-
- private:
-  template <int T, class P>
-  VITQ_INLINE void read(const P* from, int64_t stride) {
-    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(from), "r"(stride) : "memory");
-  }
-  template <int J>
-  VITQ_INLINE void multiply(const uint8_t* lines) {
-    constexpr int kWeights = 5 + J % 3;
-    read<kWeights>(lines, 64);
-    asm volatile("tdpbssd %%tmm%c0, %%tmm4, %%tmm%c1" ::"i"(kWeights), "i"(J));
+    if (k < k4) {
+      amx::read<6>(a + k * 4, lda);
+      unroll<kBlocks>([&](auto j) VITQ_LAMBDA {
+        amx::read<7>(panel[j] + k * 64, 64);
+        amx::dot_signed<int{j}, 6, 7>();
+      });
+    }
+    unroll<kBlocks>([&](auto j) VITQ_LAMBDA { amx::write<int{j}>(out + int{j} * 16, kSumBytes); });
   }
 };
 
@@ -219,7 +195,9 @@ struct Words {
   static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 6, kBlocks = 1;
   static constexpr bool kWhole = false;
-  struct Session {};
+  struct Session {
+    explicit Session(int64_t) {}
+  };
 
   static constexpr int64_t kStepBytes = 128;
   static constexpr bool kReadsInt8 = false;
@@ -283,7 +261,9 @@ struct Nibbles {
   static constexpr int32_t kCodeOffset = 128;
   static constexpr int kRows = 6, kBlocks = 1;
   static constexpr bool kWhole = false;
-  struct Session {};
+  struct Session {
+    explicit Session(int64_t) {}
+  };
 
   static constexpr int64_t kStepBytes = 64;
   static constexpr bool kReadsInt8 = false;
@@ -380,7 +360,9 @@ struct Plain {
   static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 2, kBlocks = 1;
   static constexpr bool kWhole = false;
-  struct Session {};
+  struct Session {
+    explicit Session(int64_t) {}
+  };
 
   static constexpr int64_t kStepBytes = 128;
   static constexpr bool kReadsInt8 = false;

@@ -30,7 +30,7 @@ class Linear {
         k4_(w_.layout == Layout::int8_n16k4 ? ceil_div(w_.k, 4) : 2 * ceil_div(w_.k, 8)),
         packed_block_(w_.layout == Layout::int8_n16k4 ? k4_ * 64 : k4_ * 32),
         decoded_block_(w_.layout == Layout::int8_n16k4 && P::kReadsInt8 ? 0 : k4_ * P::kStepBytes),
-        lda_(P::kWhole ? ceil_div(k4_, 16) * 64 : k4_ * 4),
+        lda_(k4_ * 4),
         panels_(ceil_div(w_.n, kTileN)),
         codes_(static_cast<size_t>(padded_rows() * lda_) * sizeof(typename P::Code)) {}
 
@@ -72,6 +72,7 @@ class Linear {
           up_bytes(lines(PanelTail<kTileN>::up_bytes(linear.args_.tail.rank))),
           sum_bytes(static_cast<size_t>(linear.k4_ > P::kSliceK4 ? task_rows : P::kRows) * kTileN * 4),
           scratch(decoded_bytes + up_bytes + sum_bytes + static_cast<size_t>(floats) * 4),
+          session(linear.k4_),
           decoded(scratch.at<uint8_t>()),
           sums(scratch.at<int32_t>(decoded_bytes + up_bytes)),
           rows(scratch.at<float>(decoded_bytes + up_bytes + sum_bytes)) {
@@ -79,7 +80,7 @@ class Linear {
     }
     const size_t decoded_bytes, up_bytes, sum_bytes;
     const Scratch scratch;
-    [[no_unique_address]] const typename P::Session session{};
+    [[no_unique_address]] const typename P::Session session;
     uint8_t* const decoded;
     int32_t* const sums;
     float* const rows;
