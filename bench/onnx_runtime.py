@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--limit", type=int, default=500, help="images per split (default: 500)")
+    parser.add_argument("--limit", type=int, default=300, help="images per split (default: 300)")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -142,7 +142,7 @@ def selection(only: list[str] | None, quick: bool) -> dict[str, list[str]]:
     return chosen
 
 
-def resumed(target: Path, fresh: dict[str, Any]) -> tuple[dict[str, Any], list[list[Any]]]:
+def resumed(target: Path, fresh: dict[str, Any], chosen: set[str]) -> tuple[dict[str, Any], list[list[Any]]]:
     """The record in ``target`` and what it lacks. Raises: ValueError unless it is an unfinished one of this machine."""
     record = json.loads(target.read_text()) if target.exists() else {}
     if not record.get("missing"):
@@ -152,7 +152,10 @@ def resumed(target: Path, fresh: dict[str, Any]) -> tuple[dict[str, Any], list[l
             raise ValueError(f"--resume finds {key} {record['environment'].get(key)!r} in '{target}', expected {now!r}")
     if record["quick"] != fresh["quick"]:
         raise ValueError(f"--resume finds quick {record['quick']} in '{target}', expected {fresh['quick']}")
-    record["environment"]["commit"] = fresh["environment"]["commit"]
+    if other := sorted({name for name, _, _ in record["missing"]} - chosen - {"profile"}):
+        raise ValueError(f"--resume finds {', '.join(other)} missing in '{target}', expected --only as it was")
+    commits = [*record["environment"]["commit"].split(", "), fresh["environment"]["commit"]]
+    record["environment"]["commit"] = ", ".join(dict.fromkeys(commits))
     return record, record.pop("missing")
 
 
@@ -205,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     target = args.output or RESULTS / f"{machine(about)}.json"
     if args.resume:
         try:
-            record, plan = resumed(target, record)
+            record, plan = resumed(target, record, set(chosen))
         except ValueError as error:
             parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from .export import check_graph, check_target
-from .quantizers import SimAttention, SimBlocks, SimGelu, SimLayerNorm, SimLinear
+from .quantizers import SimAttention, SimBlocks, SimGelu, SimLayerNorm, SimLinear, SimPatchConv
 from .quantizers.activation import ActivationQuantizer
 from .quantizers.attention import EXCLUDED
 from .simulate import SimModel
@@ -173,7 +173,7 @@ class _Linear(nn.Module):
 class _PatchConv(_Linear):
     """A SimPatchConv: [B, C, H, W] to [B, N, H/p, W/q]."""
 
-    def __init__(self, sim: SimLinear) -> None:
+    def __init__(self, sim: SimPatchConv) -> None:
         super().__init__(sim)
         self.kernel = sim.kernel
 
@@ -290,7 +290,7 @@ def to_qdq(sim: SimModel) -> QdqModel:
             raise ValueError(f"{path!r} decides token-wise bits, which QDQ cannot say, expected one width per layer")
     model = copy.deepcopy(sim.model)
     for path, linear in sim.linears.items():
-        model.set_submodule(path, (_PatchConv if hasattr(linear, "kernel") else _Linear)(linear))
+        model.set_submodule(path, (_PatchConv if isinstance(linear, SimPatchConv) else _Linear)(linear))
     for path, attention in sim.attentions.items():
         model.set_submodule(path, _Attention(attention))
     for path, module in list(model.named_modules()):
@@ -321,14 +321,18 @@ class Summary:
     bytes: int
 
 
+def _check_packages() -> None:
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise ValueError(f"ONNX needs {' and '.join(missing)}, expected pip install 'vitq-kernels[onnx]'")
+
+
 def to_proto(model: QdqModel, size: tuple[int, ...], batch: int | None = None) -> onnx.ModelProto:
     """The ONNX graph, weights of four bits and less stored as INT4.
 
     Args: size: (C, H, W) of an image, (N, C) of a cloud; batch: None makes the batch size an input's property.
     Raises: ValueError without the packages onnx and onnxscript, or for a model that torch.onnx cannot export.
     """
-    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise ValueError(f"ONNX needs {' and '.join(missing)}, expected pip install 'vitq-kernels[onnx]'")
+    _check_packages()
     # Two images: tracers take a batch of one for a constant. Not optimized: that would fold branches to float32.
     x = torch.zeros(batch or 2, *size)
     shapes = None if batch else ({0: Dim("batch")},)
@@ -398,10 +402,11 @@ def write(
     Raises: ValueError: a path that may not be written, a model or an environment that :func:`to_qdq` or
             :func:`to_proto` refuses. OSError: the file system's own complaint.
     """
-    import onnx
-
     path = Path(path)
     check_target(path, SUFFIX, overwrite)
+    _check_packages()
+    import onnx
+
     proto = to_proto(to_qdq(sim), size, batch)
     onnx.checker.check_model(proto)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -153,6 +153,9 @@ def test_an_interrupted_run_goes_on(tmp_path, importable, monkeypatch, capsys):
     peers = ["refusing", "dying", "not installed", "wide"]
     assert unfinished["missing"] == [["tiny", 1, peer] for peer in peers]
     assert [row["baseline"] for row in unfinished["rows"]] == ["base", "fake"]
+    with pytest.raises(SystemExit):
+        run.main(["--resume", "--quick", "--only", "attention", "--output", str(tmp_path / "out.json")])
+    assert "--resume finds tiny missing" in capsys.readouterr().err
     _, record = start(tmp_path, "--resume")
     assert record["rows"][:2] == unfinished["rows"]
     assert [row["baseline"] for row in record["rows"]] == ["base", "fake", "wide"]

@@ -103,12 +103,13 @@ def test_the_floor_is_the_larger_of_memory_and_compute():
 
 @pytest.mark.skipif(shutil.which("cc") is None or len(isas()) < 2, reason="no C compiler, or no x86 kernels here")
 def test_ceilings_are_finite_and_of_the_selected_instruction_set():
-    with cpu_isa("avx2"):
-        found = host.measure(1, seconds=0.005)
-    assert found.isa == "avx2"
-    assert set(found.peak) == {"float32", "int8", "int4"}
-    assert all(1e6 < rate < 1e15 for rate in (*found.peak.values(), *found.bandwidth.values()))
-    assert tuple(found.bandwidth) == host.SETS
+    for isa in set(isas()) - {"portable"}:
+        with cpu_isa(isa):
+            found = host.measure(1, seconds=0.005)
+        assert found.isa == isa
+        assert set(found.peak) == {"float32", "int8", "int4"}
+        assert all(1e6 < rate < 1e15 for rate in (*found.peak.values(), *found.bandwidth.values()))
+        assert tuple(found.bandwidth) == host.SETS
     with cpu_isa("portable"), pytest.raises(host.Unmeasured, match="instruction set portable"):
         host.measure(1)
 

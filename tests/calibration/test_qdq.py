@@ -1,5 +1,7 @@
 """The ONNX form: in float64 the oracle's function, in ONNX Runtime torch's, with the codes stored at their width."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -179,9 +181,10 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_says_which_package_is_missing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_says_which_package_is_missing(missing, tmp_path, monkeypatch):
     model = vit(depth=1)
-    monkeypatch.setattr(qdq, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(ValueError, match=r"ONNX needs onnxscript, expected pip install 'vitq-kernels\[onnx\]'"):
+    monkeypatch.setitem(sys.modules, missing, None)  # neither found nor imported
+    with pytest.raises(ValueError, match=rf"ONNX needs {missing}, expected pip install 'vitq-kernels\[onnx\]'"):
         qdq.write(sim_of(model), tmp_path / "a.onnx", images(model).shape[1:])
     assert not list(tmp_path.iterdir())
