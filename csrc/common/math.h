@@ -2,9 +2,34 @@
 // own float32 error). Polynomials: our own minimax fits (relative error of the fit in brackets).
 #pragma once
 
+#include "common/gelu_table.h"
 #include "common/simd.h"
 
 namespace vitq::VITQ_ISA {
+
+#if defined(__AVX512F__)
+
+// x·(1 − t(x)) or x·t(−x): half the instructions of the closed forms below, no division. Two registers hold a
+// table of 32, which one instruction reads. 0 below −5.96, where the result is less than 1e-8; NaN for NaN.
+VITQ_INLINE F gelu_by_tail(F x, const float (&table)[5][kTailPieces]) {
+  x = max(set(-12.5f), x);
+  const F a = min(set((kTailPieces - 1) * kTailStep), abs(x));
+  const F magic = set(12582912.0f);  // 1.5·2^23: adding it rounds to an integer, which its low bits then hold
+  const F shifted = fma(a, set(1.0f / kTailStep), magic);
+  const F r = fma(shifted - magic, set(-kTailStep), a);
+  const auto row = [&](int i) VITQ_LAMBDA {
+    return (F)_mm512_permutex2var_ps((__m512)load(table[i]), (__m512i)shifted, (__m512)load(table[i] + 16));
+  };
+  F t = fma(row(4), r, row(3));
+  t = fma(t, r, row(2));
+  t = fma(t, r, row(1));
+  t = fma(t, r, row(0));
+  return x * (x < 0.0f ? t : 1.0f - t);
+}
+VITQ_INLINE F gelu_erf(F x) { return gelu_by_tail(x, kErfTail); }
+VITQ_INLINE F gelu_tanh(F x) { return gelu_by_tail(x, kTanhTail); }
+
+#else
 
 // e^x for x in [−87, 88], where the result is normal; NaN for NaN. [3e-9]
 VITQ_INLINE F exp_normal(F x) {
@@ -46,5 +71,7 @@ VITQ_INLINE F gelu_tanh(F x) {
   const F minus_2u = x * fma(x * x, set(-2.0f * 0.797884561f * 0.044715f), set(-2.0f * 0.797884561f));
   return x / (1.0f + exp_normal(max(set(-80.0f), minus_2u)));
 }
+
+#endif
 
 }  // namespace vitq::VITQ_ISA

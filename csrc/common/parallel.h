@@ -25,7 +25,8 @@ static inline void pool_for(const Pool& pool, int64_t n, int64_t grain, const Bo
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Uninitialized memory aligned to 64 bytes, with 64 readable bytes behind its end; freed with the object.
+// Uninitialized memory aligned to 64 bytes, with 64 readable bytes behind its end. Destroyed by the thread
+// that made it, which keeps the memory for its next ones, up to a bound.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
@@ -34,11 +35,16 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   template <class T>
   T* at(size_t byte_offset = 0) const {
-    return reinterpret_cast<T*>(data_ + byte_offset);
+    return reinterpret_cast<T*>(block_.data + byte_offset);
   }
 
+  struct Block {
+    char* data = nullptr;
+    size_t bytes = 0;
+  };
+
  private:
-  char* data_;
+  Block block_;
 };
 
 // Rounded up to whole cache lines: offsets of consecutive arrays in one Scratch.

@@ -44,34 +44,57 @@ VITQ_TILE void float_tile(const float* a, int64_t lda, const float* b, int64_t d
   each([&](auto i, auto v) VITQ_LAMBDA { store(out + i * kWidth + v * kLanes, acc[i][v]); });
 }
 
-// What one panel of NP output columns needs, gathered once and reused by all of its row tiles.
+// lora_up as [panels][rank][NP]: the columns of a panel side by side, zeros behind the last.
 template <int NP>
-struct PanelTail {
-  alignas(64) float bias[NP] = {}, gamma[NP] = {};
-  float* up;  // [rank, NP], caller's memory
-  int64_t n0, width;
+class UpPanels {
+ public:
+  UpPanels(const LinearTail& tail, int64_t n_total, const Pool& pool)
+      : rank_(tail.rank),
+        panels_(tail.rank > 0 ? ceil_div(n_total, NP) : 0),
+        data_(static_cast<size_t>(panels_ * rank_) * NP * 4) {
+    pool_for(pool, panels_, ceil_div(1 << 16, (rank_ + 1) * NP), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) transpose(tail, p * NP, smaller<int64_t>(NP, n_total - p * NP));
+    });
+  }
 
-  static size_t up_bytes(int64_t rank) { return static_cast<size_t>(rank) * NP * 4; }
+  // [rank, NP]; not to be read if the rank is 0.
+  const float* at(int64_t panel) const { return data_.at<float>() + panel * rank_ * NP; }
 
-  void gather(const LinearTail& tail, int64_t n_total, int64_t first) {
-    n0 = first;
-    width = smaller<int64_t>(NP, n_total - n0);
-    if (tail.bias) read_row(bias, tail.bias.at(n0), width);
-    if (tail.layer_scale) read_row(gamma, tail.layer_scale.at(n0), width);
-    if (tail.rank == 0) return;
-    // Transposed in slices that stay in the first-level cache.
+ private:
+  // In slices that stay in the first-level cache.
+  void transpose(const LinearTail& tail, int64_t n0, int64_t width) {
+    float* up = data_.at<float>() + n0 * rank_;
     constexpr int64_t kSlice = 64;
     float row[kSlice];
-    for (int64_t r0 = 0; r0 < tail.rank; r0 += kSlice) {
-      const int64_t count = smaller(kSlice, tail.rank - r0);
+    for (int64_t r0 = 0; r0 < rank_; r0 += kSlice) {
+      const int64_t count = smaller(kSlice, rank_ - r0);
       for (int64_t n = 0; n < NP; ++n) {
         if (n < width)
-          read_row(row, tail.lora_up.at((n0 + n) * tail.rank + r0), count);
+          read_row(row, tail.lora_up.at((n0 + n) * rank_ + r0), count);
         else
           std::memset(row, 0, sizeof(row));
         for (int64_t r = 0; r < count; ++r) up[(r0 + r) * NP + n] = row[r];
       }
     }
+  }
+
+  const int64_t rank_, panels_;
+  const Scratch data_;
+};
+
+// What one panel of NP output columns needs, gathered once and reused by all of its row tiles.
+template <int NP>
+struct PanelTail {
+  alignas(64) float bias[NP] = {}, gamma[NP] = {};
+  const float* up;  // [rank, NP]
+  int64_t n0, width;
+
+  void gather(const LinearTail& tail, int64_t n_total, int64_t panel, const UpPanels<NP>& ups) {
+    n0 = panel * NP;
+    width = smaller<int64_t>(NP, n_total - n0);
+    up = ups.at(panel);
+    if (tail.bias) read_row(bias, tail.bias.at(n0), width);
+    if (tail.layer_scale) read_row(gamma, tail.layer_scale.at(n0), width);
   }
 };
 

@@ -9,6 +9,8 @@
 // - kStepBytes: of one k4 step of a decoded 16-row block; kReadsInt8: packed int8 blocks are used as they
 // are;
 // - decode(): one packed block to one decoded block. Returns the `run` that tiles over it need, if any;
+// - kCodesAsTheyAre: a Code is an activation as it comes, so that rows which need no padding are read in
+// place;
 // - tile<MR>(): out [MR, 16·kBlocks] int32; kWhole: MR is kRows always, and activations are read in steps of
 // 64 k;
 // - Session(k4): lives in a thread as long as it computes tiles.
@@ -61,7 +63,7 @@ struct Vnni {
   static constexpr int32_t kCodeOffset = 128;
   // 24 (12) accumulators, kBlocks weight vectors and one broadcast on 32 (16) registers.
   static constexpr int kRows = 6, kBlocks = kLanes == 16 ? 4 : 1;
-  static constexpr bool kWhole = false;
+  static constexpr bool kWhole = false, kCodesAsTheyAre = false;
   struct Session {
     explicit Session(int64_t) {}
   };
@@ -122,10 +124,10 @@ struct Amx {
   using Code = int8_t;
   static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = amx::kTileRows, kBlocks = 4;
-  static constexpr bool kWhole = true;
+  static constexpr bool kWhole = true, kCodesAsTheyAre = true;
   static constexpr int64_t kStepBytes = 64, kLines = 16;
   static constexpr bool kReadsInt8 = true;
-  static constexpr int64_t kSliceK4 = 384;
+  static constexpr int64_t kSliceK4 = 96;  // four blocks of it stay in the L1 cache while rows pass by
 
   static int64_t decode(Layout, const uint8_t* packed, int64_t k4, const int8_t* table, uint8_t* out) {
     decode_nibbles(packed, k4 / 2, table, out);
@@ -194,7 +196,7 @@ struct Words {
   using Code = int16_t;
   static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 6, kBlocks = 1;
-  static constexpr bool kWhole = false;
+  static constexpr bool kWhole = false, kCodesAsTheyAre = false;
   struct Session {
     explicit Session(int64_t) {}
   };
@@ -260,7 +262,7 @@ struct Nibbles {
   using Code = uint8_t;
   static constexpr int32_t kCodeOffset = 128;
   static constexpr int kRows = 6, kBlocks = 1;
-  static constexpr bool kWhole = false;
+  static constexpr bool kWhole = false, kCodesAsTheyAre = false;
   struct Session {
     explicit Session(int64_t) {}
   };
@@ -359,7 +361,7 @@ struct Plain {
   using Code = int16_t;
   static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 2, kBlocks = 1;
-  static constexpr bool kWhole = false;
+  static constexpr bool kWhole = false, kCodesAsTheyAre = false;
   struct Session {
     explicit Session(int64_t) {}
   };

@@ -32,7 +32,9 @@ class Linear {
         decoded_block_(w_.layout == Layout::int8_n16k4 && P::kReadsInt8 ? 0 : k4_ * P::kStepBytes),
         lda_(k4_ * 4),
         panels_(ceil_div(w_.n, kTileN)),
-        codes_(static_cast<size_t>(padded_rows() * lda_) * sizeof(typename P::Code)) {}
+        copied_(P::kCodesAsTheyAre && lda_ == w_.k ? args.m / P::kRows * P::kRows : 0),
+        ups_(args.tail, w_.n, args.pool),
+        codes_(static_cast<size_t>((padded_rows() - copied_) * lda_) * sizeof(typename P::Code)) {}
 
   void run() {
     prepare();
@@ -64,21 +66,18 @@ class Linear {
   }
 
  private:
-  // One thread's memory: a decoded panel, a transposed lora_up panel, the sums of a task's rows where K takes
-  // several slices (of one tile otherwise), and `floats` floats waiting to be quantized.
+  // One thread's memory: a decoded panel, the sums of a task's rows where K takes several slices (of one tile
+  // otherwise), and `floats` floats waiting to be quantized.
   struct Workspace {
     Workspace(const Linear& linear, int64_t task_rows, int64_t floats)
         : decoded_bytes(lines(static_cast<size_t>(linear.decoded_block_) * P::kBlocks)),
-          up_bytes(lines(PanelTail<kTileN>::up_bytes(linear.args_.tail.rank))),
           sum_bytes(static_cast<size_t>(linear.k4_ > P::kSliceK4 ? task_rows : P::kRows) * kTileN * 4),
-          scratch(decoded_bytes + up_bytes + sum_bytes + static_cast<size_t>(floats) * 4),
+          scratch(decoded_bytes + sum_bytes + static_cast<size_t>(floats) * 4),
           session(linear.k4_),
           decoded(scratch.at<uint8_t>()),
-          sums(scratch.at<int32_t>(decoded_bytes + up_bytes)),
-          rows(scratch.at<float>(decoded_bytes + up_bytes + sum_bytes)) {
-      terms.up = scratch.at<float>(decoded_bytes);
-    }
-    const size_t decoded_bytes, up_bytes, sum_bytes;
+          sums(scratch.at<int32_t>(decoded_bytes)),
+          rows(scratch.at<float>(decoded_bytes + sum_bytes)) {}
+    const size_t decoded_bytes, sum_bytes;
     const Scratch scratch;
     [[no_unique_address]] const typename P::Session session;
     uint8_t* const decoded;
@@ -95,14 +94,23 @@ class Linear {
 
   int64_t padded_rows() const { return P::kWhole ? ceil_div(args_.m, P::kRows) * P::kRows : args_.m; }
 
-  // Activations as the tile wants them, padded with zeros (which meet whatever pads the weights).
+  // Activations as the tile wants them, padded with zeros (which meet whatever pads the weights). Where it
+  // wants them as they are, only the rows of the last tile are copied.
   void prepare() {
     auto* codes = codes_.template at<typename P::Code>();
-    const int64_t behind = (padded_rows() - args_.m) * lda_;
-    std::memset(codes + args_.m * lda_, 0, static_cast<size_t>(behind) * sizeof(typename P::Code));
-    pool_for(args_.pool, args_.m, ceil_div(1 << 16, w_.k + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) prepare_row(args_.x + i * w_.k, codes + i * lda_, w_.k, lda_);
+    const int64_t rows = args_.m - copied_, behind = (padded_rows() - args_.m) * lda_;
+    std::memset(codes + rows * lda_, 0, static_cast<size_t>(behind) * sizeof(typename P::Code));
+    pool_for(args_.pool, rows, ceil_div(1 << 16, w_.k + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        prepare_row(args_.x + (copied_ + i) * w_.k, codes + i * lda_, w_.k, lda_);
     });
+  }
+
+  // Row i, the first of a tile.
+  const typename P::Code* codes_of(int64_t i) const {
+    if constexpr (P::kCodesAsTheyAre)
+      if (i < copied_) return args_.x + i * lda_;
+    return codes_.template at<typename P::Code>() + (i - copied_) * lda_;
   }
 
   // Bytes may alias anything, the members of *this, too: without `restrict` and sizes by value this is a loop
@@ -130,7 +138,7 @@ class Linear {
       }
     }
     PanelTail<kTileN>& terms = work.terms;
-    terms.gather(args_.tail, w_.n, n0);
+    terms.gather(args_.tail, w_.n, p, ups_);
     std::memcpy(work.w_scale, w_.w_scale + n0, static_cast<size_t>(terms.width) * 4);
     const uint32_t offset = static_cast<uint32_t>(P::kCodeOffset + args_.x_zero_point);
     for (int64_t c = 0; c < terms.width; ++c)  // modulo 2^32: the whole sum fits, this part need not
@@ -150,7 +158,7 @@ class Linear {
         for (int64_t line = 0; line < share && next < next_end; ++line, next += 64)
           __builtin_prefetch(next, 0, 2);
         if (k + steps == k4_) prefetch_residual(args_.tail, terms, w_.n, i, rows);
-        const auto* a = codes_.template at<typename P::Code>() + i * lda_ + k * 4;
+        const auto* a = codes_of(i) + k * 4;
         int32_t* sums = work.sums + (k4_ > P::kSliceK4 ? (i - row) * kTileN : 0);
         if constexpr (P::kWhole)
           P::template tile<P::kRows>(a, lda_, slice, steps, run, sums, k > 0);
@@ -184,7 +192,9 @@ class Linear {
   const QLinearArgs& args_;
   const Weight& w_;
   const int64_t k4_, packed_block_, decoded_block_, lda_, panels_;
-  const Scratch codes_;  // [M, lda] Code, and what tiles read behind
+  const int64_t copied_;  // rows from here on are copied into codes_; a multiple of the tile height
+  const UpPanels<kTileN> ups_;
+  const Scratch codes_;  // [M − copied, lda] Code, and what tiles read behind
 };
 
 // f.operator()<Policy>() for the policy that reads `weight`.

@@ -51,21 +51,20 @@ void qlinear_weight_only(const WeightOnlyArgs& args) {
       for (int64_t k0 = 0; k0 < w.k; k0 += kSliceK)
         read_row(x + k0 * args.m + i * kSliceK, args.x.at(i * w.k + k0), smaller(kSliceK, w.k - k0));
   });
+  const UpPanels<kTileN> ups(args.tail, w.n, args.pool);
   const int64_t work_per_task = split.rows * kTileN * (w.k + 1);
   pool_for(
       args.pool, split.chunks * panels, ceil_div(kGrain, work_per_task), [&](int64_t begin, int64_t end) {
-        const size_t up_bytes = lines(PanelTail<kTileN>::up_bytes(args.tail.rank));
         const size_t slice_bytes = kSliceK * kTileN * 4;
-        const Scratch scratch(up_bytes + slice_bytes + static_cast<size_t>(split.rows * kTileN) * 4);
+        const Scratch scratch(slice_bytes + static_cast<size_t>(split.rows * kTileN) * 4);
         PanelTail<kTileN> terms;
-        terms.up = scratch.at<float>();
-        float *slice = scratch.at<float>(up_bytes), *sums = scratch.at<float>(up_bytes + slice_bytes);
+        float *slice = scratch.at<float>(), *sums = scratch.at<float>(slice_bytes);
         alignas(64) float w_scale[kTileN];
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t p = task % panels, row = task / panels * split.rows, n0 = p * kTileN;
+          const int64_t p = task % panels, row = task / panels * split.rows;
           const int64_t last = smaller(row + split.rows, args.m);
-          terms.gather(args.tail, w.n, n0);
-          std::memcpy(w_scale, w.w_scale + n0, static_cast<size_t>(terms.width) * 4);
+          terms.gather(args.tail, w.n, p, ups);
+          std::memcpy(w_scale, w.w_scale + terms.n0, static_cast<size_t>(terms.width) * 4);
           std::memset(sums, 0, static_cast<size_t>((last - row) * kTileN) * 4);
           for (int64_t k0 = 0; k0 < w.k; k0 += kSliceK) {
             const int64_t count = smaller(kSliceK, w.k - k0);
