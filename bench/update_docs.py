@@ -73,7 +73,9 @@ def cpu_page(text: str) -> str:
     record, held = cpu.newest(), cpu.newest("avx2")
     links = [f"![{picture.label}](figures/cpu-{name}.svg)" for name, picture in cpu.pictures(record).items()]
     for name, body in (
+        ("goals", cpu.goals_table(record, held)),
         ("models", cpu.models_table(record)),
+        ("models-avx2", cpu.models_table(held)),
         ("absent", cpu.absent_list(record)),
         ("pictures", "\n\n".join(links)),
         ("linear", cpu.ops_table(record, "linear")),
@@ -230,6 +232,7 @@ def pages() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text()
     readme = replace(readme, "demo", demo_table(json.loads((RESULTS / "demo.json").read_text())))
     readme = replace(readme, "bench", readme_table(cpu.newest()))
+    readme = replace(readme, "ranges", cpu.ranges(cpu.newest(), cpu.newest("avx2")))
     gpu, record = (ROOT / "docs" / "gpu.md").read_text(), next(iter(gpu_records()), None)
     for name, body in (
         ("roofline", report.roofline_table()),

@@ -260,6 +260,64 @@ def test_a_page_holds_every_contender():
     assert "nobody: not there" in pages.absent_list(record)
 
 
+def test_goals_are_held_against_what_was_measured():
+    def linear(ours, ms, threads=1):
+        return row(6.0 / ms, 1.0, 1.0, bench="linear", case="197x8x8", ours=ours, ours_ms=ms, baseline="F.linear",
+                   baseline_ms=6.0) | {"threads": threads}  # fmt: skip
+
+    def model(who, ratio, baseline=whole.EAGER, **more):
+        return row(ratio, 1.0, 1.0, bench="model", case="M b1", ours=who, ours_ms=1.0, baseline=baseline,
+                   baseline_ms=2.0) | more  # fmt: skip
+
+    held = {
+        "environment": {"cpu_isa": "avx2"},
+        "rows": [
+            *(linear("w4a8", ms, t) for ms, t in ((2.0, 1), (3.0, 2))),
+            *(linear("w4a8, rank 32", ms, t) for ms, t in ((2.1, 1), (3.6, 2))),
+            model("W4A8 static", 2.5),
+        ],
+    }
+    attention = row(2.0, 1.0, 1.0, bench="attention", case="1x6x197", ours="8 bits, row anchor")
+    slow = {**attention, "case": "1x6x65", "ratio": 0.5}
+    peers = [
+        model("W4A8 static", 1.0, "slow", baseline_speedup=1.5),
+        model("W4A8 static", 1.0, "quick", baseline_speedup=2.0),
+    ]
+    full = {
+        "environment": {"cpu_isa": "avx512_vnni"},
+        "rows": [linear("w4a8", 1.0), linear("w8a8", 1.5), attention, slow, model("W4A8 static", 3.0), *peers],
+    }
+    assert list(pages.nearest_peers(full)) == [(3.0, 2.0, "quick")]
+    text = pages.goals_table(full, held | {"rows": [*held["rows"], linear("w8a8", 4.0)]})
+    assert "| AVX2, linear, w4a8 | ≥ 3 × | 2.00 / 2.50 / 3.00 | 1 of 2 |" in text
+    assert "| AVX2, M, W4A8 static | ≥ 2 × | 2.50 / 2.50 / 2.50 | 1 of 1 |" in text
+    assert "| AVX2, w4a8, a branch of rank 32 more | ≤ 10 % | 5.00 / 12.50 / 20.00 | 1 of 2 |" in text
+    assert "| avx512_vnni, our fastest form beside the fastest peer | ≥ 1 × | 1.50 / 1.50 / 1.50 | 1 of 1 |" in text
+    said = pages.ranges(full, held | {"rows": [*held["rows"], linear("w8a8", 4.0)]})
+    assert (
+        "batch 1 and 8, 1 threads, W4A8 runs at 6.0 to 6.0 times float32 and W8A8 at 4.0 to 4.0 times (AVX512-VNNI)"
+        in said
+    )
+    assert "attention at 2.0 to 2.0 times" in said
+    assert "W4A8 runs at 2.0 to 3.0 times" in said
+
+
+def test_pages_are_of_the_newest_run_that_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    common = {"rows": [], "absent": {}, "quick": False}
+    for name, date, isa, more in (
+        ("a", "2026-01-01", "avx512_amx", {}),
+        ("b", "2026-01-02", "avx512_amx", {"missing": [["model", 1, None]]}),
+        ("c", "2026-01-03", "avx512_amx", {"quick": True}),
+        ("d", "2026-01-04", "avx2", {}),
+    ):
+        record = {**common, "environment": {"date": date, "cpu_isa": isa}, **more}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / "rows.json").write_text("[]")
+    assert pages.newest()["environment"]["date"] == "2026-01-01"
+    assert pages.newest("avx2")["environment"]["date"] == "2026-01-04"
+
+
 # Instruction counts
 
 

@@ -59,6 +59,45 @@ def test_average_precision_by_hand(kind):
     assert average_precision([*right, found(1, B, 1, 0.1)], both, kind) == pytest.approx(100)
 
 
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_average_precision_is_that_of_torchmetrics(kind):
+    from torchmetrics.detection import MeanAveragePrecision
+
+    def pixels(box):
+        return torch.from_numpy(mask.decode(rle(*box)).astype(bool))
+
+    def side(rows, *scores):
+        boxes = torch.tensor([box for box, _ in rows], dtype=torch.float32).reshape(-1, 4)
+        out = {"boxes": boxes, "labels": torch.tensor([label for _, label in rows], dtype=torch.int64)}
+        out["masks"] = (
+            torch.stack([pixels(box) for box, _ in rows]) if rows else torch.zeros(0, *SIZE, dtype=torch.bool)
+        )
+        return out | ({"scores": torch.tensor(scores)} if scores else {})
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        boxes = torch.randint(5, 45, (2, 4, 4), generator=generator)
+        moved = boxes + torch.randint(-4, 5, boxes.shape, generator=generator).clamp(min=0)
+        labels = torch.randint(1, 3, (2, 4), generator=generator)
+        scores = torch.rand(2, 4, generator=generator)
+        wanted = [[(boxes[i, j].tolist(), int(labels[i, j])) for j in range(4)] for i in range(2)]
+        guessed = [[(moved[i, j].tolist(), int(labels[i, j])) for j in range(4)] for i in range(2)]
+        own = average_precision(
+            [found(i + 1, *guessed[i][j], float(scores[i, j])) for i in range(2) for j in range(4)],
+            truth(*((i + 1, *row) for i in range(2) for row in wanted[i])),
+            kind,
+        )
+        # Its own thresholds are rounded to float32: overlaps of 3/5 would miss 0.6.
+        thresholds = {
+            "iou_thresholds": np.linspace(0.5, 0.95, 10).tolist(),
+            "rec_thresholds": np.linspace(0, 1, 101).tolist(),
+        }
+        judge = MeanAveragePrecision(box_format="xywh", iou_type=kind, **thresholds)
+        judge.update([side(guessed[i], *scores[i].tolist()) for i in range(2)], [side(rows) for rows in wanted])
+        assert 0 < own < 100
+        assert own == pytest.approx(100 * float(judge.compute()["map"]), abs=1e-4)
+
+
 def test_boxes_and_masks_are_judged_apart():
     one, off = truth((1, A, 1)), [found(1, A, 1, 0.9, pixels=[10, 10, 40, 40])]
     assert average_precision(off, one, "bbox") == pytest.approx(100)

@@ -1,10 +1,11 @@
-"""Metrics against cases worked out by hand, scikit-learn, and a count of their own."""
+"""Metrics against cases worked out by hand, scikit-learn and torchmetrics."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, jaccard_score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from vitq.tasks.metrics import mean_class_accuracy, part_miou
 
 PARTS = [range(0, 2), range(2, 5)]
@@ -26,6 +27,16 @@ def test_mean_class_accuracy_is_the_balanced_accuracy(pairs):
     found, wanted = zip(*pairs)
     want = 100 * balanced_accuracy_score(wanted, found)
     assert mean_class_accuracy(one_hot(list(found)), torch.tensor(wanted)) == pytest.approx(want)
+
+
+@given(st.integers(0, 2**31), st.integers(0, 20))
+def test_mean_class_accuracy_is_that_of_torchmetrics(seed, more):
+    generator = torch.Generator().manual_seed(seed)
+    # Every class occurs: torchmetrics counts one that is only ever predicted as 0, the custom leaves it out.
+    labels = torch.cat([torch.arange(4), torch.randint(4, (more,), generator=generator)])
+    logits = torch.randn(len(labels), 4, generator=generator)
+    want = 100 * float(MulticlassAccuracy(4, average="macro")(logits, labels))
+    assert mean_class_accuracy(logits, labels) == pytest.approx(want, rel=1e-5)
 
 
 def test_part_miou_by_hand():
@@ -61,6 +72,16 @@ def test_part_miou_is_the_jaccard_index(seed, b, n):
     want_class = sum(sum(ious) / len(ious) for ious in clouds if ious) / sum(bool(ious) for ious in clouds)
     want_instance = sum(sum(ious) for ious in clouds) / b
     assert part_miou(logits, labels, PARTS) == pytest.approx((100 * want_class, 100 * want_instance))
+
+
+@given(st.integers(0, 2**31))
+def test_part_miou_of_one_cloud_is_that_of_torchmetrics(seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(2, 5), torch.randint(2, 5, (17,), generator=generator)])[None]
+    logits = torch.randn(1, 20, 5, generator=generator)
+    found = logits[..., 2:].argmax(-1)
+    want = 100 * float(MulticlassJaccardIndex(3, average="macro")(found, labels - 2))
+    assert part_miou(logits, labels, PARTS) == pytest.approx((want, want), rel=1e-5)
 
 
 def test_metrics_refuse():
