@@ -26,10 +26,17 @@ namespace vitq::VITQ_ISA {
 
 constexpr int8_t kPlainNibbles[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
+// Tiles of any number of rows, of activations that prepare() has made.
+struct AnyRows {
+  static constexpr bool kWhole = false, kCodesAsTheyAre = false;
+  struct Session {
+    explicit Session(int64_t) {}
+  };
+};
+
 template <class V>
 VITQ_INLINE void put(int32_t* out, V sums, bool accumulate) {
   const I sum = (I)sums;
-
   store(out, accumulate ? (I)((U)sum + (U)load(out)) : sum);
 }
 
@@ -58,15 +65,11 @@ VITQ_INLINE void decode_nibbles(const uint8_t* packed, int64_t pairs, const int8
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 // vpdpbusd multiplies unsigned by signed bytes and adds four products to an int32 without saturation.
-struct Vnni {
+struct Vnni : AnyRows {
   using Code = uint8_t;
   static constexpr int32_t kCodeOffset = 128;
   // 24 (12) accumulators, kBlocks weight vectors and one broadcast on 32 (16) registers.
   static constexpr int kRows = 6, kBlocks = kLanes == 16 ? 4 : 1;
-  static constexpr bool kWhole = false, kCodesAsTheyAre = false;
-  struct Session {
-    explicit Session(int64_t) {}
-  };
   static constexpr int64_t kSliceK4 = kLanes == 16 ? 1024 : 256;
 
   static constexpr int64_t kStepBytes = 64;
@@ -192,14 +195,10 @@ VITQ_INLINE void settle(__m256i& a, __m256i& b) { asm volatile("" : "+x"(a), "+x
 
 // vpmaddwd on widened operands: exact for every pair of int8 (vpmaddubsw is not: 2·128·128 saturates an
 // int16). The four k of a lane make two int32 sums, added at the end.
-struct Words {
+struct Words : AnyRows {
   using Code = int16_t;
   static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 6, kBlocks = 1;
-  static constexpr bool kWhole = false, kCodesAsTheyAre = false;
-  struct Session {
-    explicit Session(int64_t) {}
-  };
 
   static constexpr int64_t kStepBytes = 128;
   static constexpr bool kReadsInt8 = false;
@@ -258,14 +257,10 @@ struct Words {
 // magnitude, so eight of them fit an int16 before they are widened. Weights whose signs and magnitudes mix,
 // as trained ones do, allow longer runs: a lane of 16 bits stays between −255·Σ|w < 0| and 255·Σ(w > 0) of
 // its own weights, whatever the activations are.
-struct Nibbles {
+struct Nibbles : AnyRows {
   using Code = uint8_t;
   static constexpr int32_t kCodeOffset = 128;
   static constexpr int kRows = 6, kBlocks = 1;
-  static constexpr bool kWhole = false, kCodesAsTheyAre = false;
-  struct Session {
-    explicit Session(int64_t) {}
-  };
 
   static constexpr int64_t kStepBytes = 64;
   static constexpr bool kReadsInt8 = false;
@@ -357,14 +352,10 @@ using Int4LutPolicy = Words;
 #else
 
 // Any CPU: plain loops over sixteen columns that compilers turn into whatever vectors there are.
-struct Plain {
+struct Plain : AnyRows {
   using Code = int16_t;
   static constexpr int32_t kCodeOffset = 0;
   static constexpr int kRows = 2, kBlocks = 1;
-  static constexpr bool kWhole = false, kCodesAsTheyAre = false;
-  struct Session {
-    explicit Session(int64_t) {}
-  };
 
   static constexpr int64_t kStepBytes = 128;
   static constexpr bool kReadsInt8 = false;
