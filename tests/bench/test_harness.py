@@ -71,8 +71,14 @@ def test_whole_models_and_a_peer(tmp_path, monkeypatch):
     monkeypatch.setenv("VITQ_BENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(whole, "OURS", {"W4A8 static": whole.OURS["W4A8 static"]})
     model, block = registry.benchmarks["model"], registry.benchmarks["block"]
+    whole._folder.cache_clear()
     whole._states.cache_clear()
-    (row,) = harness.measure(model, "digits b2", 1, 0.0, rounds=2)
+    monkeypatch.setattr(whole, "PACKAGED", "W4A8 static")
+    row, packaged = harness.measure(model, "digits b2", 1, 0.0, rounds=2)
+    assert packaged["ours"] == "W4A8 static, AOTInductor"
+    assert packaged["ours_sqnr_db"] == pytest.approx(row["ours_sqnr_db"], abs=0.01)
+    assert packaged["ours_mb"] == row["ours_mb"]
+    assert [path.name for path in tmp_path.glob("*.pt2")] == ["digits W4A8 static b2 t1.pt2"]
     assert (row["ours"], row["baseline"]) == ("W4A8 static", whole.EAGER)
     assert row["baseline_sqnr_db"] is None  # the float model itself
     assert row["ours_sqnr_db"] > 10
