@@ -272,7 +272,7 @@ def test_goals_are_held_against_what_was_measured():
                    baseline_ms=6.0) | {"threads": threads}  # fmt: skip
 
     def model(who, ratio, baseline=whole.EAGER, **more):
-        return row(ratio, 1.0, 1.0, bench="model", case="M b1", ours=who, ours_ms=1.0, baseline=baseline,
+        return row(ratio, 1.0, 1.0, bench="model", case="ViT-S/16 b1", ours=who, ours_ms=1.0, baseline=baseline,
                    baseline_ms=2.0) | more  # fmt: skip
 
     held = {
@@ -296,7 +296,7 @@ def test_goals_are_held_against_what_was_measured():
     assert list(pages.nearest_peers(full)) == [(3.0, 2.0, "quick")]
     text = pages.goals_table(full, held | {"rows": [*held["rows"], linear("w8a8", 4.0)]})
     assert "| AVX2, linear, w4a8 | ≥ 3 × | 2.00 / 2.50 / 3.00 | 1 of 2 |" in text
-    assert "| AVX2, M, W4A8 static | ≥ 2 × | 2.50 / 2.50 / 2.50 | 1 of 1 |" in text
+    assert "| AVX2, ViT-S/16, W4A8 static | ≥ 2 × | 2.50 / 2.50 / 2.50 | 1 of 1 |" in text
     assert "| AVX2, w4a8, a branch of rank 32 more | ≤ 10 % | 5.00 / 12.50 / 20.00 | 1 of 2 |" in text
     assert "| avx512_vnni, our fastest form beside the fastest peer | ≥ 1 × | 1.50 / 1.50 / 1.50 | 1 of 1 |" in text
     said = pages.ranges(full, held | {"rows": [*held["rows"], linear("w8a8", 4.0)]})
