@@ -201,7 +201,7 @@ def tasks_table(rows: list[dict]) -> str:
             key = f"{row['split']} {row['metric']}"
             columns[key] = key
             lines["float"][key] = row["float"]
-            line[key] = row["simulated"] if row["integer"] is None else row["integer"]
+            line[key] = _metric(row)
             line.setdefault("sqnr", {})[row["split"]] = f"{row['sqnr_db']:.1f}"
             line["same"] = None if row["identical"] is None else "yes" if row["identical"] else "no"
         for line in lines.values():
@@ -209,6 +209,33 @@ def tasks_table(rows: list[dict]) -> str:
         columns |= {"sqnr": "SQNR dB by split", "same": "identical"}
         tables.append(table(list(lines.values()), columns))
     return "\n\n".join(tables)
+
+
+def ordering_table(rows: list[dict]) -> str:
+    """Where AIQViT is at least what min-max and RepQ-ViT are, by bit-width: of all tasks' splits and metrics."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        name, _, bits = row["recipe"].rpartition("-")
+        name = "aiqvit" if name.startswith("aiqvit") else name
+        found.setdefault((bits, row["task"], row["split"], row["metric"]), {})[name] = row
+    lines: dict[str, dict] = {}
+    for other in ("minmax", "repq-vit"):
+        for bits in dict.fromkeys(key[0] for key in found):
+            pairs = [(case["aiqvit"], case[other]) for key, case in found.items()
+                     if key[0] == bits and {"aiqvit", other} <= set(case)]  # fmt: skip
+            metric = sum(_metric(own) >= _metric(theirs) for own, theirs in pairs)
+            sqnr = {(a["task"], a["split"]): a["sqnr_db"] >= b["sqnr_db"] for a, b in pairs}
+            line = lines.setdefault(bits, {"bits": bits.upper()})
+            line[f"{other} metric"] = f"{metric} of {len(pairs)}"
+            line[f"{other} sqnr"] = f"{sum(sqnr.values())} of {len(sqnr)}"
+    columns = {"bits": "AIQViT at"}
+    for other, title in (("minmax", "min-max"), ("repq-vit", "RepQ-ViT")):
+        columns |= {f"{other} metric": f"metric ≥ {title}", f"{other} sqnr": f"SQNR ≥ {title}"}
+    return table(list(lines.values()), columns)
+
+
+def _metric(row: dict) -> float:
+    return row["simulated"] if row["integer"] is None else row["integer"]
 
 
 def gpu_records() -> list[dict]:
@@ -252,7 +279,8 @@ def pages() -> dict[Path, str]:
     for library in ("timm", "transformers"):
         models = replace(models, library, models_table(record, library))
     tasks = json.loads((RESULTS / "tasks.json").read_text())["rows"]
-    tasks = replace((ROOT / "docs" / "tasks.md").read_text(), "tasks", tasks_table(tasks))
+    text = replace((ROOT / "docs" / "tasks.md").read_text(), "tasks", tasks_table(tasks))
+    tasks = replace(text, "ordering", ordering_table(tasks))
     texts = {"cpu.md": cpu_page((ROOT / "docs" / "cpu.md").read_text())}
     serving_page = (ROOT / "docs" / "serving.md").read_text()
     onnx = onnx_table(json.loads((RESULTS / "onnx.json").read_text()))

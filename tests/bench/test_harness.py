@@ -10,7 +10,17 @@ import pytest
 import torch
 from vitq.bench.latency import interleave
 
-from bench import PATHS, harness, instructions, ops, pages, registry, run, whole  # noqa: F401  (ops registers)
+from bench import (
+    PATHS,
+    harness,
+    instructions,
+    ops,  # noqa: F401  (registers)
+    pages,
+    registry,
+    run,
+    update_docs,
+    whole,
+)
 from bench.compare import compare, differences, main, verdict
 from vitq_kernels.testing import isas
 
@@ -322,6 +332,21 @@ def test_pages_are_of_the_newest_run_that_is_complete(tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text("[]")
     assert pages.newest()["environment"]["date"] == "2026-01-01"
     assert pages.newest("avx2")["environment"]["date"] == "2026-01-04"
+
+
+def test_the_order_of_methods_is_counted():
+    def of(recipe, split, metric, simulated, integer, sqnr):
+        return {"task": "t", "recipe": recipe, "split": split, "metric": metric, "simulated": simulated,
+                "integer": integer, "sqnr_db": sqnr}  # fmt: skip
+
+    rows = [
+        *(of("aiqvit-coco-w4a4", split, "AP", 40.0, 41.0, 20.0) for split in ("test", "hard")),
+        of("minmax-w4a4", "test", "AP", 40.5, 40.5, 21.0),
+        of("minmax-w4a4", "hard", "AP", 42.0, 42.0, 10.0),
+        of("repq-vit-w4a4", "test", "AP", 41.0, None, 19.0),
+        of("minmax-w8a8", "test", "AP", 50.0, 50.0, 30.0),
+    ]
+    assert "| W4A4 | 1 of 2 | 1 of 2 | 1 of 1 | 1 of 1 |" in update_docs.ordering_table(rows)
 
 
 # Instruction counts
