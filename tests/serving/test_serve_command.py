@@ -1,5 +1,6 @@
 """``vitq serve`` as a process: what it prints, signals, TLS, what it refuses to start with."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -18,7 +19,7 @@ from vitq import checkpoint
 from vitq.cli import main
 
 pytest.importorskip("starlette", reason="needs the extra 'serve'")
-pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
 INFER = "/v2/models/model0/infer"
 
@@ -86,6 +87,26 @@ def test_a_server_from_start_to_end(folders, references, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl on the PATH")
+def test_small_packets_are_sent_at_once(folders, monkeypatch):
+    """An answer goes out in two; the second must not wait until the first is acknowledged."""
+    from vitq import Engine
+    from vitq.serving.command import listen
+    from vitq.serving.server import Server
+
+    found = []
+
+    async def serve(self, sockets):
+        with socket.create_connection(sockets[0].getsockname()):
+            accepted, _ = sockets[0].accept()
+            with accepted:
+                found.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(uvicorn.Server, "serve", serve)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asyncio.run(listen(Server(Engine(folders[0], buckets=(1,)), "tiny"), listening))
+    assert found == [1]
+
+
 def test_tls_and_a_token(folders, references, tmp_path):
     key, certificate, token = (tmp_path / name for name in ("key.pem", "certificate.pem", "token"))
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
