@@ -1,6 +1,8 @@
 """Load and faults: the engine in process and ``vitq serve`` on loopback, integer and float model, one after the other.
 
-python -m bench.serving            # writes bench/results/serving.json; update_docs.py makes the tables
+OMP_NUM_THREADS=1 python -m bench.serving     # writes bench/results/serving.json; update_docs.py makes the tables
+
+A model has as many threads as torch has here. Ray is measured, and seen to scale up under load, where it is installed.
 
 Capacity: images per second with CLIENTS requests of one image always under way, at a largest batch of 1 and of 32.
 Sustained: requests of one image that arrive at random (Poisson) at 80 % of that capacity, whoever may be late; latency
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -41,7 +44,7 @@ from vitq.bench.environment import environment
 from vitq.models.digits_vit import NAME
 from vitq.recipes import load_recipe
 from vitq.serving import images as files
-from vitq.serving.engine import Overloaded, buckets_up_to, percentiles
+from vitq.serving.engine import Overloaded, buckets_up_to, freeze, percentiles
 from vitq.sources import ModelSource, load_float
 
 RESULT = Path(__file__).resolve().parent / "results" / "serving.json"
@@ -196,18 +199,18 @@ def ask_server(pool: Pool, requests: list[bytes], wanted: Tensor, exact: bool) -
 def make(what: str, batch: int) -> Engine:
     """Of a checkpoint folder, or of the float model."""
     model = load_float(ModelSource(NAME)) if what == "float" else what
-    return Engine(model, buckets=buckets_up_to(batch))
+    return Engine(model, threads=torch.get_num_threads(), buckets=buckets_up_to(batch))
 
 
 @contextlib.contextmanager
-def server(what: str, batch: int, engine: str = "local") -> Iterator[tuple[int, int]]:
+def server(what: str, batch: int, engine: str = "local", *options: str) -> Iterator[tuple[int, int]]:
     """Port and process of a server of its own."""
     command = [sys.executable, "-m", "bench.serving", "--serve", what, "--batch", str(batch)]
     if engine == "ray":
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         command = [sys.executable, "-m", "vitq.cli", "serve", what, "--engine", "ray", "--port", port, "--name"]
-        command += ["model", "--max-batch", str(batch), "--threads", str(torch.get_num_threads())]
+        command += ["model", "--max-batch", str(batch), "--threads", str(torch.get_num_threads()), *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             said = []
@@ -294,6 +297,31 @@ def processor_ms(pid: int) -> float:
     """Of all threads of a process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def scaling(what: str, data: tuple[Tensor, Tensor], most_s: float = 180.0) -> dict:
+    """Of Ray with up to two replicas and CLIENTS requests always under way: seconds until two answer (None: never), and
+    how many requests were answered until then and a while after.
+    """
+    import ray
+    from ray import serve
+    from vitq.serving.cluster import APPLICATION
+
+    images, wanted = data
+    with server(what, BATCH, "ray", "--max-replicas", "2", "--target", "2") as (port, _):
+        ray.init("auto", log_to_driver=False)
+        pool, start = Pool(port), time.perf_counter()
+        ask = ask_server(pool, [infer(image[None]) for image in images], wanted, True)
+        answers, seconds = 0, None
+        while seconds is None and time.perf_counter() - start < most_s:
+            answers += len((await closed(ask, CLIENTS, 2))[1])
+            states = serve.status().applications[APPLICATION].deployments["replica"].replica_states
+            if states.get("RUNNING") == 2:
+                seconds = time.perf_counter() - start
+        answers += len((await closed(ask, CLIENTS, 10))[1])
+        pool.close()
+        ray.shutdown()
+    return {"replicas": 2, "target": 2, "clients": CLIENTS, "seconds": seconds, "answers": answers}
 
 
 # Faults
@@ -395,6 +423,9 @@ def measure(seconds: float, requests: int) -> dict:
         images = jobs.random_images({"float": floating}, IMAGES)
         with torch.inference_mode():
             wanted = {path: by_one(checkpoint.load(path), images), "float": by_one(floating, images)}
+        freeze()
+        per_request = asyncio.run(overhead(path, (images, wanted[path]), seconds))  # in processes that are both fresh
+        print(per_request, flush=True)
         rows = []
         for what, logits in wanted.items():
             for who in ("engine", "server", "Ray"):
@@ -402,10 +433,11 @@ def measure(seconds: float, requests: int) -> dict:
                     continue  # it serves checkpoints
                 rows.append(asyncio.run(load(who, what, (images, logits), seconds)))
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-        per_request = asyncio.run(overhead(path, (images, wanted[path]), seconds))
-        print(per_request, flush=True)
         faulty = asyncio.run(faults(path, (images, wanted[path]), requests))
-    return {"model": NAME, "recipe": recipe.name, **about, "rows": rows, "overhead": per_request, "faults": faulty}
+        gc.unfreeze()
+        scaled = asyncio.run(scaling(path, (images, wanted[path]))) if importlib.util.find_spec("ray") else None
+    measured = {"rows": rows, "overhead": per_request, "faults": faulty, "scaling": scaled}
+    return {"model": NAME, "recipe": recipe.name, **about, **measured}
 
 
 def by_one(model: nn.Module, images: Tensor) -> Tensor:

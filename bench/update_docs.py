@@ -144,7 +144,14 @@ def serving_pages(text: str, record: dict) -> str:
         + f"; resident memory {memory[0]:.0f} MB at first, {memory[len(memory) // 2]:.0f} MB halfway, "
         f"{memory[-1]:.0f} MB at the end."
     )
+    scaled = record["scaling"]
+    scaling = (
+        f"`--max-replicas {scaled['replicas']} --target {scaled['target']}`, {scaled['clients']} requests under way at "
+        f"any time: the second replica answered after {scaled['seconds']:.0f} s; {scaled['answers']} requests until "
+        "then and in the 10 s after, none refused, none answered wrongly."
+    )
     tables = {"serving-load": table(record["rows"], load), "serving-overhead": table(record["overhead"], overhead),
+              "serving-scaling": scaling,
               "serving-faults": f"{line}\n\n{table(kinds, {'what': 'malformed', 'n': 'requests'})}"}  # fmt: skip
     for name, body in tables.items():
         text = replace(text, name, body)
@@ -219,7 +226,9 @@ def ordering_table(rows: list[dict]) -> str:
         name = "aiqvit" if name.startswith("aiqvit") else name
         found.setdefault((bits, row["task"], row["split"], row["metric"]), {})[name] = row
     lines: dict[str, dict] = {}
-    for other in ("minmax", "repq-vit"):
+    columns = {"bits": "AIQViT at"}
+    for other, title in (("minmax", "min-max"), ("repq-vit", "RepQ-ViT")):
+        columns |= {f"{other} metric": f"metric ≥ {title}", f"{other} sqnr": f"SQNR ≥ {title}"}
         for bits in dict.fromkeys(key[0] for key in found):
             pairs = [(case["aiqvit"], case[other]) for key, case in found.items()
                      if key[0] == bits and {"aiqvit", other} <= set(case)]  # fmt: skip
@@ -228,9 +237,6 @@ def ordering_table(rows: list[dict]) -> str:
             line = lines.setdefault(bits, {"bits": bits.upper()})
             line[f"{other} metric"] = f"{metric} of {len(pairs)}"
             line[f"{other} sqnr"] = f"{sum(sqnr.values())} of {len(sqnr)}"
-    columns = {"bits": "AIQViT at"}
-    for other, title in (("minmax", "min-max"), ("repq-vit", "RepQ-ViT")):
-        columns |= {f"{other} metric": f"metric ≥ {title}", f"{other} sqnr": f"SQNR ≥ {title}"}
     return table(list(lines.values()), columns)
 
 

@@ -51,7 +51,7 @@ OURS = {
     "vitq-w8a8 (dynamic, rank 16)": ("vitq-w8a8", {}),
 }
 BESIDE_PEERS = ("W4A8 static", "W8A8 static")
-#: Timed ahead of time, too, as some peers run: small models spend most of their time in Python.
+#: Timed ahead of time, too, as some peers run: of a small model's time, Python is a large part.
 PACKAGED = "W8A8 static"
 
 

@@ -142,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--engine", choices=("local", "ray"), default="local", help="this process (default) or Ray Serve")
     p.add_argument("--replicas", type=_positive, default=1, help="workers, each with --threads torch threads")
     p.add_argument("--max-replicas", type=_positive, help="with --engine ray: as many at most, by load")
+    p.add_argument("--target", type=float, help="with --max-replicas: requests in progress for each (default: 32)")
     p.add_argument("--max-batch", type=_positive, default=32, help="images of a request and of a batch (default: 32)")
     p.add_argument("--max-delay", type=float, default=1.0, metavar="MS", help="wait for company (default: 1 ms)")
     p.add_argument("--max-queue", type=_positive, default=256, help="images that may wait (default: 256)")

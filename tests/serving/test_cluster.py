@@ -46,9 +46,11 @@ def running(folders):
     command += ["--engine", "ray", "--replicas", "2", "--max-batch", "8"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            # Ray has more to say.
-            line = next((line for line in process.stderr if line.startswith("{")), "")
-            assert json.loads(line)["url"] == f"http://127.0.0.1:{port}"
+            said = [""]
+            while not said[-1].startswith("{"):  # Ray has more to say
+                said.append(process.stderr.readline())
+                assert said[-1], "".join(said)
+            assert json.loads(said[-1])["url"] == f"http://127.0.0.1:{port}"
             yield process, Client(port)
         finally:
             process.terminate()
@@ -118,6 +120,11 @@ def test_the_deploy_file_fits_rays_schema():
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         application({"checkpoint": "out", **wrong})
+
+
+def test_a_target_needs_replicas_to_scale(folders, capsys):
+    assert main(["serve", folders[0], "--engine", "ray", "--target", "2"]) == 2
+    assert "--target is given without --max-replicas" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--float", "--tls-cert=x", "--token-file=x"])

@@ -1,9 +1,12 @@
 """The engine: the model's bits whatever the batch, and every request answered or refused by name, whatever happens."""
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -43,6 +46,45 @@ class Gate:
         self.entered.set()
         assert self.open.wait(20)
         return before(images)
+
+
+THREADS = """
+import sys, time
+from pathlib import Path
+import torch
+from vitq import Engine
+
+def count():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+def settled(most):  # a thread that was joined leaves the list a moment later
+    end = time.monotonic() + 10
+    while count() > most and time.monotonic() < end:
+        time.sleep(0.01)
+    return count()
+
+torch.set_num_threads(3)  # makes threads that are not OpenMP's
+folder, images, start = sys.argv[1], torch.randn(8, *map(int, sys.argv[2:])), count()
+with Engine(folder, threads=3, buckets=(8,)) as busy:
+    made = settled(start + 1)
+    busy(images)
+    ran = count()
+    busy.swap(folder)
+    swapped = settled(ran)
+    with Engine(folder, threads=3, keep_threads=False, buckets=(8,)) as rare:
+        rare(images)
+        beside = settled(ran + 1)
+torch.randn(1 << 20).exp()  # as anybody's would
+print(made - start, ran - start, swapped - start, beside - start, settled(start + 2) - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc to count threads in")
+def test_only_workers_keep_openmp_threads(folders):
+    """Others, idle, would have libgomp put the workers' to sleep between parallel loops."""
+    command = [sys.executable, "-c", THREADS, str(folders[0]), *map(str, SIZE)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.stdout.split() == ["1", "3", "3", "4", "2"], found
 
 
 @pytest.mark.parametrize("backend", ["cpu", "ref"])

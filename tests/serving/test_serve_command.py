@@ -86,7 +86,6 @@ def test_a_server_from_start_to_end(folders, references, tmp_path):
     assert all(e["images"] == 3 <= e["batch"] and e["ms"] >= e["run_ms"] > 0 for e in requests)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl on the PATH")
 def test_small_packets_are_sent_at_once(folders, monkeypatch):
     """An answer goes out in two; the second must not wait until the first is acknowledged."""
     from vitq import Engine
@@ -107,6 +106,7 @@ def test_small_packets_are_sent_at_once(folders, monkeypatch):
     assert found == [1]
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl on the PATH")
 def test_tls_and_a_token(folders, references, tmp_path):
     key, certificate, token = (tmp_path / name for name in ("key.pem", "certificate.pem", "token"))
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
@@ -137,6 +137,7 @@ def test_tls_and_a_token(folders, references, tmp_path):
         (["--token-file", "no-such-file"], "no-such-file"),
         (["--max-queue", "8"], "max_queue=8"),
         (["--timeout", "0"], "answer_s is 0"),
+        (["--max-replicas", "2"], "--max-replicas is given with --engine local"),
         (["--float"], "where its float model came from"),
     ],
 )

@@ -67,11 +67,9 @@ def test_average_precision_is_that_of_torchmetrics(kind):
         return torch.from_numpy(mask.decode(rle(*box)).astype(bool))
 
     def side(rows, *scores):
-        boxes = torch.tensor([box for box, _ in rows], dtype=torch.float32).reshape(-1, 4)
-        out = {"boxes": boxes, "labels": torch.tensor([label for _, label in rows], dtype=torch.int64)}
-        out["masks"] = (
-            torch.stack([pixels(box) for box, _ in rows]) if rows else torch.zeros(0, *SIZE, dtype=torch.bool)
-        )
+        boxes = torch.tensor([box for box, _ in rows], dtype=torch.float32)
+        masks = torch.stack([pixels(box) for box, _ in rows])
+        out = {"boxes": boxes, "labels": torch.tensor([label for _, label in rows]), "masks": masks}
         return out | ({"scores": torch.tensor(scores)} if scores else {})
 
     generator = torch.Generator().manual_seed(0)

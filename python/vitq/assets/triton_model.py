@@ -3,12 +3,14 @@
 Triton hands over the requests of one of its batches; the engine checks each, computes them together and answers each.
 """
 
+import gc
 import json
 from pathlib import Path
 
 import torch
 import triton_python_backend_utils as pb_utils
 import vitq
+from vitq.serving.engine import freeze
 
 
 class TritonPythonModel:
@@ -22,6 +24,7 @@ class TritonPythonModel:
             dtype=getattr(torch, text["dtype"]),
             buckets=[int(b) for b in text["buckets"].split(",")],
         )
+        freeze()
 
     def execute(self, requests):
         return [self._response(future) for future in [self._submit(request) for request in requests]]
@@ -44,3 +47,4 @@ class TritonPythonModel:
 
     def finalize(self):
         self.engine.close()
+        gc.unfreeze()

@@ -37,6 +37,7 @@ from .engine import (
     WorkerFailed,
     buckets_up_to,
     check_images,
+    freeze,
     percentiles,
 )
 from .server import Limits, Server, log
@@ -100,6 +101,7 @@ class Replica:
             max_delay=options.max_delay_ms / 1e3,
             max_queue=options.max_queue,
         )
+        freeze()
 
     def about(self) -> dict[str, Any]:
         """Fields of :class:`Served`, as values."""
@@ -173,6 +175,8 @@ class Gateway:
         self._options, self._handle = options, handle
 
     async def __serve_build_asgi_app__(self) -> Server:
+        torch.set_num_threads(1)
+        freeze()
         about = await self._handle.about.remote()
         engine = Remote(self._handle, about, self._options)
         return Server(engine, self._options.model, limits=self._options.limits, token=os.environ.get("VITQ_TOKEN"))

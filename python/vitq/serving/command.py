@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -17,8 +18,11 @@ import uvicorn
 
 from ..checkpoint import read_config
 from ..sources import load_float
-from .engine import Engine, buckets_up_to
+from .engine import Engine, buckets_up_to, freeze
 from .server import JsonLines, Limits, Server, access, log
+
+RAY = ("max_replicas", "target")
+"""Options that only Ray's engine has."""
 
 
 def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> None:
@@ -29,6 +33,9 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
     if args.engine == "ray":
         _serve_on_ray(args)
         return
+    for name in RAY:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is given with --engine local, expected --engine ray")
     token = os.environ.get("VITQ_TOKEN")
     if args.token_file:
         token = Path(args.token_file).read_text().strip()
@@ -46,7 +53,9 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
         from ..commands import recorded_source
 
         model = load_float(recorded_source(args.checkpoint))
-        reference = Engine(model, device=device, threads=args.threads, buckets=(1, 2, 4), max_queue=32)
+        shape = {"threads": args.threads, "keep_threads": False, "buckets": (1, 2, 4), "max_queue": 32}
+        reference = Engine(model, device=device, **shape)
+    torch.set_num_threads(1)  # of what decodes and checks; the cores are the workers'
     name = args.name or Path(args.checkpoint).resolve().name
     server = Server(engine, name, limits=limits, token=token, reference=reference)
     log_lines(args.log_level)
@@ -67,8 +76,11 @@ def _serve_on_ray(args: argparse.Namespace) -> None:
     read_config(args.checkpoint)
     from . import cluster
 
-    same = ("name", "device", "dtype", "backend", "max_batch", "max_queue", "replicas", "max_replicas")
+    if args.target is not None and args.max_replicas is None:
+        raise ValueError("--target is given without --max-replicas, expected both, or neither")
+    same = ("name", "device", "dtype", "backend", "max_batch", "max_queue", "replicas")
     options = {name: getattr(args, name) for name in same} | {"threads": args.threads or 1, "limits": _limits(args)}
+    options |= {name: value for name in RAY if (value := getattr(args, name)) is not None}
     checkpoint = str(Path(args.checkpoint).resolve())
     log_lines(args.log_level)
     options = cluster.Options(checkpoint=checkpoint, max_delay_ms=args.max_delay, **options)
@@ -124,8 +136,10 @@ async def listen(
     url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
     fields = {"url": url, "model": app.name, "recipe": engine.served.recipe, "device": str(engine.device)}
     fields |= {"replicas": engine.replicas, "threads": engine.threads, "buckets": engine.buckets}
+    freeze()
     log.info("listening", extra={"fields": fields | {"invariant": engine.served.invariant}})
     await server.serve(sockets=[listening])
+    gc.unfreeze()
     for each in filter(None, (engine, app.reference)):
         await asyncio.to_thread(each.close, limits.answer_s)
     log.info("stopped", extra={"fields": {"answered": engine.snapshot().requests}})
@@ -137,4 +151,6 @@ def _reload(engine: Engine, checkpoint: str) -> None:
     except Exception:
         log.exception("the checkpoint was not taken; the one before goes on")
     else:
+        gc.unfreeze()  # of what the old one was
+        freeze()
         log.info("swapped", extra={"fields": {"version": engine.served.version}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -10,10 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +34,8 @@ KEPT = 4096
 """Answers that percentiles are taken over."""
 
 log = logging.getLogger("vitq.serving")
+T = TypeVar("T")
+_counting = threading.Lock()
 
 
 class Overloaded(RuntimeError):
@@ -141,6 +146,8 @@ class Engine:
         device, dtype, backend: where, in which dtype, on which back end (see ``vitq.load``) the model runs.
         replicas: workers. threads: torch threads of each on the CPU, default a fair share of the cores; with several
             replicas each is pinned to cores of its own.
+        keep_threads: False ends the torch threads of a CPU batch with it, for a model that is asked rarely beside one
+            that is busy: OpenMP threads that are more than the cores hinder each other, even where some are idle.
         buckets: batch sizes to warm up; the largest bounds requests and batches.
         max_delay: seconds that a request may wait for others to share its batch.
         max_queue: images that may wait.
@@ -156,6 +163,7 @@ class Engine:
         backend: str | None = None,
         replicas: int = 1,
         threads: int | None = None,
+        keep_threads: bool = True,
         buckets: Iterable[int] = BUCKETS,
         max_delay: float = 0.001,
         max_queue: int = 256,
@@ -172,7 +180,7 @@ class Engine:
         self.device, self.dtype, self.backend = torch.device(device), dtype, backend
         self.max_batch, self.max_delay, self.max_queue = self.buckets[-1], max_delay, max_queue
         self.threads = threads or max(1, cores() // replicas)
-        self.replicas = replicas
+        self.replicas, self.keep_threads = replicas, keep_threads
         self._queue: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._swapping = threading.Lock()
@@ -184,10 +192,13 @@ class Engine:
         self._latencies: deque[tuple[float, float]] = deque(maxlen=KEPT)
         self._image_s = 0.0
         #: The model that answers now.
-        self.served = self._prepare(*self._load(checkpoint), 1)
-        self._workers = [threading.Thread(target=self._live, args=(i,), daemon=True) for i in range(replicas)]
+        self.served = self._apart(lambda: self._prepare(*self._load(checkpoint), 1))
+        before, ready = torch.get_num_threads(), threading.Barrier(replicas + 1)
+        self._workers = [threading.Thread(target=self._live, args=(i, ready), daemon=True) for i in range(replicas)]
         for worker in self._workers:
             worker.start()
+        ready.wait()
+        _use_threads(before)  # theirs would be the default of threads to come
 
     # Requests
 
@@ -243,7 +254,7 @@ class Engine:
         Raises: what the constructor raises; ValueError if images or classes of the new one differ. The old one stays.
         """
         with self._swapping:
-            model, data, about = self._load(checkpoint)
+            model, data, about = self._apart(lambda: self._load(checkpoint))
             was = self.served.data
             for name in ("input_size", "num_classes"):
                 if getattr(data, name) != getattr(was, name):
@@ -252,7 +263,7 @@ class Engine:
                     )
             try:
                 self._pause()
-                self.served = self._prepare(model, data, about, self.served.version + 1)
+                self.served = self._apart(lambda: self._prepare(model, data, about, self.served.version + 1))
             finally:
                 with self._changed:
                     self._paused = False
@@ -300,12 +311,7 @@ class Engine:
         runners = tuple(self._runner(model, data.input_size) for _ in range(self.replicas))
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(self.max_batch, *data.input_size, generator=generator)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            logits = [runners[0](images[:b]) for b in self.buckets]
-        finally:
-            torch.set_num_threads(before)
+        logits = [runners[0](images[:b]) for b in self.buckets]
         want = (self.max_batch, data.num_classes)
         if tuple(logits[-1].shape) != want:
             raise ValueError(f"the model gives {tuple(logits[-1].shape)}, expected logits {want}")
@@ -320,7 +326,7 @@ class Engine:
             def run(images: Tensor) -> Tensor:
                 return model(images.to(self.dtype)).float()
 
-            return run
+            return run if self.keep_threads else lambda images: self._apart(lambda: run(images))
         stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(stream):
             example = torch.zeros(1, *size, dtype=self.dtype, device=self.device)
@@ -340,16 +346,31 @@ class Engine:
                 self._paused = True
                 self._changed.wait_for(lambda: not any(self._batches))
 
+    def _apart(self, do: Callable[[], T]) -> T:
+        """``do()``, on a CPU in a thread that ends, and its OpenMP threads with it. They would stay with the caller,
+        and where those of a process are more than the cores, libgomp lets none of them spin: at every parallel loop
+        the workers' would have to be woken, and a small model would take twice its time.
+        """
+        if self.device.type != "cpu":
+            return do()
+        before = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(1, initializer=_use_threads, initargs=(self.threads,)) as thread:
+                return thread.submit(do).result()
+        finally:
+            _use_threads(before)
+
     # Workers
 
-    def _live(self, replica: int) -> None:
+    def _live(self, replica: int, ready: threading.Barrier) -> None:
         """A worker's thread: whatever ends the worker, requests that it held go back to the front of the queue."""
         if self.device.type == "cpu":
-            torch.set_num_threads(self.threads)
+            _use_threads(self.threads)
             if self.replicas > 1 and hasattr(os, "sched_setaffinity"):
                 own = sorted(os.sched_getaffinity(0))[replica * self.threads : (replica + 1) * self.threads]
                 if len(own) == self.threads:
                     os.sched_setaffinity(0, own)  # of this thread, and of the OpenMP threads that it starts
+        ready.wait()
         batch, death = self._batches[replica], None
         while True:
             try:
@@ -454,8 +475,23 @@ def check_images(images: Tensor, size: tuple[int, int, int], most: int) -> None:
     if images.dim() != 4 or tuple(images.shape[1:]) != size or not 1 <= len(images) <= most:
         want = ", ".join(map(str, (f"1..{most}", *size)))
         raise ValueError(f"images has shape {tuple(images.shape)}, expected ({want})")
-    if not images.isfinite().all():
+    if not np.isfinite(images.detach().numpy()).all():  # torch would use the caller's OpenMP threads
         raise ValueError("images has NaN or Inf, expected finite values")
+
+
+def freeze() -> None:
+    """Spares Python's collector all that is loaded by now: it would look through it every so often, in a process with
+    torch for a sixth of a second, in which nobody is answered. ``gc.unfreeze`` before the end: libraries miss objects.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def _use_threads(count: int) -> None:
+    """Torch threads of this thread, and the default of those that have not asked."""
+    with _counting:
+        torch.set_num_threads(count)
+        torch.get_num_threads()  # a thread's first look takes the default of that moment, over what was set
 
 
 def buckets_up_to(most: int) -> tuple[int, ...]:
