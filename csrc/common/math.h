@@ -7,23 +7,33 @@
 
 namespace vitq::VITQ_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
-// x·(1 − t(x)) or x·t(−x): half the instructions of the closed forms below, no division. Two registers hold a
-// table of 32, which one instruction reads. 0 below −5.96, where the result is less than 1e-8; NaN for NaN.
-VITQ_INLINE F gelu_by_tail(F x, const float (&table)[5][kTailPieces]) {
+#if defined(__AVX512F__)
+static constexpr auto &kErfTail = kErfTail32, &kTanhTail = kTanhTail32;
+VITQ_INLINE F look_up(const float (&row)[32], F low_bits) {
+  return (F)_mm512_permutex2var_ps((__m512)load(row), (__m512i)low_bits, (__m512)load(row + 16));
+}
+#else
+static constexpr auto &kErfTail = kErfTail8, &kTanhTail = kTanhTail8;
+VITQ_INLINE F look_up(const float (&row)[8], F low_bits) {
+  return (F)_mm256_permutevar8x32_ps((__m256)load(row), (__m256i)low_bits);
+}
+#endif
+
+// x·(1 − t(x)) or x·t(−x): half the instructions of the closed forms below, no division; one instruction
+// looks a register of coefficients up. 0 below −5.96 (AVX2: −5.68), where the result is less than 1e-7; NaN
+// for NaN.
+template <int kTerms, int kPieces>
+VITQ_INLINE F gelu_by_tail(F x, const float (&table)[kTerms][kPieces]) {
+  constexpr float step = tail_step(kPieces);
   x = max(set(-12.5f), x);
-  const F a = min(set((kTailPieces - 1) * kTailStep), abs(x));
+  const F a = min(set((kPieces - 1) * step), abs(x));
   const F magic = set(12582912.0f);  // 1.5·2^23: adding it rounds to an integer, which its low bits then hold
-  const F shifted = fma(a, set(1.0f / kTailStep), magic);
-  const F r = fma(shifted - magic, set(-kTailStep), a);
-  const auto row = [&](int i) VITQ_LAMBDA {
-    return (F)_mm512_permutex2var_ps((__m512)load(table[i]), (__m512i)shifted, (__m512)load(table[i] + 16));
-  };
-  F t = fma(row(4), r, row(3));
-  t = fma(t, r, row(2));
-  t = fma(t, r, row(1));
-  t = fma(t, r, row(0));
+  const F shifted = fma(a, set(1.0f / step), magic);
+  const F r = fma(shifted - magic, set(-step), a);
+  F t = look_up(table[kTerms - 1], shifted);
+  unroll<kTerms - 1>([&](auto i) VITQ_LAMBDA { t = fma(t, r, look_up(table[kTerms - 2 - i], shifted)); });
   return x * (x < 0.0f ? t : 1.0f - t);
 }
 VITQ_INLINE F gelu_erf(F x) { return gelu_by_tail(x, kErfTail); }
