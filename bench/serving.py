@@ -300,8 +300,8 @@ def processor_ms(pid: int) -> float:
 
 
 async def scaling(what: str, data: tuple[Tensor, Tensor], most_s: float = 180.0) -> dict:
-    """Of Ray with up to two replicas and CLIENTS requests always under way: seconds until two answer (None: never), and
-    how many requests were answered until then and a while after.
+    """Of Ray with up to two replicas and CLIENTS requests always under way: seconds until two answer, and how many
+    requests were answered until then and a while after. Raises: AssertionError: no second one, or a wrong answer.
     """
     import ray
     from ray import serve
@@ -312,12 +312,12 @@ async def scaling(what: str, data: tuple[Tensor, Tensor], most_s: float = 180.0)
         ray.init("auto", log_to_driver=False)
         pool, start = Pool(port), time.perf_counter()
         ask = ask_server(pool, [infer(image[None]) for image in images], wanted, True)
-        answers, seconds = 0, None
-        while seconds is None and time.perf_counter() - start < most_s:
+        answers, states, seconds = 0, {}, 0.0
+        while states.get("RUNNING") != 2:
+            assert seconds < most_s, states
             answers += len((await closed(ask, CLIENTS, 2))[1])
             states = serve.status().applications[APPLICATION].deployments["replica"].replica_states
-            if states.get("RUNNING") == 2:
-                seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start
         answers += len((await closed(ask, CLIENTS, 10))[1])
         pool.close()
         ray.shutdown()

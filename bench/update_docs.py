@@ -145,11 +145,13 @@ def serving_pages(text: str, record: dict) -> str:
         f"{memory[-1]:.0f} MB at the end."
     )
     scaled = record["scaling"]
-    scaling = (
-        f"`--max-replicas {scaled['replicas']} --target {scaled['target']}`, {scaled['clients']} requests under way at "
-        f"any time: the second replica answered after {scaled['seconds']:.0f} s; {scaled['answers']} requests until "
-        "then and in the 10 s after, none refused, none answered wrongly."
-    )
+    scaling = "Ray was not installed."
+    if scaled is not None:
+        scaling = (
+            f"`--max-replicas {scaled['replicas']} --target {scaled['target']}`, {scaled['clients']} requests under way "
+            f"at any time: the second replica answered after {scaled['seconds']:.0f} s; {scaled['answers']} requests "
+            "until then and in the 10 s after, none refused, none answered wrongly."
+        )
     tables = {"serving-load": table(record["rows"], load), "serving-overhead": table(record["overhead"], overhead),
               "serving-scaling": scaling,
               "serving-faults": f"{line}\n\n{table(kinds, {'what': 'malformed', 'n': 'requests'})}"}  # fmt: skip

@@ -480,8 +480,8 @@ def check_images(images: Tensor, size: tuple[int, int, int], most: int) -> None:
 
 
 def freeze() -> None:
-    """Spares Python's collector all that is loaded by now: it would look through it every so often, in a process with
-    torch for a sixth of a second, in which nobody is answered. ``gc.unfreeze`` before the end: libraries miss objects.
+    """Spares Python's collector all that is loaded by now: it would look through it every so often, which the slowest
+    percent of answers showed. ``gc.unfreeze`` before the end: libraries complain of objects that are not freed.
     """
     gc.collect()
     gc.freeze()
