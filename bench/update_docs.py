@@ -148,9 +148,9 @@ def serving_pages(text: str, record: dict) -> str:
     scaling = "Ray was not installed."
     if scaled is not None:
         scaling = (
-            f"`--max-replicas {scaled['replicas']} --target {scaled['target']}`, {scaled['clients']} requests under way "
-            f"at any time: the second replica answered after {scaled['seconds']:.0f} s; {scaled['answers']} requests "
-            "until then and in the 10 s after, none refused, none answered wrongly."
+            f"`--max-replicas {scaled['replicas']} --target {scaled['target']}`, {scaled['clients']} requests under "
+            f"way at any time: the second replica answered after {scaled['seconds']:.0f} s; {scaled['answers']} "
+            "requests until then and in the 10 s after, none refused, none answered wrongly."
         )
     tables = {"serving-load": table(record["rows"], load), "serving-overhead": table(record["overhead"], overhead),
               "serving-scaling": scaling,
