@@ -58,9 +58,13 @@ def test_percentages_and_kinds_reach_the_page():
         "overhead": [{"who": "engine", "ms": 1.0, "over_ms": 0.0}],
         "faults": {"requests": 10, "malformed": {"NaN": 2}, "wrong": [], "statuses": {"200": 8, "400": 2},
                    "resident_mb": [100.0, 101.0, 102.0]},
+        "scaling": {"replicas": 2, "target": 3, "clients": 4, "seconds": 5.4, "answers": 6},
     }  # fmt: skip
-    names = ("serving-load", "serving-overhead", "serving-faults")
-    page = update_docs.serving_pages("".join(f"<!-- table {n}: x -->\n<!-- end -->\n" for n in names), record)
+    names = ("serving-load", "serving-scaling", "serving-overhead", "serving-faults")
+    empty = "".join(f"<!-- table {n}: x -->\n<!-- end -->\n" for n in names)
+    page = update_docs.serving_pages(empty, record)
+    assert "the second replica answered after 5 s; 6 requests until then" in page
+    assert "Ray was not installed" in update_docs.serving_pages(empty, record | {"scaling": None})
     assert "| engine | integer | 1.00 | 2.00 | 2.00 |" in page
     assert "10 requests, 2 of them malformed: 0 wrong answers or statuses; statuses 200: 8, 400: 2" in page
     assert "| NaN | 2 |" in page
