@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+UNLIMITED = 1000
+"""Characters of a line where nothing has to fit."""
 _LEFT = ("recipe", "split", "model", "mode", "variant", "what", "")
 
 
 def make(json: bool) -> Console:
-    """Where people read: stdout, or stderr when stdout is to hold JSON alone."""
-    return Console(stderr=json)
+    """Where people read: stdout, or stderr when stdout is to hold JSON alone. What is no terminal has lines of any
+    length.
+    """
+    console = Console(stderr=json)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = UNLIMITED
+    return console
 
 
 def print_rows(console: Console, title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
     """A table of ``rows``; ``columns`` maps keys to headings in order."""
-    table = Table(title=title, title_justify="left")
-    for heading in columns.values():
-        table.add_column(heading, justify="left" if heading in _LEFT else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(row.get(key)) for key in columns))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    cells = [[cell(row.get(key)) for key in columns] for row in rows]
+    for i, heading in enumerate(columns.values()):
+        justify = "left" if heading in _LEFT else "right"
+        if len(heading) > max((len(line[i]) for line in cells), default=0):
+            heading = heading.replace(" ", "\n")
+        table.add_column(heading, justify=justify, overflow="fold")
+    for line in cells:
+        table.add_row(*line)
     console.print(table)
 
 
