@@ -122,9 +122,19 @@ def test_wrong_options_are_refused(wrong):
         application({"checkpoint": "out", **wrong})
 
 
-def test_a_target_needs_replicas_to_scale(folders, capsys):
-    assert main(["serve", folders[0], "--engine", "ray", "--target", "2"]) == 2
-    assert "--target is given without --max-replicas" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--target", "2"], "--target is given without --max-replicas"),
+        (["--target", "0", "--max-replicas", "2"], "--target is 0.0, expected"),
+        (["--target", "nan", "--max-replicas", "2"], "--target is nan, expected"),
+        (["--target", "inf", "--max-replicas", "2"], "--target is inf, expected"),
+        (["--replicas", "3", "--max-replicas", "2"], "--max-replicas is 2, expected at least --replicas, 3"),
+    ],
+)
+def test_scaling_that_cannot_be_is_refused(folders, capsys, argv, message):
+    assert main(["serve", folders[0], "--engine", "ray", *argv]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--float", "--tls-cert=x", "--token-file=x"])

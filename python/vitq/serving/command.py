@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -76,8 +77,12 @@ def _serve_on_ray(args: argparse.Namespace) -> None:
     read_config(args.checkpoint)
     from . import cluster
 
+    if args.max_replicas is not None and args.max_replicas < args.replicas:
+        raise ValueError(f"--max-replicas is {args.max_replicas}, expected at least --replicas, {args.replicas}")
     if args.target is not None and args.max_replicas is None:
         raise ValueError("--target is given without --max-replicas, expected both, or neither")
+    if args.target is not None and not 0 < args.target < math.inf:
+        raise ValueError(f"--target is {args.target}, expected requests above 0")
     same = ("name", "device", "dtype", "backend", "max_batch", "max_queue", "replicas")
     options = {name: getattr(args, name) for name in same} | {"threads": args.threads or 1, "limits": _limits(args)}
     options |= {name: value for name in RAY if (value := getattr(args, name)) is not None}
