@@ -95,6 +95,25 @@ def test_gradients_of_codes_are_those_of_their_definition(groups):
     assert 0 < int((want[0] == 0).sum()) < x.numel(), "some are clamped"
 
 
+@pytest.mark.parametrize("table", [False, True])
+def test_gradients_with_dropped_elements_are_those_of_their_definition(table):
+    """What stays float is x/scale, unclamped and off the table; everything else as without dropping."""
+    torch.manual_seed(0)
+    x = (6 * torch.randn(64, 1, 8)).requires_grad_()
+    scale, zero = torch.rand(1, 1, 1).add_(0.3).requires_grad_(), torch.tensor([-2.0], requires_grad=True)
+    lut = torch.arange(-128, 128).clamp(-8, 7).div(2, rounding_mode="floor").mul(2).to(torch.int8) if table else None
+    codes = fq.quantize(x, scale, zero, -8, 7, lut).detach()
+    got = fq.quantize(x, scale, zero, -8, 7, lut, fq.Drop(0.25, torch.Generator().manual_seed(1)))
+    kept = fq.Drop(0.25, torch.Generator().manual_seed(1))(x).bool()
+    assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.06)
+    assert torch.equal(got, torch.where(kept, codes, x * (1.0 / scale)))
+    upstream = torch.randn(64, 1, 8)
+    smooth = torch.where(kept, torch.maximum(torch.minimum(x / scale, 7 - zero), -8 - zero), x / scale)
+    wanted = torch.autograd.grad((smooth * upstream).sum(), (x, scale, zero))
+    for g, w in zip(torch.autograd.grad((got * upstream).sum(), (x, scale, zero)), wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+
+
 def test_codes_are_held_where_nothing_makes_them_anew():
     layer = SimLinear(torch.randn(6, 8), None)
     layer.quant.set(QuantSpec(4, granularity="per_channel"), torch.full((6,), 0.3))

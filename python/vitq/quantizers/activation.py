@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vitq_kernels.formats import QuantSpec
@@ -76,11 +75,9 @@ class ActivationQuantizer(nn.Module):
         if spec.dynamic:
             qmax = spec.qmax if bits is None else bits.qmax(spec.qmax).reshape(m, -1, 1).to(x.dtype)
             scale = fq.dynamic_scale(grouped, qmax)
-            code = fq.quantize(grouped, scale, 0.0, -qmax, qmax, self.lut)
+            code = fq.quantize(grouped, scale, 0.0, -qmax, qmax, self.lut, self.drop)
         else:
             scale = self.scale.reshape(1, self.groups, 1)
             zero_point = 0.0 if spec.symmetric else self._zero_point()
-            code = fq.quantize(grouped, scale, zero_point, spec.qmin, spec.qmax, self.lut)
-        if self.drop is not None and torch.is_grad_enabled():
-            code = self.drop(code, grouped * (1.0 / scale))
+            code = fq.quantize(grouped, scale, zero_point, spec.qmin, spec.qmax, self.lut, self.drop)
         return code.reshape(m, k), scale.squeeze(-1)

@@ -59,11 +59,10 @@ class FocusQuantizer(nn.Module):
     def forward(self, position: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """Integer levels of what lies at ``position``, their step and offset: P ≈ level·step + offset."""
         spec = self.spec
-        code = fq.round_ste(position)
+        dropping = self.drop is not None and spec.affine and torch.is_grad_enabled()
+        code = fq.round_ste(position, self.drop(position) if dropping else None)
         width = self.b2 - self.b1
         if spec.affine:
-            if self.drop is not None and torch.is_grad_enabled():
-                code = self.drop(code, position)
             return code, width / spec.n, self.b1
         levels, _, _ = spec.decode()
         step = self.b2 / self.grid
