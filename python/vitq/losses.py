@@ -23,7 +23,8 @@ of Δ agree to one part in a thousand are left out of the inverse.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -41,24 +42,45 @@ def hooked(model: nn.Module, module: nn.Module, hook: Callable, images: Tensor) 
         handle.remove()
 
 
+@contextmanager
+def standing_in(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Modules computed by these functions of their inputs instead of their own."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits/T) in float64."""
     return (logits.double() / temperature).log_softmax(-1)
 
 
 def kl_gradient(
-    model: nn.Module, module: nn.Module, output: Tensor, images: Tensor, wanted: Tensor, temperature: float = 1.0
+    model: nn.Module,
+    module: nn.Module,
+    output: Tensor,
+    images: Tensor,
+    wanted: Tensor,
+    temperature: float = 1.0,
+    unread: Mapping[nn.Module, torch.Size] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """KL(P ‖ softmax(logits/T)) of each image [B] and its gradient at ``output``.
 
     Args:
         model: whose parameters are not learned; ``module`` of it returns ``output`` [B, ...] instead of its own.
         wanted: [B, C] log P, held fixed.
+        unread: modules that nothing but ``module`` reads, if through others of them, and the shapes [...] of what they
+            make of an image: they are not computed.
     """
     leaf = output.detach().requires_grad_()
-    with torch.enable_grad():
+    skipped = {m: lambda x, *_, shape=shape, **__: x.new_empty(len(x), *shape) for m, shape in (unread or {}).items()}
+    with torch.enable_grad(), standing_in({**skipped, module: lambda *_, **__: leaf}):
         # Only what follows the leaf is recorded.
-        found = log_probabilities(hooked(model, module, lambda *_: leaf, images), temperature)
+        found = log_probabilities(model(images), temperature)
         loss = (wanted.exp() * (wanted - found)).sum(-1)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach(), gradient
@@ -73,11 +95,13 @@ class KLGradients:
             self._wanted = [log_probabilities(model(part), temperature) for part in self._parts]
         self._batch = batch
 
-    def __call__(self, module: nn.Module, output: Tensor) -> Tensor:
-        """g [B, ...] at z = ``output``; ``module`` is the float model's."""
+    def __call__(
+        self, module: nn.Module, output: Tensor, unread: Mapping[nn.Module, torch.Size] | None = None
+    ) -> Tensor:
+        """g [B, ...] at z = ``output``; ``module`` is the float model's. unread: as in :func:`kl_gradient`."""
         return torch.cat(
             [
-                kl_gradient(self._model, module, z, images, wanted, self._temperature)[1]
+                kl_gradient(self._model, module, z, images, wanted, self._temperature, unread)[1]
                 for z, images, wanted in zip(output.split(self._batch), self._parts, self._wanted)
             ]
         )

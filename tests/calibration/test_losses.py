@@ -2,6 +2,7 @@
 them does to the logits of images it never saw."""
 
 from functools import partial
+from unittest import mock
 
 import minmax
 import numpy as np
@@ -88,6 +89,32 @@ def test_gradient_of_a_linear_tail(t):
     assert torch.allclose(KLGradients(toy, toy.images, 2, t)(toy.body, z), gradient)
     assert not z.requires_grad
     assert not toy.body._forward_hooks
+
+
+@pytest.mark.parametrize("family", [minmax.vit, minmax.swin])
+def test_gradients_do_not_need_what_is_not_read(family):
+    """The blocks before one need not be computed, and are not: their outputs are not defined."""
+    c = calibration(family(), 6)
+    gradients = KLGradients(c.reference, c.images, 4, 2.0)
+    for block in c.sim.family.blocks()[1:]:
+        module, unread = c.reference.model.get_submodule(block.path), c.unread(block.path)
+        z = 1.1 * next(c.run(c.reference, u, x) for u, x, _ in c.walk() if u.path == block.path)
+        want = gradients(module, z)
+        with mock.patch.object(torch.Tensor, "new_empty", lambda x, *shape: x.new_full(shape, torch.nan)):
+            assert torch.equal(gradients(module, z, unread), want)
+        assert not any("forward" in vars(m) for m in (module, *unread))
+    assert unread, "the last block reads another"
+
+
+def test_what_is_read_elsewhere_is_computed():
+    c = calibration(minmax.vit(), 4)
+    first, *_, last = c.sim.family.blocks()
+    assert c.unread(last.path)
+    model, seen = c.reference.model, []
+    model.get_submodule(first.path).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    forward = model.forward
+    model.forward = lambda x: forward(x) + seen.pop().mean()
+    assert c.unread(last.path) == {}
 
 
 def quantized_outputs(c: Calibration) -> tuple[Unit, tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:

@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from .. import parallel
+from ..losses import standing_in
 from ..lowrank import kernel_rank
 from ..models.sites import BlockSite, LinearSite
 from ..observers import Observations, observe
 from ..quantizers import SimLinear
-from ..simulate import SimModel, inputs_of
+from ..simulate import SimModel, inputs_of, recording
 from ..workdir import WorkDir, apply_snapshot, snapshot
 
 if TYPE_CHECKING:
@@ -200,18 +201,36 @@ class Calibration:
 
     def successors(self) -> dict[str, str]:
         """Unit -> the unit that reads its output and nothing else, as one image shows it."""
+        seen = self._one_image()
+        return {a: b for a, b in pairwise(seen) if seen[b][0] is seen[a][1]}
+
+    def unread(self, path: str) -> dict[nn.Module, torch.Size]:
+        """The float model's units whose output of an image, of this shape, serves that of the unit at ``path`` alone.
+
+        Empty where one of those before it is read elsewhere as well, as features of several depths are.
+        """
+        seen, before = self._one_image(), {b: a for a, b in self.successors().items()}
+        module, output = self.reference.model.get_submodule(path), seen[path][1]
+        out: dict[nn.Module, torch.Size] = {}
+        while (path := before.get(path)) is not None:
+            out[self.reference.model.get_submodule(path)] = seen[path][1].shape[1:]
+        nothing = {
+            m: lambda x, *_, shape=shape, **__: x.new_full((len(x), *shape), torch.nan) for m, shape in out.items()
+        }
+        with torch.no_grad(), standing_in({**nothing, module: lambda *_, **__: output}):
+            return {} if bool(self.reference(self.images[:1]).isnan().any()) else out
+
+    def _one_image(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Unit -> what enters and what leaves it in the float model, by its order of execution."""
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         modules = {unit.path: self.reference.model.get_submodule(unit.path) for unit in self.sim.sequence}
 
-        def hook(path: str) -> Callable:
-            return lambda module, inputs, output: seen.__setitem__(path, (inputs[0], output))
+        def keep(path: str, inputs: tuple, output: Tensor) -> None:
+            seen[path] = inputs[0], output
 
-        handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
-        with torch.no_grad():
+        with torch.no_grad(), recording(modules, keep):
             self.reference(self.images[:1])
-        for handle in handles:
-            handle.remove()
-        return {a: b for a, b in pairwise(seen) if seen[b][0] is seen[a][1]}
+        return seen
 
     def units(self, units: list[Unit] | None = None) -> Iterator[tuple[Unit, Tensor, Tensor]]:
         """:meth:`walk` that skips units finished in an earlier, interrupted run and keeps every finished one."""

@@ -250,7 +250,7 @@ def score_block(calibration: Calibration, block: BlockSite, normalise: bool) -> 
     """The score of one block of the float model whose quantized form is the simulation's."""
     reference = calibration.reference.model
     exact, quantized = (m.model.get_submodule(block.path) for m in (calibration.reference, calibration.sim))
-    sums = _Sums()
+    sums, unread = _Sums(), calibration.unread(block.path)
     for images in calibration.batches(calibration.images):
         z: list[Tensor] = []
 
@@ -260,7 +260,7 @@ def score_block(calibration: Calibration, block: BlockSite, normalise: bool) -> 
 
         with torch.no_grad():
             wanted = log_probabilities(hooked(reference, exact, through, images))
-        loss, gradient = kl_gradient(reference, exact, z[1], images, wanted)
+        loss, gradient = kl_gradient(reference, exact, z[1], images, wanted, unread=unread)
         sums.add(loss, gradient, z[1] - z[0])
     return sums.score(normalise)
 

@@ -96,7 +96,9 @@ def unit_loss(
     """``options.loss`` of one unit: x_ref is what enters it in the float model and makes ``target``, x_sim in ours."""
     if gradients is None:
         return UnitLoss()
-    at = partial(gradients, calibration.reference.model.get_submodule(members(unit)[-1].path))
+    last = members(unit)[-1].path
+    module, unread = calibration.reference.model.get_submodule(last), calibration.unread(last)
+    at = partial(gradients, module, unread=unread)
     output = partial(calibration.run, calibration.sim, unit)
     if options.loss == "fisher_diagonal":
         return UnitLoss(at(output(x_sim)).square())
