@@ -34,12 +34,12 @@ from bench.models import MODELS
 ROOT = Path(__file__).resolve().parents[2]
 CLOSED_FORMS = (
     "minmax", "percentile", "mse", "bias-correction", "ptq4vit", "ptq4vit-tables", "repq-vit", "repq-vit-tables",
-    "erq", "erq-tables", "adalog", "adalog-tables", "mptq-vit", "lrp-qvit", "mix-qvit", "lampq", "pmq-mixed",
+    "erq", "erq-tables", "adalog", "adalog-tables", "mptq-vit", "lrp-qvit", "mix-qvit", "lampq",
 )  # fmt: skip
 LEARNED = ("brecq", "qdrop", "is-vit", "aphq-vit", "fima-q", "pack-ptq", "aiqvit")
 #: What the table holds: every method at W4A4, a few at the other widths.
 RECIPES = (
-    "vitq-w4a4", "vitq-strict-w4a4", "vitq-mixed", *(f"{name}-w4a4" for name in CLOSED_FORMS),
+    "vitq-w4a4", "vitq-strict-w4a4", "vitq-mixed", "pmq-mixed", *(f"{name}-w4a4" for name in CLOSED_FORMS),
     *(f"{name}-{bits}" for bits in ("w3a3", "w6a6", "w8a8", "w4a8", "w2a4") for name in (
         "vitq", "vitq-strict", "minmax", "repq-vit-tables", "erq-tables"
     )),
