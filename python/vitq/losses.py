@@ -54,6 +54,11 @@ def standing_in(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
             del module.forward
 
 
+def undefined(shapes: Mapping[nn.Module, torch.Size]) -> dict[nn.Module, Callable]:
+    """For :func:`standing_in`: NaN of these shapes [...] for every image, so that it shows if one is read."""
+    return {m: lambda x, *_, shape=shape, **__: x.new_full((len(x), *shape), torch.nan) for m, shape in shapes.items()}
+
+
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits/T) in float64."""
     return (logits.double() / temperature).log_softmax(-1)
@@ -77,8 +82,7 @@ def kl_gradient(
             make of an image: they are not computed.
     """
     leaf = output.detach().requires_grad_()
-    skipped = {m: lambda x, *_, shape=shape, **__: x.new_empty(len(x), *shape) for m, shape in (unread or {}).items()}
-    with torch.enable_grad(), standing_in({**skipped, module: lambda *_, **__: leaf}):
+    with torch.enable_grad(), standing_in({**undefined(unread or {}), module: lambda *_, **__: leaf}):
         # Only what follows the leaf is recorded.
         found = log_probabilities(model(images), temperature)
         loss = (wanted.exp() * (wanted - found)).sum(-1)

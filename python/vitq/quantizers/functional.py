@@ -86,7 +86,7 @@ def _bounds(
     zero_point: Tensor | float, qmin: Tensor | int, qmax: Tensor | int
 ) -> tuple[Tensor | float, Tensor | float]:
     """Of centred codes, as numbers where that costs no synchronization: a CPU clamps to them four times as fast."""
-    zero_point = float(zero_point) if isinstance(zero_point, Tensor) and zero_point.is_cpu else zero_point
+    zero_point = zero_point.item() if isinstance(zero_point, Tensor) and zero_point.is_cpu else zero_point
     return qmin - zero_point, qmax - zero_point
 
 
@@ -171,7 +171,7 @@ class Drop:
 
     def __call__(self, x: Tensor) -> Tensor:
         """1 where x is to be quantized and 0 where it is to stay, drawn anew."""
-        # Four to a draw of 64 bits; torch.rand takes four times as long.
+        # Four to a draw of 64 bits; torch.rand takes three times as long.
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device="cpu")
         drawn = words.random_(-(2**63), None, generator=self.generator).view(torch.int16)[: x.numel()]
         return torch.gt(drawn.to(x.device).view(x.shape), self._last, out=x.new_empty(x.shape))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from .. import parallel
-from ..losses import standing_in
+from ..losses import standing_in, undefined
 from ..lowrank import kernel_rank
 from ..models.sites import BlockSite, LinearSite
 from ..observers import Observations, observe
@@ -90,6 +90,11 @@ def find(stage: str, name: str) -> Method:
         known = sorted(n for s, n in _methods if s == stage)
         raise ValueError(f"{stage}.method is {name!r}, expected one of {', '.join(known) or '(none yet)'}")
     return _methods[stage, name]
+
+
+def _successors(seen: dict[str, tuple[Tensor, Tensor]]) -> dict[str, str]:
+    """Unit -> the one that reads its output, of what enters and leaves them in their order of execution."""
+    return {a: b for a, b in pairwise(seen) if seen[b][0] is seen[a][1]}
 
 
 @dataclass
@@ -201,23 +206,20 @@ class Calibration:
 
     def successors(self) -> dict[str, str]:
         """Unit -> the unit that reads its output and nothing else, as one image shows it."""
-        seen = self._one_image()
-        return {a: b for a, b in pairwise(seen) if seen[b][0] is seen[a][1]}
+        return _successors(self._one_image())
 
     def unread(self, path: str) -> dict[nn.Module, torch.Size]:
         """The float model's units whose output of an image, of this shape, serves that of the unit at ``path`` alone.
 
         Empty where one of those before it is read elsewhere as well, as features of several depths are.
         """
-        seen, before = self._one_image(), {b: a for a, b in self.successors().items()}
+        seen = self._one_image()
+        before = {b: a for a, b in _successors(seen).items()}
         module, output = self.reference.model.get_submodule(path), seen[path][1]
         out: dict[nn.Module, torch.Size] = {}
         while (path := before.get(path)) is not None:
             out[self.reference.model.get_submodule(path)] = seen[path][1].shape[1:]
-        nothing = {
-            m: lambda x, *_, shape=shape, **__: x.new_full((len(x), *shape), torch.nan) for m, shape in out.items()
-        }
-        with torch.no_grad(), standing_in({**nothing, module: lambda *_, **__: output}):
+        with torch.no_grad(), standing_in({**undefined(out), module: lambda *_, **__: output}):
             return {} if bool(self.reference(self.images[:1]).isnan().any()) else out
 
     def _one_image(self) -> dict[str, tuple[Tensor, Tensor]]:
