@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import attention_oracle
 import test_layer_norm_quantize as norm_oracle
+import test_learning as learning_oracle
 import test_qlinear as linear_oracle
 import torch
 import torch.nn.functional as F
 
 import vitq_kernels as vk
 from vitq_kernels.formats import FocusSpec
+from vitq_kernels.ops import learning
 from vitq_kernels.testing import assert_codes_match, gamma
 
 from .registry import Prepared, benchmark
@@ -106,4 +110,60 @@ def norm(case: str) -> Prepared:
     }.items():
         norm_oracle.check(x, weight, bias, quant, "cpu")
         calls[name] = lambda quant=quant: vk.layer_norm_quantize(x, weight, bias, eps, quant)
+    return Prepared(calls)
+
+
+@benchmark("learning", [f"{m}x{k}" for m in (1576, 4728) for k in (384, 1536)], ["1576x384"])
+@torch.inference_mode(False)
+def learned_quantizer(case: str) -> Prepared:
+    """MxK: a static 4-bit quantizer and its derivative, as they are learned, beside torch's own of the same kind."""
+    m, k = sizes(case)
+    g = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(m, k, generator=g) for _ in range(2))
+    scale, zero = torch.tensor([0.3]), torch.zeros(1)
+    leaves = [v.clone().requires_grad_() for v in (x, scale)]
+    drop = learning.Dropped(1, 0.5)
+
+    @torch.inference_mode(False)
+    def theirs() -> tuple[torch.Tensor, ...]:
+        y = torch._fake_quantize_learnable_per_tensor_affine(*leaves, zero, -7, 7, 1.0)
+        return y, *torch.autograd.grad(y, leaves, upstream)
+
+    @torch.inference_mode(False)
+    def ours(dropped: learning.Dropped | None = None) -> tuple[torch.Tensor, ...]:
+        y = learning.fake_quantize(*leaves, 0.0, -7, 7, None, dropped)
+        return y, *torch.autograd.grad(y, leaves, upstream)
+
+    (y, *got), wide = ours(), [v.double().requires_grad_() for v in (x, scale)]
+    torch.testing.assert_close(y, theirs()[0])
+    bounds = (torch.tensor(v, dtype=torch.float64) for v in (0.0, -7.0, 7.0))
+    want = learning_oracle.defined_fake_quantize(*wide, *bounds, None, torch.tensor(True))
+    gradients = learning_oracle.gradients(want, upstream.double(), *wide)
+    learning_oracle.assert_near([v.double() for v in got], gradients, 1e-4)
+    return Prepared({"torch": theirs, "ours": ours, "ours, half dropped": lambda: ours(drop)})
+
+
+@benchmark("learning_softmax", [f"{b}x{h}x{n}" for b in (8, 24) for h, n in ((3, 65), (6, 197))], ["8x3x65"])
+@torch.inference_mode(False)
+def learned_softmax(case: str) -> Prepared:
+    """BxHxN: softmax, its quantizer and their derivative, as they are learned, beside a softmax without a quantizer."""
+    b, h, n = sizes(case)
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(b, h, n, n, generator=g).requires_grad_()
+    upstream = torch.randn(b, h, n, n, generator=g)
+
+    @torch.inference_mode(False)
+    def alone() -> object:
+        return torch.autograd.grad(scores.softmax(-1), scores, upstream)
+
+    @torch.inference_mode(False)
+    def ours(leaves: list[torch.Tensor], focus: FocusSpec) -> object:
+        return torch.autograd.grad(learning.focused_softmax(*leaves, focus)[0], leaves, upstream)
+
+    calls = {"softmax alone": alone}
+    for name, focus in FOCUSES.items():
+        leaves = [scores, *(torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (focus.b1, focus.b2))]
+        head = scores[:1, :1].detach().requires_grad_()
+        learning_oracle.check_focused_softmax([head, *leaves[1:]], upstream[:1, :1], focus)
+        calls[name] = partial(ours, leaves, focus)
     return Prepared(calls)

@@ -1,6 +1,6 @@
 """Everything on the CPU that is a time, beside what a user would pick instead: one file per machine.
 
-    python -m bench.run [--quick] [--threads 1,2] [--only linear,model] [--peers none] [--isa avx2]
+    python -m bench.run [--quick] [--threads 1,2] [--only linear --only model:CASE] [--peers none] [--isa avx2]
 
 Every figure is a ratio within one process, taken in turns, after the result passed its check. One process per
 benchmark, thread count and peer, pinned to as many cores as it has threads. Run it on an otherwise idle machine, then

@@ -79,39 +79,16 @@ def test_activation_comparison_rejects_a_planted_bug():
         assert not torch.equal(q(x)[0].to(torch.int8), want)
 
 
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("groups", [1, 3])
-def test_gradients_of_codes_are_those_of_their_definition(groups):
-    """Against clamp and division, which autograd differentiates; rounding drops out, being straight through."""
-    torch.manual_seed(groups)
-    x = (6 * torch.randn(5, groups, 8)).requires_grad_()
-    scale, zero = torch.rand(1, groups, 1).add_(0.3).requires_grad_(), torch.tensor([-2.0], requires_grad=True)
-    upstream = torch.randn(5, groups, 8)
-    got = torch.autograd.grad((fq.quantize(x, scale, zero, -8, 7, None) * upstream).sum(), (x, scale, zero))
-    smooth = torch.maximum(torch.minimum(x / scale, 7 - zero), -8 - zero)
-    want = torch.autograd.grad((smooth * upstream).sum(), (x, scale, zero))
-    assert [g.shape for g in got] == [w.shape for w in want]
-    for g, w in zip(got, want):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
-    assert 0 < int((want[0] == 0).sum()) < x.numel(), "some are clamped"
-
-
-@pytest.mark.parametrize("table", [False, True])
-def test_gradients_with_dropped_elements_are_those_of_their_definition(table):
-    """What stays float is x/scale, unclamped and off the table; everything else as without dropping."""
-    torch.manual_seed(0)
-    x = (6 * torch.randn(64, 1, 8)).requires_grad_()
-    scale, zero = torch.rand(1, 1, 1).add_(0.3).requires_grad_(), torch.tensor([-2.0], requires_grad=True)
-    lut = torch.arange(-128, 128).clamp(-8, 7).div(2, rounding_mode="floor").mul(2).to(torch.int8) if table else None
-    codes = fq.quantize(x, scale, zero, -8, 7, lut).detach()
-    got = fq.quantize(x, scale, zero, -8, 7, lut, fq.Drop(0.25, torch.Generator().manual_seed(1)))
-    kept = fq.Drop(0.25, torch.Generator().manual_seed(1))(x).bool()
-    assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.06)
-    assert torch.equal(got, torch.where(kept, codes, x * (1.0 / scale)))
-    upstream = torch.randn(64, 1, 8)
-    smooth = torch.where(kept, torch.maximum(torch.minimum(x / scale, 7 - zero), -8 - zero), x / scale)
-    wanted = torch.autograd.grad((smooth * upstream).sum(), (x, scale, zero))
-    for g, w in zip(torch.autograd.grad((got * upstream).sum(), (x, scale, zero)), wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+def test_values_are_what_codes_stand_for(spec, groups):
+    x = data(17, 24, 0)
+    q, _ = activation(spec, groups, x)
+    code, scale = q(x)
+    values, same = q.values(x)
+    assert torch.equal(scale, same)
+    want = (code.reshape(17, groups, -1) * scale.unsqueeze(-1)).reshape(17, 24)
+    assert torch.equal(values.detach(), want.detach())
 
 
 def test_codes_are_held_where_nothing_makes_them_anew():
@@ -124,6 +101,7 @@ def test_codes_are_held_where_nothing_makes_them_anew():
     layer.hold()
     layer.weight.data.zero_()
     assert torch.equal(layer.codes(), want)
+    assert torch.equal(layer.values(), want * 0.3)
     layer.held = None
     assert not layer.codes().any()
     layer.set_low_rank("merged", torch.randn(2, 8), torch.randn(6, 2))
@@ -281,7 +259,20 @@ def test_focus_codes_are_the_kernels(focus):
         level, got_step, got_offset = quantizer(quantizer.position(u))
     assert torch.equal(level, levels.float()[want.long()])
     assert tuple(v.item() if isinstance(v, torch.Tensor) else v for v in (got_step, got_offset)) == (step, offset)
-    assert torch.equal(quantizer(quantizer.position(u))[0].detach(), level)  # the same numbers with gradients
+
+
+@pytest.mark.parametrize("focus", FOCI)
+def test_focus_values_are_those_of_the_codes(focus):
+    scores = data(50, 40, 0)
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    quantizer = FocusQuantizer(focus)
+    with torch.no_grad():
+        u = e if focus.anchor == "row" else e / e.sum(-1, keepdim=True)
+        want = quantizer(quantizer.position(u))
+        *got, total = quantizer.values(scores)
+    assert float((got[0] == want[0]).float().mean()) > 0.998, "but for positions beside a tie"
+    assert [torch.as_tensor(v).item() for v in got[1:]] == [torch.as_tensor(v).item() for v in want[1:]]
+    torch.testing.assert_close(total, e.sum(-1, keepdim=True))
 
 
 def test_scale_gradient_is_lsq():
@@ -291,8 +282,7 @@ def test_scale_gradient_is_lsq():
     q = ActivationQuantizer()
     q.set(spec, torch.tensor([0.3]))
     weight = torch.randn(1, 101, generator=torch.Generator().manual_seed(0))
-    code, scale = q(x)
-    (code * scale * weight).sum().backward()
+    (q.values(x)[0] * weight).sum().backward()
     ratio = x.detach() / 0.3
     inside = (ratio.abs() < 7).float()
     want = torch.where(inside > 0, ratio.round() - ratio, 7.0 * ratio.sign())
@@ -305,8 +295,7 @@ def test_zero_point_gradient_is_the_scale_where_it_clips():
     x = torch.tensor([[-50.0, -0.31, 0.2, 0.77, 50.0]])
     q = ActivationQuantizer()
     q.set(spec, torch.tensor([0.2]), -3.0)
-    code, scale = q(x)
-    (code * scale).sum().backward()
+    q.values(x)[0].sum().backward()
     assert torch.allclose(q.zero_point.grad, torch.tensor([-2 * 0.2]))
 
 
@@ -315,9 +304,9 @@ def test_interval_gradient():
     focus = FocusQuantizer(FocusSpec(3, 0.1, 0.6))
     u = torch.tensor([0.02, 0.2, 0.37, 0.55, 0.9])
     for i in range(len(u)):
-        level, step, offset = focus(focus.position(u[i : i + 1]))
+        level, step, offset, _ = focus.values(torch.stack([u[i], 1 - u[i]]).log())
         focus.b1.grad = focus.b2.grad = None
-        (level * step + offset).sum().backward()
+        (level * step + offset)[0].backward()
         ratio = (float(u[i]) - 0.1) / 0.5
         code = round(min(max(ratio, 0), 1) * 7)
         want = (1.0, 0.0) if ratio < 0 else (0.0, 1.0) if ratio > 1 else (ratio - code / 7, code / 7 - ratio)
@@ -342,8 +331,8 @@ def test_learned_rounding_starts_at_nearest_and_its_gradient_moves_it():
     q.learn_rounding(w)
     assert torch.equal(q(w), nearest)
     q.soft = True
-    assert torch.allclose(q(w) * q.scale[:, None], w, atol=1e-5)  # h(alpha) is the fraction: nothing is rounded yet
-    q(w).sum().backward()
+    assert torch.allclose(q.values(w), w, atol=1e-5)  # h(alpha) is the fraction: nothing is rounded yet
+    q.values(w).sum().backward()
     assert float(q.alpha.grad.min()) >= 0 < float(q.alpha.grad.max())
 
 

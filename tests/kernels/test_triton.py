@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(not host.INSTALLED, reason="triton is not instal
 def test_kernels_under_the_interpreter():
     """Every kernel test of the other back ends, and Triton's own; attention's: test_triton_attention.py."""
     files = ("test_quantize.py", "test_layer_norm_quantize.py", "test_qlinear.py", "test_float_stages.py")
-    interpreter.run(*files, "interpreted_triton.py", "interpreted_triton_fixup.py", least=220)
+    files += ("test_learning.py",)
+    interpreter.run(*files, "interpreted_triton.py", "interpreted_triton_fixup.py", least=230)
 
 
 @pytest.mark.skipif(host.INTERPRETED, reason="interpreted kernels run on the CPU")

@@ -13,7 +13,9 @@ import torch
 
 import vitq_kernels as vk
 from vitq_kernels import tuning
+from vitq_kernels.formats import FocusSpec
 from vitq_kernels.ops.layer_norm_quantize import triton as layer_norm_quantize
+from vitq_kernels.ops.learning import triton as learning
 from vitq_kernels.ops.qlinear import triton as qlinear
 from vitq_kernels.ops.quantize import triton as quantize
 from vitq_kernels.packing import LAYOUT_IDS
@@ -191,6 +193,40 @@ def test_every_branch_compiles(name):
     with tuning.config(tiles), host.recorded(run=False) as recorded:
         BRANCHES[name]()
     assert [aot.compile_launch(launch, 90).stack for launch in recorded] == [0] * len(recorded)
+
+
+def learned(**focus):
+    """A ViT-S block's quantizers as they are learned, 24 images at a time."""
+
+    def run():
+        x, one, u = torch.empty(4728, 1536), torch.ones(1), torch.empty(24 * 6 * 197, 197)
+        quantizer = (x, one, -one, one, one, TABLE, 5 << 40, 7)
+        learning.fake_quantize(*quantizer)
+        learning.fake_quantize_backward(x, *quantizer)
+        spec = FocusSpec(4, 0.01, 0.5, **focus)
+        by = (0.01, 0.5, spec.power, spec.anchor == "row", torch.empty(3, 16), 5 if spec.affine else None, 7)
+        learning.focused_softmax(u, *by)
+        learning.focused_softmax_backward(u, u[:, 0].contiguous(), u, *by)
+        rounding = (x, x, torch.empty(4728), -8, 7)
+        learning.soft_round(*rounding)
+        learning.soft_round_backward(x, *rounding)
+        learning.rounding_penalty(x, 3.0)
+        learning.rounding_penalty_backward(x[:, 0].contiguous(), x, 3.0)
+
+    return run
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("focus", [{}, {"power": 2.0, "anchor": "row"}, {"power": 3.0}])
+def test_learning_kernels(focus, capability):
+    """Bound by memory: at 80 registers a thread a processor holds 24 warps of them."""
+    with host.recorded(run=False) as recorded:
+        learned(**focus)()
+    assert len(recorded) == 8
+    for launch in recorded:
+        binary = aot.compile_launch(launch, capability)
+        assert binary.stack == 0
+        assert binary.registers <= 80
 
 
 def test_unpacked_weights_stay_in_registers():

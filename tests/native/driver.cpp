@@ -22,6 +22,7 @@
 namespace vitq {
 
 int attention_cases();  // attention.cpp
+int learning_cases();   // learning.cpp
 
 namespace {
 
@@ -284,7 +285,7 @@ int main() {
     }
     for (int64_t m : {1, 2, 3, 5, 17})
       for (int64_t k : {0, 1, 4, 7, 15, 16, 17, 33, 100}) quantize_case(m, k, isa);
-    failures += attention_cases();
+    failures += attention_cases() + learning_cases();
     std::printf("%s: %d linear cases, %d failures\n", isa_name(isa), cases, failures - before);
   }
   return failures == 0 ? 0 : 1;

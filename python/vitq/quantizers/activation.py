@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vitq_kernels.formats import QuantSpec
 from vitq_kernels.nn.token_bits import RowBits
+from vitq_kernels.ops import learning
 
 from . import functional as fq
 
 
 class ActivationQuantizer(nn.Module):
-    """Rows of floats to centred codes and scales, as ``vitq_kernels.quantize`` does it.
+    """Rows of floats to centred codes and scales, as ``vitq_kernels.quantize`` does it, or to their values.
 
     Args:
         groups: number of equal column groups with scales of their own.
@@ -68,16 +70,27 @@ class ActivationQuantizer(nn.Module):
         return float(max(spec.qmax, -spec.qmin) if spec.symmetric else spec.qmax - spec.qmin)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[M, K] floats to centred codes [M, K] and scales [M or 1, groups]."""
+        """[M, K] floats to centred codes [M, K] and scales [M or 1, groups]; not differentiable."""
+        grouped, scale, zero_point, qmin, qmax = self._arguments(x)
+        code = fq.quantize(grouped, scale, zero_point, qmin, qmax, self.lut)
+        return code.reshape(x.shape), scale.squeeze(-1)
+
+    def values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, K] floats to what their codes stand for, [M, K], and scales; differentiable."""
+        grouped, scale, zero_point, qmin, qmax = self._arguments(x)
+        if isinstance(qmax, Tensor):
+            qmin, qmax = (bound.expand(scale.shape).flatten() for bound in (qmin, qmax))
+        dropped = self.drop() if self.drop is not None and torch.is_grad_enabled() else None
+        y = learning.fake_quantize(grouped, scale, zero_point, qmin, qmax, self.lut, dropped)
+        return y.reshape(x.shape), scale.squeeze(-1)
+
+    def _arguments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | int, Tensor | int]:
+        """x [M, groups, K/groups], scale [M or 1, groups, 1], zero point, bounds: numbers or [M, 1 or groups, 1]."""
         spec, (m, k) = self.spec, x.shape
         bits, self.bits = self.bits, None
         grouped = x.reshape(m, self.groups, k // self.groups)
-        if spec.dynamic:
-            qmax = spec.qmax if bits is None else bits.qmax(spec.qmax).reshape(m, -1, 1).to(x.dtype)
-            scale = fq.dynamic_scale(grouped, qmax)
-            code = fq.quantize(grouped, scale, 0.0, -qmax, qmax, self.lut, self.drop)
-        else:
-            scale = self.scale.reshape(1, self.groups, 1)
+        if not spec.dynamic:
             zero_point = 0.0 if spec.symmetric else self._zero_point()
-            code = fq.quantize(grouped, scale, zero_point, spec.qmin, spec.qmax, self.lut, self.drop)
-        return code.reshape(m, k), scale.squeeze(-1)
+            return grouped, self.scale.reshape(1, self.groups, 1), zero_point, spec.qmin, spec.qmax
+        qmax = spec.qmax if bits is None else bits.qmax(spec.qmax).reshape(m, -1, 1).to(x.dtype)
+        return grouped, fq.dynamic_scale(grouped, qmax), 0.0, -qmax, qmax

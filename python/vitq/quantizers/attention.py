@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from vitq_kernels.formats import AttentionState, FocusSpec, TokenBits
 from vitq_kernels.nn import Window, WindowMap
 from vitq_kernels.nn.token_bits import RowBits, decide, received
-from vitq_kernels.ops import float_stages
+from vitq_kernels.ops import float_stages, learning
 from vitq_kernels.ops.qattention.ref import scattered
 
 from . import functional as fq
@@ -58,22 +59,21 @@ class FocusQuantizer(nn.Module):
 
     def forward(self, position: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """Integer levels of what lies at ``position``, their step and offset: P ≈ level·step + offset."""
+        spec, code = self.spec, position.round()
+        if not spec.affine:
+            code = fq.look_up(spec.decode()[0].to(code), code)
+        return code, *self._step_offset(spec)
+
+    def values(self, scores: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float, Tensor]:
+        """The same of softmax(scores), differentiable, and the sums of exponentials [B, H, N, 1]."""
         spec = self.spec
         dropping = self.drop is not None and spec.affine and torch.is_grad_enabled()
-        code = fq.round_ste(position, self.drop(position) if dropping else None)
-        width = self.b2 - self.b1
-        if spec.affine:
-            return code, width / spec.n, self.b1
-        levels, _, _ = spec.decode()
-        step = self.b2 / self.grid
-        level = fq.look_up(levels.to(code), code.detach())
-        if torch.is_grad_enabled():
-            smooth = (self.b1 + width * (code / spec.n) ** self.power) / step
-            if self.below == "zero":
-                smooth = smooth * (code > 0)
-            # A zero that carries the gradient of the unsnapped level.
-            level = level + (smooth - smooth.detach())
-        return level, step, 0.0
+        dropped = self.drop() if dropping else None
+        level, total = learning.focused_softmax(scores, self.b1, self.b2, spec, dropped)
+        return level, *self._step_offset(spec), total.unsqueeze(-1)
+
+    def _step_offset(self, spec: FocusSpec) -> tuple[Tensor, Tensor | float]:
+        return ((self.b2 - self.b1) / spec.n, self.b1) if spec.affine else (self.b2 / self.grid, 0.0)
 
 
 EXCLUDED = -100.0
@@ -170,7 +170,9 @@ class SimAttention(nn.Module):
 
     def scores(self, product: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> Tensor:
         """[B, H, N, N] softmax inputs."""
-        s = product * (qs * self.softmax_scale).unsqueeze(-1) * ks.unsqueeze(-2)
+        return self._shifted(product * (qs * self.softmax_scale).unsqueeze(-1) * ks.unsqueeze(-2), mask)
+
+    def _shifted(self, s: Tensor, mask: Tensor | None) -> Tensor:
         if self.bias is not None:
             s = s + self.bias
         if mask is not None:
@@ -181,15 +183,18 @@ class SimAttention(nn.Module):
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, 3·H·d] to codes [3, B, H, N, d] and scales [3, B or 1, H or 1, N or 1]."""
+        return self._split(qkv, self.operands)
+
+    def _split(self, qkv: Tensor, quantizer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         b, n, c = qkv.shape
         h = self.heads
         if self.operands.spec is None:
-            codes, scale = qkv, qkv.new_ones(1, 1, 3, 1)
+            found, scale = qkv, qkv.new_ones(1, 1, 3, 1)
         else:
-            codes, scale = self.operands(qkv.reshape(b * n, c))
+            found, scale = quantizer(qkv.reshape(b * n, c))
             groups = self.operands.groups // 3
             scale = scale.reshape(b, n, 3, groups) if scale.shape[0] != 1 else scale.reshape(1, 1, 3, groups)
-        return codes.reshape(b, n, 3, h, c // (3 * h)).permute(2, 0, 3, 1, 4), scale.permute(2, 0, 3, 1)
+        return found.reshape(b, n, 3, h, c // (3 * h)).permute(2, 0, 3, 1, 4), scale.permute(2, 0, 3, 1)
 
     def probabilities(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, H, N, N] before their own quantizer, of fused outputs [B, N, 3·H·d]."""
@@ -198,27 +203,48 @@ class SimAttention(nn.Module):
 
     def attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention between the two linear layers: [B, N, 3·H·d] to [B, N, H·d]."""
+        if torch.is_grad_enabled():
+            return self._learned(qkv, mask)
         (q, k, v), (qs, ks, vs) = self.split(qkv)
-        b, h, n, d = q.shape
         v_top = vs.amax(-1, keepdim=True)
         if vs.shape[-1] > 1:
-            v = fq.round_ste(v * (vs / v_top).unsqueeze(-1))
+            v = (v * (vs / v_top).unsqueeze(-1)).round_()
         v_top = v_top.unsqueeze(-1)
         product = self.product(q, k)
         if self.token_bits is not None:
             self._decide(q, k, qs, ks, mask)
         if self.simulated is not None or self.focus is None:
             p = self.scores(product, qs, ks, mask).softmax(-1)
-            out = (p if self.simulated is None else self.simulated(p)) @ v * v_top
-        else:
-            valid = None if mask is None else self._valid(mask, b)
-            out = self._focused(*self._position(product, qs, ks, mask), v, v_top, valid)
-        return out.transpose(1, 2).reshape(b, n, h * d)
+            return _joined((p if self.simulated is None else self.simulated(p)) @ v * v_top)
+        position, total = self._position(product, qs, ks, mask)
+        valid = None if mask is None else self._valid(mask, len(q))
+        if valid is not None:  # the position of an excluded key is undefined
+            position = torch.where(valid > 0, position, torch.zeros_like(position))
+        return _joined(self._focused(*self.focus(position), total, v, v_top, valid))
+
+    def _learned(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """:meth:`attend` of values, to float32's rounding: scales are in the operands."""
+        if self.token_bits is not None:
+            bits = self.operands.bits
+            with torch.no_grad():
+                (q, k, _), (qs, ks, _) = self.split(qkv)
+                self._decide(q, k, qs, ks, mask)
+            self.operands.bits = bits
+        (q, k, v), (_, _, vs) = self._split(qkv, self.operands.values)
+        if vs.shape[-1] > 1:
+            v_top = vs.amax(-1, keepdim=True).unsqueeze(-1)
+            v = fq.round_ste(v / v_top) * v_top
+        s = self._shifted((q * self.softmax_scale) @ k.transpose(-1, -2), mask)
+        if self.simulated is not None or self.focus is None:
+            p = s.softmax(-1)
+            return _joined((p if self.simulated is None else self.simulated(p)) @ v)
+        valid = None if mask is None else self._valid(mask, len(q))
+        return _joined(self._focused(*self.focus.values(s), v, None, valid))
 
     def _position(self, product: Tensor, qs: Tensor, ks: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Where the probabilities lie among the codes, and the sums of exponentials [B, H, N, 1]."""
         focus = self.focus
-        if self.operands.spec is None or torch.is_grad_enabled():
+        if self.operands.spec is None:
             s = self.scores(product, qs, ks, mask)
             e = torch.exp(s - s.amax(-1, keepdim=True))
             total = e.sum(-1, keepdim=True)
@@ -242,25 +268,33 @@ class SimAttention(nn.Module):
         valid = (mask != -torch.inf).to(mask.dtype)
         return valid.repeat(b // mask.shape[0], 1, 1).unsqueeze(1).expand(-1, self.heads, -1, -1)
 
-    def _focused(self, position: Tensor, total: Tensor, v: Tensor, v_top: Tensor, valid: Tensor | None) -> Tensor:
-        if valid is not None:  # the position of an excluded key is undefined
-            position = torch.where(valid > 0, position, torch.zeros_like(position))
-        level, step, offset = self.focus(position)
+    def _focused(
+        self,
+        level: Tensor,
+        step: Tensor,
+        offset: Tensor | float,
+        total: Tensor,
+        v: Tensor,
+        v_top: Tensor | None,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """P·V of integer levels with codes of V and their scale v_top, or with values (no v_top)."""
         if valid is not None:
             level = level * valid
-        if self.operands.spec is None:
+        if v_top is None or self.operands.spec is None:
             out = level @ v * step
         else:
             out = fq.integer_product(level, v.transpose(-1, -2), 255.0, self.operands.limit) * step
         if isinstance(offset, Tensor):
             offset = offset.to(out.dtype)
             out = out + (v.sum(-2, keepdim=True) if valid is None else valid @ v) * offset
+        factor = 1.0 if v_top is None else v_top
         if self.focus.renormalize:
             keys = float(level.shape[-1]) if valid is None else valid.sum(-1, keepdim=True)
             denom = level.sum(-1, keepdim=True) * step + offset * keys
             empty = denom == 0
-            return torch.where(empty, torch.zeros_like(out), out * (v_top / torch.where(empty, denom + 1, denom)))
-        return out * (v_top / total) if self.focus.anchor == "row" else out * v_top
+            return torch.where(empty, torch.zeros_like(out), out * (factor / torch.where(empty, denom + 1, denom)))
+        return out * (factor / total if self.focus.anchor == "row" else factor)
 
     @torch.no_grad()
     def export(self) -> AttentionState:
@@ -284,6 +318,11 @@ class SimAttention(nn.Module):
             bias=self.bias,
             token_bits=self.token_bits,
         )
+
+
+def _joined(heads: Tensor) -> Tensor:
+    """[B, H, N, d] to [B, N, H·d]."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 class SimBlocks(nn.Sequential):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitq_kernels.formats import LinearState, LowRankSpec
+from vitq_kernels.ops import float_stages
 
 from . import functional as fq
 from .activation import ActivationQuantizer
@@ -26,7 +28,7 @@ class SimLinear(nn.Module):
         bias: [N] or None.
         act, quant: quantizers of the input and the weight.
         simulated: a quantizer of the input that has no integer kernel, in place of ``act``, or None.
-        held: the codes while what they come from is not learned, see :meth:`hold`.
+        held: codes and values of the weight while what they come from is not learned, see :meth:`hold`.
         lora: LowRankSpec; lora_down [R, K], lora_up [N, R] Parameters, or None. A side branch is computed with, and
             exported as, their float16 values.
     """
@@ -38,7 +40,7 @@ class SimLinear(nn.Module):
         self.act = ActivationQuantizer()
         self.simulated: SimulationOnly | None = None
         self.quant = WeightQuantizer()
-        self.held: Tensor | None = None
+        self.held: tuple[Tensor, Tensor] | None = None
         self.lora = LowRankSpec()
         self.register_parameter("lora_down", None)
         self.register_parameter("lora_up", None)
@@ -73,7 +75,7 @@ class SimLinear(nn.Module):
         """What rows x [M, K] are to the product once quantized."""
         if self.simulated is not None:
             return self.simulated(x)
-        return x if self.act.spec is None else torch.mul(*self.act(x))
+        return x if self.act.spec is None else self.act.values(x)[0]
 
     def effective_weight(self) -> Tensor:
         """What is rounded: the latent weight, with a merged branch added."""
@@ -89,16 +91,23 @@ class SimLinear(nn.Module):
 
     def codes(self) -> Tensor:
         """[N, K] integer-valued floats."""
-        return self.quant(self.effective_weight()) if self.held is None else self.held
+        return self.quant(self.effective_weight()) if self.held is None else self.held[0]
+
+    def values(self) -> Tensor:
+        """The weight [N, K] that the codes stand for, or the float one; differentiable."""
+        if self.held is not None:
+            return self.held[1]
+        weight = self.effective_weight()
+        return weight if self.quant.spec is None else self.quant.values(weight)
 
     def hold(self) -> None:
-        """Compute the codes once, until ``held`` is None again, if nothing that makes them is to be learned."""
+        """Compute codes and values once, until ``held`` is None again, if nothing that makes them is to be learned."""
         sources = [self.quant.scale, self.quant.alpha, self.weight]
         if self.lora.kind == "merged":
             sources += [self.lora_down, self.lora_up]
         if self.quant.spec is not None and not any(p is not None and p.requires_grad for p in sources):
             with torch.no_grad():
-                self.held = self.codes()
+                self.held = self.codes(), self.values()
 
     def rows(self, x: Tensor) -> Tensor:
         """The layer's input as the rows [M, K] that it multiplies."""
@@ -108,24 +117,33 @@ class SimLinear(nn.Module):
         return self.compute(self.rows(x)).reshape(*x.shape[:-1], -1)
 
     def compute(self, x: Tensor) -> Tensor:
-        """[M, K] to [M, N]."""
-        mul, add = fq.arithmetic()
+        """[M, K] to [M, N]: as the integer layer does it or, where gradients are recorded, to float32's rounding."""
+        if torch.is_grad_enabled():
+            return self._learned(x)
         weight = self.effective_weight() if self.quant.spec is None else self.codes()
         side = self.side_branch()
-        t = None if side is None else fq.project(x, side[0])
+        t = None if side is None else float_stages.project(x, side[0])
         if t is not None and self.lora.kind == "subspace":
-            x = x - fq.expand(t, side[0])
+            x = x - float_stages.expand(t, side[0])
         if self.integer:
             q, scale = self.act(x)
-            y = fq.integer_product(q, weight, self.act.limit, self.quant.limit)
-            y = mul(y, scale * self.quant.scale)
+            y = fq.integer_product(q, weight, self.act.limit, self.quant.limit).mul_(scale * self.quant.scale)
         else:
             y = self.decoded(x) @ weight.T
             if self.quant.spec is not None:
-                y = mul(y, self.quant.scale)
+                y.mul_(self.quant.scale)
         if t is not None:
-            y = add(y, fq.expand(t, side[1].T))
-        return y if self.bias is None else add(y, self.bias)
+            y.add_(float_stages.expand(t, side[1].T))
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _learned(self, x: Tensor) -> Tensor:
+        """Of values: scales and bias are in the product, none of which passes over the outputs once more."""
+        side = self.side_branch()
+        t = None if side is None else x @ side[0].T
+        if t is not None and self.lora.kind == "subspace":
+            x = x - t @ side[0]
+        y = F.linear(self.decoded(x), self.values(), self.bias)
+        return y if t is None else y + t @ side[1].T
 
     @torch.no_grad()
     def export(self) -> LinearState:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from vitq_kernels.formats import QuantSpec
+from vitq_kernels.ops import learning
+from vitq_kernels.ops.learning.ref import GAMMA, ZETA, rectified_sigmoid
 
 from . import functional as fq
-
-# AdaRound's stretched sigmoid (Nagel et al. 2020).
-ZETA, GAMMA = 1.1, -0.1
 
 
 class WeightQuantizer(nn.Module):
@@ -57,14 +56,23 @@ class WeightQuantizer(nn.Module):
             fraction = ((ratio - ratio.floor()) - GAMMA) / (ZETA - GAMMA)
             self.alpha = nn.Parameter(torch.log(fraction / (1 - fraction)))
 
-    def rounding(self) -> Tensor:
-        """h(alpha) in [0, 1]."""
-        return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+    def undecided(self, beta: float) -> Tensor:
+        """Σ 1 − |2h(alpha) − 1|^beta, differentiable."""
+        return learning.rounding_penalty(self.alpha, beta).sum()
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Codes [N, K] as floats."""
+        """Codes [N, K] as floats; not differentiable."""
         spec, scale = self.spec, self.scale.unsqueeze(1)
         if self.alpha is None:
             return fq.quantize(weight, scale, 0.0, spec.qmin, spec.qmax, self.lut)
-        up = self.rounding() if self.soft else (self.alpha >= 0).to(weight.dtype)
-        return ((weight / scale).floor().detach() + up).clamp(spec.qmin, spec.qmax)
+        up = rectified_sigmoid(self.alpha)[0] if self.soft else (self.alpha >= 0).to(weight.dtype)
+        return ((weight / scale).floor() + up).clamp(spec.qmin, spec.qmax)
+
+    def values(self, weight: Tensor) -> Tensor:
+        """What the codes stand for [N, K], differentiable."""
+        spec = self.spec
+        if self.alpha is None:
+            return learning.fake_quantize(weight, self.scale, 0.0, spec.qmin, spec.qmax, self.lut)
+        if self.soft:
+            return learning.soft_round(self.alpha, weight, self.scale, spec.qmin, spec.qmax)
+        return self(weight) * self.scale.unsqueeze(1)

@@ -240,9 +240,7 @@ class _Learner:
 
 
 def _rounding_penalty(linears: list[SimLinear], beta: float) -> Tensor:
-    return sum(
-        (1 - (2 * q.rounding() - 1).abs().pow(beta)).sum() for q in (l.quant for l in linears) if q.alpha is not None
-    )
+    return sum(linear.quant.undecided(beta) for linear in linears if linear.quant.alpha is not None)
 
 
 def reconstruct(

@@ -1,0 +1,272 @@
+"""Learning ops: the oracle against what autograd makes of the definition, in float64; back ends against the oracle."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from selected import TRITON
+
+from vitq_kernels.formats import FocusSpec
+from vitq_kernels.ops import learning
+from vitq_kernels.ops.learning import Dropped, ref
+
+CASES = settings(
+    max_examples=8 if TRITON else 25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+ROWS, COLUMNS = st.sampled_from([1, 6, 12, 30]), st.sampled_from([1, 15, 16, 37, 65, 200])
+FOCI = [
+    FocusSpec(4, 0.01, 0.3),
+    FocusSpec(4, 0.0, 1.0),
+    FocusSpec(4, 0.01, 0.3, below="zero"),
+    FocusSpec(3, 0.0, 0.6, power=2.0),
+    FocusSpec(4, 0.02, 0.9, power=3.0, anchor="row"),
+    FocusSpec(8, power=2.0, anchor="row"),
+    FocusSpec(3, 0.05, 0.5, 2.5, "row", "zero"),
+]
+TABLE = (torch.arange(-128, 128).clamp(-8, 7) // 2 * 2).to(torch.int8)
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def gradients(y: torch.Tensor, upstream: torch.Tensor, *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad((y * upstream).sum(), of)
+
+
+def assert_near(got, want, error: float = 1e-5) -> None:
+    """Relative to the largest: sums of many terms are compared."""
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape
+        assert g.dtype == w.dtype
+        assert float((g - w).abs().max()) <= error * float(w.abs().max() + 1e-6)
+
+
+def kept(x: torch.Tensor, dropped: Dropped | None) -> torch.Tensor:
+    """Which elements are quantized, by what becomes of ones at a scale of 7."""
+    if dropped is None:
+        return torch.ones_like(x, dtype=torch.bool)
+    ones = torch.ones(x.shape[0], x.shape[1], dtype=x.dtype)
+    return learning.fake_quantize(ones, ones.new_full((1,), 7.0), 0.0, -8, 7, None, dropped) == 0
+
+
+def defined_fake_quantize(x, scale, zero, qmin, qmax, lut, quantized):
+    """y = s·(clamp(x/s) + what rounding adds, a constant); dropped elements are x."""
+    s = scale.repeat(len(x) // scale.numel()).unsqueeze(1)
+    within = torch.maximum(torch.minimum(x / s, qmax - zero), qmin - zero)
+    code = within.round()
+    if lut is not None:
+        code = lut.double()[(code + zero + 128).long()] - zero
+    return torch.where(quantized, s * (within + (code - within).detach()), x)
+
+
+@CASES
+@given(
+    rows=ROWS,
+    columns=COLUMNS,
+    scales=st.sampled_from([1, 3, 0]),
+    table=st.booleans(),
+    rate=st.sampled_from([None, 0.25, 1.0]),
+    per_row=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_fake_quantize(implementation, rows, columns, scales, table, rate, per_row, seed):
+    count = scales if scales and rows % scales == 0 else rows
+    x, upstream = 4 * normal(rows, columns, seed=seed), normal(rows, columns, seed=seed + 1)
+    scale = torch.rand(count, generator=torch.Generator().manual_seed(seed)) + 0.3
+    zero, lut = torch.tensor([0.0 if per_row else -2.0]), TABLE if table else None
+    qmax = torch.tensor([7.0, 1.0]).repeat(rows)[:rows] if per_row else 7
+    qmin = -qmax if per_row else -8
+    dropped = None if rate is None else Dropped(seed * 2**40 + 12345, rate)
+
+    inputs = [v.clone().requires_grad_() for v in (x, scale, zero)]
+    y = learning.fake_quantize(*inputs, qmin, qmax, lut, dropped)
+    got = gradients(y, upstream, *inputs)
+    low, high = ((torch.as_tensor(b) - zero).expand(rows) for b in (qmin, qmax))
+    draw = (None, 0) if dropped is None else (dropped.key, dropped.last)
+    assert torch.equal(y, ref.fake_quantize(x, scale, low, high, zero, lut, *draw))
+
+    wide = [v.double().requires_grad_() for v in (x, scale, zero)]
+    bounds = [(b if per_row else torch.tensor([float(b)])).double().view(-1, 1) for b in (qmin, qmax)]
+    want = defined_fake_quantize(*wide, *bounds, lut, kept(x, dropped))
+    torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-6)
+    assert_near([g.double() for g in got], gradients(want, upstream.double(), *wide))
+
+
+def defined_focused_softmax(scores, b1, b2, spec, quantized):
+    """Straight through the rounding; levels on a grid with the derivatives of those before snapping."""
+    e = torch.exp(scores - scores.amax(1, keepdim=True))
+    total = e.sum(1, keepdim=True)
+    x = ((e if spec.anchor == "row" else e / total) - b1) * (1.0 / (b2 - b1))
+    inside = x.clamp(0.0 if spec.power == 1.0 else 1e-30, 1.0).detach()
+    x = torch.where(x == inside, x, inside)  # whether clamp has a gradient at its ends differs between versions
+    position = x ** (1.0 / spec.power) * spec.n
+    code = torch.where(quantized, position + (position.round() - position).detach(), position)
+    if spec.affine:
+        return code, total.squeeze(1)
+    smooth = (b1 + (b2 - b1) * (code / spec.n) ** spec.power) / (b2 / spec.grid)
+    if spec.below == "zero":
+        smooth = smooth * (code > 0)
+    return smooth + (spec.decode()[0].double()[code.long()] - smooth).detach(), total.squeeze(1)
+
+
+def check_focused_softmax(inputs, upstream, spec, dropped=None) -> None:
+    """Levels, sums and gradients of ``inputs``, scores and interval, against the definition in float64."""
+    level, total = learning.focused_softmax(*inputs, spec, dropped)
+    rows, flat = inputs[0].shape[-1], [v.detach().double().requires_grad_() for v in inputs]
+    scores = flat[0].reshape(-1, rows)
+    want, sums = defined_focused_softmax(scores, *flat[1:], spec, kept(scores.detach().float(), dropped))
+    want, sums = want.view(level.shape), sums.view(total.shape)
+    # A float32 position beside a tie takes the other code: a step of levels, and the gradients of that code.
+    same = (level.double() - want).abs() < (0.5 if dropped is None else 1e-3)
+    assert int((~same).sum()) <= 1 + level.numel() // 2000
+    upstream = upstream * same
+    torch.testing.assert_close(total.double(), sums, rtol=1e-5, atol=0)
+    got, defined = (level * upstream).sum(), (want * upstream.double()).sum()
+    if spec.anchor == "row":
+        got, defined = got + total.square().sum(), defined + sums.square().sum()
+    got, defined = torch.autograd.grad(got, inputs), torch.autograd.grad(defined, flat)
+    # The root's derivative is steep beside b1, where float32 cancels.
+    assert_near([g.double() for g in got], defined, 2e-4)
+
+
+@CASES
+@given(
+    rows=ROWS,
+    columns=COLUMNS,
+    spec=st.sampled_from(FOCI),
+    rate=st.sampled_from([None, 0.25]),
+    excluded=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_focused_softmax(implementation, rows, columns, spec, rate, excluded, seed):
+    scores = 2 * normal(rows, columns, seed=seed)
+    if excluded:
+        scores[:, 1::3] = -torch.inf
+    upstream = normal(rows, columns, seed=seed + 1) * (scores > -torch.inf)  # levels of excluded keys are not used
+    dropped = Dropped(seed * 2**40 + 7, rate) if rate is not None and spec.affine else None
+    interval = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (spec.b1, spec.b2)]
+    check_focused_softmax([scores.requires_grad_(), *interval], upstream, spec, dropped)
+
+
+def test_a_largest_score_that_is_shared_shares_what_it_loses(implementation):
+    scores = torch.tensor([[1.0, 3.0, 3.0, -1.0]], requires_grad=True)
+    wide = scores.detach().double().requires_grad_()
+    spec = FocusSpec(4, anchor="row")
+    b1, b2 = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    upstream = torch.tensor([[0.3, -1.0, 2.0, 5.0]])
+    (got,) = gradients(learning.focused_softmax(scores, b1, b2, spec)[0], upstream, scores)
+    want, _ = defined_focused_softmax(wide, b1, b2, spec, torch.ones(1, 4, dtype=torch.bool))
+    assert_near([got.double()], gradients(want, upstream.double(), wide))
+
+
+def defined_soft_round(alpha, weight, scale, qmin, qmax):
+    h = (torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1)
+    return ((weight / scale[:, None]).floor().detach() + h).clamp(qmin, qmax) * scale[:, None]
+
+
+@CASES
+@given(rows=ROWS, columns=COLUMNS, beta=st.sampled_from([2.0, 7.3, 20.0]), seed=st.integers(0, 99))
+def test_learned_rounding(implementation, rows, columns, beta, seed):
+    alpha, weight = 3 * normal(rows, columns, seed=seed), normal(rows, columns, seed=seed + 1)
+    scale = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) / 4 + 0.05
+    inputs = [v.requires_grad_() for v in (alpha, scale)]
+    wide = [v.detach().double().requires_grad_() for v in inputs]
+    values = learning.soft_round(alpha, weight, scale, -7, 7)
+    # The floor of a float32 quotient is the one meant.
+    whole = ((weight / scale.detach()[:, None]).floor() + 0.5).double() * scale.detach().double()[:, None]
+    want = defined_soft_round(wide[0], whole, wide[1], -7, 7)
+    torch.testing.assert_close(values.double(), want, rtol=1e-5, atol=1e-6)
+    upstream = normal(rows, columns, seed=seed + 2)
+    assert_near([g.double() for g in gradients(values, upstream, *inputs)], gradients(want, upstream.double(), *wide))
+
+    penalty = learning.rounding_penalty(alpha, beta)
+    h = (torch.sigmoid(wide[0]) * 1.2 - 0.1).clamp(0, 1)
+    defined = (1 - (2 * h - 1).abs().pow(beta)).sum(1)
+    torch.testing.assert_close(penalty.double(), defined, rtol=1e-5, atol=1e-5)
+    upstream = normal(rows, seed=seed + 3)
+    got, wanted = gradients(penalty, upstream, alpha), gradients(defined, upstream.double(), wide[0])
+    assert_near([g.double() for g in got], wanted)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_what_is_dropped_is_random(implementation, rate):
+    """Binomial, 4 standard deviations: overall, per row and column, beside each other, and of two draws."""
+    n = 128
+    first, second = (kept(torch.ones(n, n), Dropped(key, rate)).double() for key in (2**62 + 99, 2**62 + 100))
+    error = 4 * (rate * (1 - rate)) ** 0.5
+    assert float(first.mean()) == pytest.approx(1 - rate, abs=error / n)
+    for lines in (first.mean(0), first.mean(1)):
+        assert float((lines - (1 - rate)).abs().max()) <= 1.2 * error / n**0.5
+    for a, b in ((first[:, 1:], first[:, :-1]), (first[1:], first[:-1]), (first, second)):
+        assert float(((a - 1 + rate) * (b - 1 + rate)).mean()) == pytest.approx(
+            0.0, abs=4 * rate * (1 - rate) / (n - 1)
+        )
+
+
+def test_nan_stays(implementation):
+    x = torch.tensor([[1.0, torch.nan, 2.0]])
+    scale = torch.tensor([0.5], requires_grad=True)
+    for lut in (None, TABLE):
+        assert torch.equal(learning.fake_quantize(x, scale, 0.0, -8, 7, lut).isnan(), x.isnan())
+    learning.fake_quantize(x, scale, 0.0, -8, 7).sum().backward()
+    assert bool(scale.grad.isnan())
+    interval = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    for anchor in ("absolute", "row"):
+        level, total = learning.focused_softmax(x, *interval, FocusSpec(4, anchor=anchor))
+        assert bool(level[0, 1].isnan())
+        assert bool(total.isnan())  # by which the row is divided, of whatever anchor
+
+
+def test_16_bit_floats_are_widened(implementation):
+    x = normal(6, 16, seed=0, dtype=torch.bfloat16)
+    scale = torch.tensor([0.3])
+    assert torch.equal(
+        learning.fake_quantize(x, scale, 0.0, -8, 7), learning.fake_quantize(x.float(), scale, 0.0, -8, 7)
+    )
+    interval = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+    level, _ = learning.focused_softmax(x, *interval, FocusSpec(4, 0.1, 0.9))
+    assert level.dtype == torch.float32
+
+
+@pytest.mark.skipif(TRITON, reason="of the operators that torch's dispatcher knows on a CPU")
+def test_opcheck():
+    x, grad, one = normal(6, 16, seed=0), normal(6, 16, seed=1), torch.ones(1)
+    quantizer = (x, torch.ones(3), -7 * one, 7 * one, 0 * one, TABLE, 5, 0)
+    focus = (0.1, 0.9, 2.0, True, learning._table(FocusSpec(4, 0.1, 0.9, 2.0, "row")).float(), None, 0)
+    rounding = (x, x, torch.ones(6), -7, 7)
+    for op, arguments in (
+        ("fake_quantize", quantizer),
+        ("fake_quantize_backward", (grad, *quantizer)),
+        ("focused_softmax", (x, *focus)),
+        ("focused_softmax_backward", (grad, torch.ones(6), x.sigmoid(), *focus)),
+        ("soft_round", rounding),
+        ("soft_round_backward", (grad, *rounding)),
+        ("rounding_penalty", (x, 3.0)),
+        ("rounding_penalty_backward", (torch.ones(6), x, 3.0)),
+    ):
+        torch.library.opcheck(getattr(torch.ops.vitq, op).default, arguments)
+
+
+@pytest.mark.skipif(TRITON, reason="the C++ operators' own checks")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.ones(12)}, "x has 1 dimensions, expected"),
+        ({0: torch.ones(6, 2).double()}, "x has dtype Double, expected Float"),
+        ({1: torch.ones(4)}, "scale has 4 elements, expected a divisor of the 6 rows"),
+        ({2: torch.ones(2)}, "low has 2 elements, expected 6"),
+        ({4: torch.ones(2)}, "zero_point has 2 elements, expected 1"),
+        ({5: torch.ones(16, dtype=torch.int8)}, "lut has 16 elements, expected 256"),
+    ],
+)
+def test_an_operator_called_by_itself_stays_inside_its_buffers(change, message):
+    one = torch.ones(1)
+    arguments = [torch.ones(6, 2), one, -one, one, one, None, None, 0]
+    for i, value in change.items():
+        arguments[i] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.vitq.fake_quantize(*arguments)
