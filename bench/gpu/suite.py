@@ -28,10 +28,16 @@ FILES = {
         "test_qattention.py",
         "test_scatter.py",
     ),
+    "learning ops": ("test_learning.py",),
     "ViT shapes": ("test_vit_shapes.py",),
     "own paths": ("emulated_cuda.py", "emulated_cuda_quantize.py", "emulated_cuda_attention.py"),
 }
-QUICK = {"kernel tests": "hand_computed or special", "ViT shapes": "rows and static and 384", "own paths": "any_order"}
+QUICK = {
+    "kernel tests": "hand_computed or special",
+    "learning ops": "nan or largest",
+    "ViT shapes": "rows and static and 384",
+    "own paths": "any_order",
+}
 """What a dry run selects from the first file of each."""
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "bench.gpu.share")
 
@@ -67,7 +73,7 @@ def selections(dry: bool) -> list[Selection]:
     """What is run on a GPU, or a handful of quick tests of each kind, interpreted and emulated."""
     cores = os.cpu_count() or 1
     # Processes are for what Triton compiles.
-    plan = [("kernel tests", "triton", cores // 2), ("ViT shapes", "triton", cores // 4)]
+    plan = [("kernel tests", "triton", cores // 2), ("learning ops", "triton", 1), ("ViT shapes", "triton", cores // 4)]
     if _cuda.unavailable("cpu" if dry else "cuda") is None:
         plan += [("own paths", "cuda", 1)]
         plan += [] if dry else [("kernel tests", "cuda", cores // 4), ("ViT shapes", "cuda", 1)]

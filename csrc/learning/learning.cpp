@@ -70,6 +70,15 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& grad_, c
   return {of_x, of_scale, of_zero};
 }
 
+Tensor mix(const Tensor& x_, const Tensor& other_, int64_t key, int64_t last) {
+  const Tensor x = dense(x_), other = dense(other_);
+  Tensor mixed = new_tensor(sizes(x), ScalarType::Float);
+  VITQ_DISPATCH(mix)
+  ({floats(x, x.numel(), "x"), floats(other, x.numel(), "other"), static_cast<int64_t>(x.numel()),
+    dropped(key, last), out(mixed), pool()});
+  return mixed;
+}
+
 struct FocusedSoftmax {
   FocusedSoftmax(const Tensor& of, double b1, double b2, double power, bool row_anchor, const Tensor& table_,
                  std::optional<int64_t> key, int64_t last)
@@ -184,6 +193,7 @@ Tensor rounding_penalty_backward(const Tensor& grad_, const Tensor& alpha, doubl
 STABLE_TORCH_LIBRARY_IMPL(vitq, CPU, m) {
   m.impl("fake_quantize", TORCH_BOX(&vitq::glue::fake_quantize));
   m.impl("fake_quantize_backward", TORCH_BOX(&vitq::glue::fake_quantize_backward));
+  m.impl("mix", TORCH_BOX(&vitq::glue::mix));
   m.impl("focused_softmax", TORCH_BOX(&vitq::glue::focused_softmax));
   m.impl("focused_softmax_backward", TORCH_BOX(&vitq::glue::focused_softmax_backward));
   m.impl("soft_round", TORCH_BOX(&vitq::glue::soft_round));

@@ -87,6 +87,16 @@ void fake_quantize(const FakeQuantizeArgs& a) {
   });
 }
 
+void mix(const MixArgs& a) {
+  pool_for(a.pool, a.n, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int64_t n = end - i;
+      store_upto(a.out + i, choose(quantized(a.dropped, i), load_upto(a.x + i, n), load_upto(a.other + i, n)),
+                 n);
+    }
+  });
+}
+
 void fake_quantize_backward(const FakeQuantizeBackwardArgs& args) {
   const FakeQuantizeArgs& a = args.forward;
   const Table lut(a.lut);

@@ -36,6 +36,16 @@ struct FakeQuantizeBackwardArgs {
   float* grad_zero;          // out [rows], of the zero point
 };
 
+// out = x, but `other` where dropped.
+struct MixArgs {
+  const float* x;
+  const float* other;
+  int64_t n;
+  Dropped dropped;
+  float* out;
+  Pool pool;
+};
+
 struct FocusedSoftmaxArgs {
   const float* scores;  // [rows, columns]
   int64_t rows, columns;
@@ -91,6 +101,7 @@ struct RoundingPenaltyArgs {
 
 VITQ_DECLARE_PER_ISA(void fake_quantize(const FakeQuantizeArgs& args));
 VITQ_DECLARE_PER_ISA(void fake_quantize_backward(const FakeQuantizeBackwardArgs& args));
+VITQ_DECLARE_PER_ISA(void mix(const MixArgs& args));
 VITQ_DECLARE_PER_ISA(void focused_softmax(const FocusedSoftmaxArgs& args));
 VITQ_DECLARE_PER_ISA(void focused_softmax_backward(const FocusedSoftmaxBackwardArgs& args));
 VITQ_DECLARE_PER_ISA(void soft_round(const SoftRoundArgs& args));

@@ -58,7 +58,7 @@ def test_every_step_runs_without_a_gpu(tmp_path, emulated):
     assert not record["wrong"]
     assert set(record["step_seconds"]) == {"build", "ceilings", "tests", "ops", "models"}
     checks = record["checks"]
-    for kind in ("kernel tests", "ViT shapes", "own paths, C++"):
+    for kind in ("kernel tests", "learning ops", "ViT shapes", "own paths, C++"):
         assert checks[kind].endswith("passed")
     for case in ("float16", "bfloat16 cuda"):
         assert checks[f"the same bits in every call, {case}"] == "ok"

@@ -207,6 +207,18 @@ def test_what_is_dropped_is_random(implementation, rate):
         )
 
 
+@pytest.mark.parametrize("shape", [(7,), (3, 37), (2, 5, 16)])
+def test_mixed(implementation, shape):
+    x, other, dropped = normal(*shape, seed=0), normal(*shape, seed=1), Dropped(2**40 + 2**32 - 5, 0.5)
+    mixed = learning.mix(x, other, dropped)
+    taken = mixed == other
+    assert torch.equal(mixed, torch.where(taken, other, x))
+    assert torch.equal(taken, ref.mix(x, other, dropped.key, dropped.last) == other)
+    assert 0 < int(taken.sum()) < x.numel()
+    assert torch.equal(learning.mix(x, other, Dropped(5, 0.0)), x)
+    assert torch.equal(learning.mix(x, other, Dropped(5, 1.0)), other)
+
+
 def test_nan_stays(implementation):
     x = torch.tensor([[1.0, torch.nan, 2.0]])
     scale = torch.tensor([0.5], requires_grad=True)
@@ -245,6 +257,7 @@ def test_opcheck():
         ("focused_softmax_backward", (grad, torch.ones(6), x.sigmoid(), *focus)),
         ("soft_round", rounding),
         ("soft_round_backward", (grad, *rounding)),
+        ("mix", (x, grad, 5, 0)),
         ("rounding_penalty", (x, 3.0)),
         ("rounding_penalty_backward", (torch.ones(6), x, 3.0)),
     ):

@@ -207,6 +207,7 @@ def learned(**focus):
         by = (0.01, 0.5, spec.power, spec.anchor == "row", torch.empty(3, 16), 5 if spec.affine else None, 7)
         learning.focused_softmax(u, *by)
         learning.focused_softmax_backward(u, u[:, 0].contiguous(), u, *by)
+        learning.mix(x, x, 5, 7)
         rounding = (x, x, torch.empty(4728), -8, 7)
         learning.soft_round(*rounding)
         learning.soft_round_backward(x, *rounding)
@@ -222,7 +223,7 @@ def test_learning_kernels(focus, capability):
     """Bound by memory: at 80 registers a thread a processor holds 24 warps of them."""
     with host.recorded(run=False) as recorded:
         learned(**focus)()
-    assert len(recorded) == 8
+    assert len(recorded) == 9
     for launch in recorded:
         binary = aot.compile_launch(launch, capability)
         assert binary.stack == 0

@@ -14,6 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vitq_kernels.ops import learning
+
 from .. import parallel
 from ..losses import KLGradients, LossName, LowRankLoss, UnitLoss, perturbation_weights
 from ..models.sites import BlockSite
@@ -264,6 +266,7 @@ def reconstruct(
     generator = calibration.generator(unit.path)
     # Of each process's own: what it draws depends on its share of the images.
     dropping = calibration.generator(unit.path, "drop", parallel.rank())
+    mixed = Drop(options.mixing, generator)
     kept = min(len(x_sim) - 1, int(options.holdout * len(x_sim)))
     order = torch.randperm(len(x_sim), generator=generator, device="cpu").to(x_sim.device)
     judges, learned = (order[:kept] if kept else order), order[kept:]
@@ -279,11 +282,13 @@ def reconstruct(
         drawn = torch.randperm(count, generator=generator, device="cpu")[: options.batch]
         chosen = pool[drawn.to(pool.device)]
         mine = parallel.share(chosen)
-        x = x_sim[mine]
-        if options.mixing > 0.0:
-            shape = x.shape[1:] if options.mixing_unit == "element" else [1] * (x.dim() - 1)
-            drawn = torch.rand((len(chosen), *shape), generator=generator, device="cpu")
-            x = torch.where(parallel.share(drawn).to(x.device) < options.mixing, x_ref[mine], x)
+        if options.mixing > 0.0 and options.mixing_unit == "element":
+            x = parallel.share(learning.mix(x_sim[chosen], x_ref[chosen], mixed()))
+        else:
+            x = x_sim[mine]
+            if options.mixing > 0.0:
+                drawn = torch.rand((len(chosen), *[1] * (x.dim() - 1)), generator=generator, device="cpu")
+                x = torch.where(parallel.share(drawn).to(x.device) < options.mixing, x_ref[mine], x)
         with calibration.learning():
             output = module(x)
         error = loss(output - target[mine], mine)

@@ -40,6 +40,13 @@ _schema.define(
     ),
 )
 _schema.define(
+    "mix",
+    "Tensor x, Tensor other, int key, int last",
+    "Tensor",
+    ref.mix,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+_schema.define(
     "focused_softmax",
     f"Tensor scores, {_FOCUS}",
     "(Tensor, Tensor, Tensor)",
@@ -94,8 +101,8 @@ _schema.define(
     lambda grad, alpha, beta: torch.empty_like(alpha, memory_format=torch.contiguous_format),
 )
 
-_OPS = ("fake_quantize", "focused_softmax", "soft_round", "rounding_penalty")
-for _op_name in (name + suffix for name in _OPS for suffix in ("", "_backward")):
+_DIFFERENTIABLE = ("fake_quantize", "focused_softmax", "soft_round", "rounding_penalty")
+for _op_name in ("mix", *_DIFFERENTIABLE, *(f"{name}_backward" for name in _DIFFERENTIABLE)):
     _schema.define_triton(_op_name, "learning")
 
 
@@ -176,6 +183,14 @@ def fake_quantize(
         zero_point = x.new_full((1,), float(zero_point))
     rows = _wide(x).reshape(-1, x.shape[-1])
     return _FakeQuantize.apply(rows, scale, zero_point.to(rows.dtype), qmin, qmax, lut, dropped).view(x.shape)
+
+
+def mix(x: Tensor, other: Tensor, dropped: Dropped) -> Tensor:
+    """x, with ``other``, of its shape, in the place of dropped elements; not differentiable.
+
+    Backends: cpu (float32) | triton >= sm_80 | any, as plain torch
+    """
+    return _op("mix", x)(x, other, *_draw(dropped)) if dropped.rate else x
 
 
 class _FocusedSoftmax(torch.autograd.Function):

@@ -25,6 +25,10 @@ def fake_quantize_backward(grad, x, scale, low, high, zero_point, lut, key, last
     return grad * inside, of_scale.sum(1), of_zero.sum(1) * scale.squeeze(1)
 
 
+def mix(x, other, key, last) -> Tensor:
+    return torch.where(_quantized(key, x, last), x, other)
+
+
 def focused_softmax(scores, b1, b2, power, row_anchor, table, key, last) -> tuple[Tensor, Tensor, Tensor]:
     e = torch.exp(scores - scores.amax(1, keepdim=True))
     total = e.sum(1, keepdim=True)

@@ -133,6 +133,29 @@ def _fake_quantize_backward(
     tl.store(of_zero + row, tl.sum(zero_sum * s, 1), mask=row < R)
 
 
+@triton.jit(do_not_specialize=DRAW)
+def _mix(
+    x,  # [R, L]
+    other,
+    out,
+    R,
+    L,
+    key_low,
+    key_high,
+    last,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    for start in range(0, L, BLOCK_L):
+        col = start + tl.arange(0, BLOCK_L)
+        mask = (row < R)[:, None] & (col < L)[None, :]
+        at = row[:, None].to(tl.int64) * L + col[None, :]
+        kept = _quantized(at, key_low, key_high, last, True)
+        tl.store(out + at, tl.load(x + at, mask=mask & kept, other=0.0), mask=mask & kept)
+        tl.store(out + at, tl.load(other + at, mask=mask & ~kept, other=0.0), mask=mask & ~kept)
+
+
 @triton.jit
 def _root(x, exponent, POWER: tl.constexpr):
     """x^(1/power): POWER 1 or 2, or 0 for any."""
@@ -332,6 +355,14 @@ def fake_quantize_backward(grad, x, scale, low, high, zero_point, lut, key, last
     bounds = max(low.numel(), high.numel()) > 1
     arguments = (grad, x, scale, low, high, zero_point, lut, *out, *x.shape, scale.numel(), *_draw(key, last), bounds)
     _launch(_fake_quantize_backward, arguments, x)
+    return out
+
+
+def mix(x, other, key, last) -> Tensor:
+    x, other = x.contiguous(), other.contiguous()
+    out = torch.empty_like(x)
+    rows = x.view(-1, x.shape[-1])
+    _launch(_mix, (x, other, out, *rows.shape, *_draw(key, last)[:3]), rows)
     return out
 
 
