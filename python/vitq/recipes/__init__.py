@@ -72,8 +72,8 @@ class Recipe(_Model):
     """What is quantized to what, and by which methods.
 
     Attributes: one list of steps per stage; ``effort`` scales every iteration count, ``fast_effort`` is what demos
-    take for it. ``learning``: arithmetic of forward passes that are differentiated (bfloat16 holds 8-bit codes exactly;
-    on a GPU it takes the tensor cores); whatever decides or is kept is computed in float32.
+    take for it. ``learning``: arithmetic of the products that are differentiated (on a GPU bfloat16 takes the tensor
+    cores); quantizers, and whatever decides or is kept, are computed in float32.
     """
 
     name: str = Field(min_length=1)
