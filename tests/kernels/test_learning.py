@@ -233,6 +233,11 @@ def test_nan_stays(implementation):
         assert bool(total.isnan())  # by which the row is divided, of whatever anchor
 
 
+def test_no_rows(implementation):
+    x, scale = torch.zeros(0, 3, 8), torch.zeros(0, 3, 1)
+    assert learning.fake_quantize(x, scale, 0.0, -8, 7).shape == x.shape
+
+
 def test_16_bit_floats_are_widened(implementation):
     x = normal(6, 16, seed=0, dtype=torch.bfloat16)
     scale = torch.tensor([0.3])
@@ -283,3 +288,39 @@ def test_an_operator_called_by_itself_stays_inside_its_buffers(change, message):
         arguments[i] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.vitq.fake_quantize(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(6, 2, dtype=torch.int8)}, TypeError, "x has dtype torch.int8, expected torch.float32 or"),
+        ({"x": torch.ones(6, 0)}, ValueError, r"x has shape \(6, 0\), expected \[..., L\] with L >= 1"),
+        ({"scale": torch.ones(4)}, ValueError, "scale has 4 elements, expected a divisor of the 6 rows"),
+        ({"scale": torch.ones(1).double()}, TypeError, "scale has dtype torch.float64, expected torch.float32"),
+        ({"zero_point": torch.zeros(2)}, ValueError, r"zero_point has shape \(2,\), expected \(1\)"),
+        ({"qmax": torch.ones(2)}, ValueError, r"qmax has shape \(2,\), expected \(6\)"),
+        ({"lut": torch.zeros(16, dtype=torch.int8)}, ValueError, r"lut has shape \(16,\), expected \(256\)"),
+    ],
+)
+def test_refusals_of_fake_quantize(change, error, message):
+    arguments = {"x": torch.ones(6, 2), "scale": torch.ones(1), "zero_point": 0.0, "qmin": -8, "qmax": 7}
+    with pytest.raises(error, match=message):
+        learning.fake_quantize(**arguments | change)
+
+
+def test_refusals():
+    x, half = torch.ones(2, 3), torch.tensor(0.5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="its levels are no positions"):
+        learning.focused_softmax(x, half, half, FocusSpec(4, power=2.0), Dropped(1, 0.5))
+    with pytest.raises(TypeError, match=r"b2 has dtype torch\.float32, expected torch\.float64"):
+        learning.focused_softmax(x, half, half.float(), FocusSpec(4))
+    with pytest.raises(ValueError, match=r"weight has shape \(3, 2\), expected \(2, 3\)"):
+        learning.soft_round(x, x.T, x[:, 0], -8, 7)
+    with pytest.raises(ValueError, match=r"beta is 1\.5, expected at least 2"):
+        learning.rounding_penalty(x, 1.5)
+    with pytest.raises(ValueError, match=r"other has shape \(3, 2\), expected \(2, 3\)"):
+        learning.mix(x, x.T, Dropped(1, 0.5))
+    with pytest.raises(ValueError, match=r"rate is 1\.5, expected a number in \[0, 1\]"):
+        Dropped(1, 1.5)
+    with pytest.raises(ValueError, match="key is -1, expected an int"):
+        Dropped(-1, 0.5)

@@ -116,6 +116,12 @@ class Dropped:
     key: int
     rate: float
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.key < 1 << 63):
+            raise ValueError(f"key is {self.key}, expected an int in [0, 2^63)")
+        if not (0.0 <= self.rate <= 1.0):
+            raise ValueError(f"rate is {self.rate}, expected a number in [0, 1]")
+
     @property
     def last(self) -> int:
         """Hashes, uniform int32, up to this one are dropped."""
@@ -129,6 +135,12 @@ def _op(name: str, x: Tensor) -> Callable:
 
 def _draw(dropped: Dropped | None) -> tuple[int | None, int]:
     return (None, 0) if dropped is None or not dropped.rate else (dropped.key, dropped.last)
+
+
+def _expect_rows(name: str, x: Tensor) -> None:
+    _schema.expect(name, x, dtype=(*_schema.FLOATS, torch.float64))
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [..., L] with L >= 1")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -174,22 +186,39 @@ def fake_quantize(
         zero_point: integer-valued, a float tensor [1] or a number; qmin, qmax: numbers, or float tensors [R].
         lut: int8 [256], level of each code + 128, or None. dropped: elements that stay x, or None for none.
     Returns: x's shape; float32 for 16-bit floats.
+    Raises: TypeError for a dtype, ValueError for a shape or device that does not fit.
     Gradients: straight through the rounding and the table: to x that of y inside the clamp, else 0; to the scale
         code − x/scale inside and the code outside (LSQ, Esser et al. 2020, without its heuristic factor); to the zero
         point −scale outside.
     Backends: cpu (float32) | triton >= sm_80 | any, as plain torch
     """
-    if not isinstance(zero_point, Tensor):
-        zero_point = x.new_full((1,), float(zero_point))
+    _expect_rows("x", x)
     rows = _wide(x).reshape(-1, x.shape[-1])
+    if not len(rows):
+        return rows.view(x.shape)
+    _schema.expect("scale", scale, dtype=rows.dtype, device=x.device)
+    if not scale.numel() or len(rows) % scale.numel():
+        raise ValueError(f"scale has {scale.numel()} elements, expected a divisor of the {len(rows)} rows")
+    if isinstance(zero_point, Tensor):
+        _schema.expect("zero_point", zero_point, shape=(1,), device=x.device)
+    else:
+        zero_point = x.new_full((1,), float(zero_point))
+    for name, bound in (("qmin", qmin), ("qmax", qmax)):
+        if isinstance(bound, Tensor):
+            _schema.expect(name, bound, shape=(len(rows),), device=x.device)
+    if lut is not None:
+        _schema.expect("lut", lut, dtype=torch.int8, shape=(256,), device=x.device)
     return _FakeQuantize.apply(rows, scale, zero_point.to(rows.dtype), qmin, qmax, lut, dropped).view(x.shape)
 
 
 def mix(x: Tensor, other: Tensor, dropped: Dropped) -> Tensor:
     """x, with ``other``, of its shape, in the place of dropped elements; not differentiable.
 
+    Raises: TypeError for a dtype, ValueError for a shape or device that does not fit.
     Backends: cpu (float32) | triton >= sm_80 | any, as plain torch
     """
+    _schema.expect("x", x)
+    _schema.expect("other", other, dtype=x.dtype, shape=x.shape, device=x.device)
     return _op("mix", x)(x, other, *_draw(dropped)) if dropped.rate else x
 
 
@@ -250,8 +279,14 @@ def focused_softmax(
         dropped: elements whose level is their position before rounding (affine specs only), or None for none.
     Returns: levels of the scores' shape; total [...], Σ exp(s − max s), differentiable with row anchors.
     Gradients: straight through the rounding; levels on a grid have the derivatives of those before snapping.
+    Raises: TypeError for a dtype, ValueError for a shape, or for dropped elements of levels on a grid.
     Backends: cpu (float32) | triton >= sm_80 | any, as plain torch
     """
+    _expect_rows("scores", scores)
+    for name, value in (("b1", b1), ("b2", b2)):
+        _schema.expect(name, value, dtype=torch.float64, shape=(), device=torch.device("cpu"))
+    if dropped is not None and not spec.affine:
+        raise ValueError(f"dropped is given with {spec}, expected None: its levels are no positions")
     rows = _wide(scores).reshape(-1, scores.shape[-1])
     level, total = _FocusedSoftmax.apply(rows, b1, b2, spec, dropped)
     return level.view(scores.shape), total.view(scores.shape[:-1])
@@ -277,9 +312,13 @@ def soft_round(alpha: Tensor, weight: Tensor, scale: Tensor, qmin: int, qmax: in
 
     Args: alpha, weight: float [N, K]; scale: float [N].
     Gradients: the floor is a constant, as to the weight and to the scale.
+    Raises: TypeError for a dtype, ValueError for a shape or device that does not fit.
     Backends: cpu (float32) | triton >= sm_80 | any, as plain torch
     Source: Nagel et al. 2020.
     """
+    _schema.expect("alpha", alpha, shape=(None, None))
+    _schema.expect("weight", weight, dtype=alpha.dtype, shape=alpha.shape, device=alpha.device)
+    _schema.expect("scale", scale, dtype=alpha.dtype, shape=alpha.shape[:1], device=alpha.device)
     return _SoftRound.apply(alpha, weight, scale, qmin, qmax)
 
 
@@ -300,5 +339,10 @@ def rounding_penalty(alpha: Tensor, beta: float) -> Tensor:
     """[N] Σ_k 1 − |2h(alpha) − 1|^beta: AdaRound's regulariser, 0 where every rounding is decided.
 
     Args: alpha: float [N, K]; beta: ≥ 2.
+    Raises: ValueError for another shape or beta.
+    Backends: cpu (float32) | triton >= sm_80 | any, as plain torch
     """
+    _schema.expect("alpha", alpha, shape=(None, None))
+    if not beta >= 2.0:
+        raise ValueError(f"beta is {beta}, expected at least 2")
     return _RoundingPenalty.apply(alpha, beta)
