@@ -131,7 +131,7 @@ def learned_quantizer(case: str) -> Prepared:
 
     @torch.inference_mode(False)
     def ours(dropped: learning.Dropped | None = None) -> tuple[torch.Tensor, ...]:
-        y = learning.fake_quantize(*leaves, 0.0, -7, 7, None, dropped)
+        y = learning.fake_quantize(*leaves, None, -7, 7, dropped=dropped)
         return y, *torch.autograd.grad(y, leaves, upstream)
 
     (y, *got), wide = ours(), [v.double().requires_grad_() for v in (x, scale)]

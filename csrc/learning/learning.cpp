@@ -23,9 +23,10 @@ Dropped dropped(std::optional<int64_t> key, int64_t last) {
 
 // The arguments that both directions have, with what keeps them alive.
 struct FakeQuantize {
-  FakeQuantize(const Tensor& x_, const Tensor& scale_, const Tensor& low_, const Tensor& high_,
-               const Tensor& zero_point_, const OptTensor& lut_, std::optional<int64_t> key, int64_t last)
-      : x(dense(x_)), scale(dense(scale_)), low(dense(low_)), high(dense(high_)), lut(lut_) {
+  FakeQuantize(const Tensor& x_, const Tensor& scale_, const OptTensor& zero_point_, int64_t qmin,
+               int64_t qmax, const OptTensor& row_qmax_, const OptTensor& lut_, std::optional<int64_t> key,
+               int64_t last)
+      : x(dense(x_)), scale(dense(scale_)), zero_point(zero_point_), row_qmax(row_qmax_), lut(lut_) {
     STD_TORCH_CHECK(x.dim() == 2, "x has ", x.dim(), " dimensions, expected [R, L]");
     args.rows = x.size(0), args.columns = x.size(1);
     args.x = floats(x, x.numel(), "x");
@@ -33,22 +34,23 @@ struct FakeQuantize {
     STD_TORCH_CHECK(args.scales > 0 && args.rows % args.scales == 0, "scale has ", args.scales,
                     " elements, expected a divisor of the ", args.rows, " rows");
     args.scale = floats(scale, args.scales, "scale");
-    args.bounds_per_row = low.numel() != 1 || high.numel() != 1;
-    const int64_t bounds = args.bounds_per_row ? args.rows : 1;
-    args.low = floats(low, bounds, "low"), args.high = floats(high, bounds, "high");
-    args.zero_point = *floats(zero_point_, 1, "zero_point");
+    args.zero_point = zero_point.data<float>(ScalarType::Float, 1, "zero_point");
+    STD_TORCH_CHECK(qmin >= -128 && qmin <= 0 && qmax >= 0 && qmax <= 127, "(qmin, qmax) is (", qmin, ", ",
+                    qmax, "), expected a range within [-128, 127]");
+    args.qmin = static_cast<int32_t>(qmin), args.qmax = static_cast<int32_t>(qmax);
+    args.row_qmax = row_qmax.data<int32_t>(ScalarType::Int, args.rows, "row_qmax");
     args.lut = lut.data<int8_t>(ScalarType::Char, 256, "lut");
     args.dropped = dropped(key, last);
     args.pool = pool();
   }
-  Tensor x, scale, low, high;
-  Held lut;
+  Tensor x, scale;
+  Held zero_point, row_qmax, lut;
   FakeQuantizeArgs args{};
 };
 
-Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& low, const Tensor& high,
-                     const Tensor& zero_point, OptTensor lut, std::optional<int64_t> key, int64_t last) {
-  FakeQuantize call(x, scale, low, high, zero_point, lut, key, last);
+Tensor fake_quantize(const Tensor& x, const Tensor& scale, OptTensor zero_point, int64_t qmin, int64_t qmax,
+                     OptTensor row_qmax, OptTensor lut, std::optional<int64_t> key, int64_t last) {
+  FakeQuantize call(x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last);
   Tensor y = new_tensor(sizes(x), ScalarType::Float);
   call.args.y = out(y);
   VITQ_DISPATCH(fake_quantize)(call.args);
@@ -56,11 +58,11 @@ Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& low, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& grad_, const Tensor& x,
-                                                          const Tensor& scale, const Tensor& low,
-                                                          const Tensor& high, const Tensor& zero_point,
+                                                          const Tensor& scale, OptTensor zero_point,
+                                                          int64_t qmin, int64_t qmax, OptTensor row_qmax,
                                                           OptTensor lut, std::optional<int64_t> key,
                                                           int64_t last) {
-  const FakeQuantize call(x, scale, low, high, zero_point, lut, key, last);
+  const FakeQuantize call(x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last);
   const Tensor grad = dense(grad_);
   Tensor of_x = new_tensor(sizes(x), ScalarType::Float);
   Tensor of_scale = new_tensor({call.args.rows}, ScalarType::Float);

@@ -47,14 +47,26 @@ struct Table {
   float entry[256];
 };
 
+// The integer nearest to the zero point, within the codes.
+struct ZeroPoint {
+  explicit ZeroPoint(const FakeQuantizeArgs& a) {
+    if (a.zero_point == nullptr) return;
+    const float nearest = __builtin_nearbyintf(*a.zero_point);
+    value = smaller(static_cast<float>(a.qmax), nearest < a.qmin ? static_cast<float>(a.qmin) : nearest);
+    held = value != nearest;
+  }
+  float value = 0.0f;
+  bool held = false;  // by the clamp: it has no gradient
+};
+
 // Quantizer of one row.
 struct Row {
-  Row(const FakeQuantizeArgs& a, const Table& lut, int64_t r)
+  Row(const FakeQuantizeArgs& a, const ZeroPoint& z, const Table& lut, int64_t r)
       : scale(a.scale[r % a.scales]),
         inverse(set(1.0f / scale)),
-        low(set(a.low[a.bounds_per_row ? r : 0])),
-        high(set(a.high[a.bounds_per_row ? r : 0])),
-        zero(set(a.zero_point)),
+        low(set(static_cast<float>(a.row_qmax == nullptr ? a.qmin : -a.row_qmax[r]) - z.value)),
+        high(set(static_cast<float>(a.row_qmax == nullptr ? a.qmax : a.row_qmax[r]) - z.value)),
+        zero(set(z.value)),
         lut(a.lut == nullptr ? nullptr : &lut) {}
   // x·(1/scale) within the bounds; NaN stays.
   F clamped(F ratio) const { return min(high, max(low, ratio)); }
@@ -73,9 +85,10 @@ struct Row {
 
 void fake_quantize(const FakeQuantizeArgs& a) {
   const Table lut(a.lut);
+  const ZeroPoint zero(a);
   pool_for(a.pool, a.rows, ceil_div(kGrain, a.columns + 1), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const Row row(a, lut, r);
+      const Row row(a, zero, lut, r);
       const F scale = set(row.scale);
       for (int64_t j = 0; j < a.columns; j += kLanes) {
         const int64_t i = r * a.columns + j, n = a.columns - j;
@@ -100,9 +113,10 @@ void mix(const MixArgs& a) {
 void fake_quantize_backward(const FakeQuantizeBackwardArgs& args) {
   const FakeQuantizeArgs& a = args.forward;
   const Table lut(a.lut);
+  const ZeroPoint zero(a);
   pool_for(a.pool, a.rows, ceil_div(kGrain, a.columns + 1), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const Row row(a, lut, r);
+      const Row row(a, zero, lut, r);
       F of_scale{}, of_zero{};
       for (int64_t j = 0; j < a.columns; j += kLanes) {
         const int64_t i = r * a.columns + j, n = a.columns - j;
@@ -115,7 +129,7 @@ void fake_quantize_backward(const FakeQuantizeBackwardArgs& args) {
         store_upto(args.grad_x + i, masked(inside | ~kept, grad), n);
       }
       args.grad_scale[r] = sum(of_scale);
-      args.grad_zero[r] = sum(of_zero) * row.scale;
+      args.grad_zero[r] = zero.held ? 0.0f : sum(of_zero) * row.scale;
     }
   });
 }

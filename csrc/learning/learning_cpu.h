@@ -19,10 +19,10 @@ struct FakeQuantizeArgs {
   int64_t rows, columns;
   const float* scale;  // row r takes scale[r mod scales]
   int64_t scales;
-  const float *low, *high;  // of centred codes: [rows] if bounds_per_row, else [1]
-  bool bounds_per_row;
-  float zero_point;
-  const int8_t* lut;  // [256], entry q + 128; or null
+  const float* zero_point;  // [1], rounded and clamped to [qmin, qmax] where it is used; or null: 0
+  int32_t qmin, qmax;
+  const int32_t* row_qmax;  // [rows]: ±row_qmax instead, or null
+  const int8_t* lut;        // [256], entry q + 128; or null
   Dropped dropped;
   float* y;  // out [rows, columns]
   Pool pool;

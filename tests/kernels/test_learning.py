@@ -50,7 +50,7 @@ def kept(x: torch.Tensor, dropped: Dropped | None) -> torch.Tensor:
     if dropped is None:
         return torch.ones_like(x, dtype=torch.bool)
     ones = torch.ones(x.shape[0], x.shape[1], dtype=x.dtype)
-    return learning.fake_quantize(ones, ones.new_full((1,), 7.0), 0.0, -8, 7, None, dropped) == 0
+    return learning.fake_quantize(ones, ones.new_full((1,), 7.0), None, -8, 7, dropped=dropped) == 0
 
 
 def defined_fake_quantize(x, scale, zero, qmin, qmax, lut, quantized):
@@ -77,23 +77,34 @@ def test_fake_quantize(implementation, rows, columns, scales, table, rate, per_r
     count = scales if scales and rows % scales == 0 else rows
     x, upstream = 4 * normal(rows, columns, seed=seed), normal(rows, columns, seed=seed + 1)
     scale = torch.rand(count, generator=torch.Generator().manual_seed(seed)) + 0.3
-    zero, lut = torch.tensor([0.0 if per_row else -2.0]), TABLE if table else None
-    qmax = torch.tensor([7.0, 1.0]).repeat(rows)[:rows] if per_row else 7
-    qmin = -qmax if per_row else -8
+    zero, lut = None if per_row else torch.tensor([-2.3]), TABLE if table else None
+    row_qmax = torch.tensor([7, 1], dtype=torch.int32).repeat(rows)[:rows] if per_row else None
     dropped = None if rate is None else Dropped(seed * 2**40 + 12345, rate)
 
-    inputs = [v.clone().requires_grad_() for v in (x, scale, zero)]
-    y = learning.fake_quantize(*inputs, qmin, qmax, lut, dropped)
+    inputs = [v.clone().requires_grad_() for v in (x, scale, zero) if v is not None]
+    y = learning.fake_quantize(*inputs[:2], None if per_row else inputs[2], -8, 7, row_qmax, lut, dropped)
     got = gradients(y, upstream, *inputs)
-    low, high = ((torch.as_tensor(b) - zero).expand(rows) for b in (qmin, qmax))
     draw = (None, 0) if dropped is None else (dropped.key, dropped.last)
-    assert torch.equal(y, ref.fake_quantize(x, scale, low, high, zero, lut, *draw))
+    assert torch.equal(y, ref.fake_quantize(x, scale, zero, -8, 7, row_qmax, lut, *draw))
 
-    wide = [v.double().requires_grad_() for v in (x, scale, zero)]
-    bounds = [(b if per_row else torch.tensor([float(b)])).double().view(-1, 1) for b in (qmin, qmax)]
-    want = defined_fake_quantize(*wide, *bounds, lut, kept(x, dropped))
+    # Straight through its rounding the zero point is −2.
+    wide = [v.double().requires_grad_() for v in (x, scale, torch.zeros(1) if per_row else torch.tensor([-2.0]))]
+    qmax = torch.tensor([[7.0]]).double() if row_qmax is None else row_qmax.double().unsqueeze(1)
+    want = defined_fake_quantize(*wide, qmax * 0 - 8 if row_qmax is None else -qmax, qmax, lut, kept(x, dropped))
     torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-6)
-    assert_near([g.double() for g in got], gradients(want, upstream.double(), *wide))
+    assert_near([g.double() for g in got], gradients(want, upstream.double(), *wide[: len(inputs)]))
+
+
+@pytest.mark.parametrize(("zero", "clamped"), [(-8.4, -8), (-8.6, -8), (7.4, 7), (9.0, 7), (0.5, 0)])
+def test_a_zero_point_beyond_the_codes_is_held(implementation, zero, clamped):
+    x, zero_point = torch.tensor([[-40.0, 3.0, 50.0]]), torch.tensor([zero], requires_grad=True)
+    y = learning.fake_quantize(x, torch.tensor([0.5]), zero_point, -8, 7)
+    want = (torch.tensor([[-80, 6, 100]]).clamp(-8 - clamped, 7 - clamped)) * 0.5
+    assert torch.equal(y, want)
+    y.sum().backward()
+    held = round(zero) != clamped
+    outside = int((want != x).sum())
+    assert float(zero_point.grad) == (0.0 if held else -0.5 * outside)
 
 
 def defined_focused_softmax(scores, b1, b2, spec, quantized):
@@ -223,8 +234,8 @@ def test_nan_stays(implementation):
     x = torch.tensor([[1.0, torch.nan, 2.0]])
     scale = torch.tensor([0.5], requires_grad=True)
     for lut in (None, TABLE):
-        assert torch.equal(learning.fake_quantize(x, scale, 0.0, -8, 7, lut).isnan(), x.isnan())
-    learning.fake_quantize(x, scale, 0.0, -8, 7).sum().backward()
+        assert torch.equal(learning.fake_quantize(x, scale, None, -8, 7, lut=lut).isnan(), x.isnan())
+    learning.fake_quantize(x, scale, None, -8, 7).sum().backward()
     assert bool(scale.grad.isnan())
     interval = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
     for anchor in ("absolute", "row"):
@@ -235,14 +246,14 @@ def test_nan_stays(implementation):
 
 def test_no_rows(implementation):
     x, scale = torch.zeros(0, 3, 8), torch.zeros(0, 3, 1)
-    assert learning.fake_quantize(x, scale, 0.0, -8, 7).shape == x.shape
+    assert learning.fake_quantize(x, scale, None, -8, 7).shape == x.shape
 
 
 def test_16_bit_floats_are_widened(implementation):
     x = normal(6, 16, seed=0, dtype=torch.bfloat16)
     scale = torch.tensor([0.3])
     assert torch.equal(
-        learning.fake_quantize(x, scale, 0.0, -8, 7), learning.fake_quantize(x.float(), scale, 0.0, -8, 7)
+        learning.fake_quantize(x, scale, None, -8, 7), learning.fake_quantize(x.float(), scale, None, -8, 7)
     )
     interval = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
     level, _ = learning.focused_softmax(x, *interval, FocusSpec(4, 0.1, 0.9))
@@ -252,7 +263,7 @@ def test_16_bit_floats_are_widened(implementation):
 @pytest.mark.skipif(TRITON, reason="of the operators that torch's dispatcher knows on a CPU")
 def test_opcheck():
     x, grad, one = normal(6, 16, seed=0), normal(6, 16, seed=1), torch.ones(1)
-    quantizer = (x, torch.ones(3), -7 * one, 7 * one, 0 * one, TABLE, 5, 0)
+    quantizer = (x, torch.ones(3), 0 * one, -8, 7, torch.ones(6, dtype=torch.int32), TABLE, 5, 0)
     focus = (0.1, 0.9, 2.0, True, learning._table(FocusSpec(4, 0.1, 0.9, 2.0, "row")).float(), None, 0)
     rounding = (x, x, torch.ones(6), -7, 7)
     for op, arguments in (
@@ -276,14 +287,15 @@ def test_opcheck():
         ({0: torch.ones(12)}, "x has 1 dimensions, expected"),
         ({0: torch.ones(6, 2).double()}, "x has dtype Double, expected Float"),
         ({1: torch.ones(4)}, "scale has 4 elements, expected a divisor of the 6 rows"),
-        ({2: torch.ones(2)}, "low has 2 elements, expected 6"),
-        ({4: torch.ones(2)}, "zero_point has 2 elements, expected 1"),
-        ({5: torch.ones(16, dtype=torch.int8)}, "lut has 16 elements, expected 256"),
+        ({2: torch.ones(2)}, "zero_point has 2 elements, expected 1"),
+        ({3: -200}, r"\(qmin, qmax\) is \(-200, 7\), expected a range within"),
+        ({5: torch.ones(2, dtype=torch.int32)}, "row_qmax has 2 elements, expected 6"),
+        ({6: torch.ones(16, dtype=torch.int8)}, "lut has 16 elements, expected 256"),
     ],
 )
 def test_an_operator_called_by_itself_stays_inside_its_buffers(change, message):
     one = torch.ones(1)
-    arguments = [torch.ones(6, 2), one, -one, one, one, None, None, 0]
+    arguments = [torch.ones(6, 2), one, one, -8, 7, None, None, None, 0]
     for i, value in change.items():
         arguments[i] = value
     with pytest.raises(RuntimeError, match=message):
@@ -298,12 +310,14 @@ def test_an_operator_called_by_itself_stays_inside_its_buffers(change, message):
         ({"scale": torch.ones(4)}, ValueError, "scale has 4 elements, expected a divisor of the 6 rows"),
         ({"scale": torch.ones(1).double()}, TypeError, "scale has dtype torch.float64, expected torch.float32"),
         ({"zero_point": torch.zeros(2)}, ValueError, r"zero_point has shape \(2,\), expected \(1\)"),
-        ({"qmax": torch.ones(2)}, ValueError, r"qmax has shape \(2,\), expected \(6\)"),
+        ({"zero_point": torch.zeros(1).double()}, TypeError, "zero_point has dtype torch.float64"),
+        ({"qmax": 200}, ValueError, r"\(qmin, qmax\) is \(-8, 200\), expected a range around 0"),
+        ({"row_qmax": torch.ones(2, dtype=torch.int32)}, ValueError, r"row_qmax has shape \(2,\), expected \(6\)"),
         ({"lut": torch.zeros(16, dtype=torch.int8)}, ValueError, r"lut has shape \(16,\), expected \(256\)"),
     ],
 )
 def test_refusals_of_fake_quantize(change, error, message):
-    arguments = {"x": torch.ones(6, 2), "scale": torch.ones(1), "zero_point": 0.0, "qmin": -8, "qmax": 7}
+    arguments = {"x": torch.ones(6, 2), "scale": torch.ones(1), "zero_point": None, "qmin": -8, "qmax": 7}
     with pytest.raises(error, match=message):
         learning.fake_quantize(**arguments | change)
 

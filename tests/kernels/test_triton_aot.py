@@ -200,7 +200,7 @@ def learned(**focus):
 
     def run():
         x, one, u = torch.empty(4728, 1536), torch.ones(1), torch.empty(24 * 6 * 197, 197)
-        quantizer = (x, one, -one, one, one, TABLE, 5 << 40, 7)
+        quantizer = (x, one, one, -8, 7, None, TABLE, 5 << 40, 7)
         learning.fake_quantize(*quantizer)
         learning.fake_quantize_backward(x, *quantizer)
         spec = FocusSpec(4, 0.01, 0.5, **focus)

@@ -44,17 +44,19 @@ bool near(float a, float b, float error = 1e-5f) { return std::fabs(a - b) <= er
 void quantizer_case(int64_t rows, int64_t columns, bool table, bool drop, bool per_row) {
   const std::string name =
       "fake_quantize " + std::to_string(rows) + "x" + std::to_string(columns) + (drop ? ", dropped" : "");
-  const int64_t n = rows * columns, bounds = per_row ? rows : 1;
+  const int64_t n = rows * columns;
   auto x = block(n, -20, 20), grad = block(n, -1, 1), scale = block(rows, 0.3f, 2), y = block(n, 0, 0),
        of_x = block(n, 0, 0), of_scale = block(rows, 0, 0), of_zero = block(rows, 0, 0),
-       low = block(bounds, -9, -9), high = block(bounds, 6, 6);
+       zero = block(1, 1.2f, 1.2f);
+  auto top = std::make_unique<int32_t[]>(static_cast<size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r) top[r] = r % 2 == 0 ? 7 : 3;
   auto lut = std::make_unique<int8_t[]>(256);
   for (int i = 0; i < 256; ++i) lut[i] = static_cast<int8_t>((i - 128) / 2 * 2);
   FakeQuantizeArgs a{};
   a.x = x.get(), a.rows = rows, a.columns = columns;
   a.scale = scale.get(), a.scales = rows;
-  a.low = low.get(), a.high = high.get(), a.bounds_per_row = per_row;
-  a.zero_point = 1.0f;
+  a.zero_point = per_row ? nullptr : zero.get();
+  a.qmin = -8, a.qmax = 7, a.row_qmax = per_row ? top.get() : nullptr;
   a.lut = table ? lut.get() : nullptr;
   a.dropped = {drop, {123u, 456u}, 0};
   a.y = y.get();
@@ -64,11 +66,13 @@ void quantizer_case(int64_t rows, int64_t columns, bool table, bool drop, bool p
   int64_t kept = 0;
   for (int64_t r = 0; r < rows; ++r) {
     float scale_sum = 0, zero_sum = 0;
+    const float z = per_row ? 0.0f : 1.0f, high = per_row ? static_cast<float>(top[r]) : 7.0f - z;
+    const float low = per_row ? -high : -8.0f - z;
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t i = r * columns + c;
-      const float ratio = x[i] * (1.0f / scale[r]), within = std::min(6.0f, std::max(-9.0f, ratio));
+      const float ratio = x[i] * (1.0f / scale[r]), within = std::min(high, std::max(low, ratio));
       float code = std::nearbyint(within);
-      if (table) code = static_cast<float>(lut[static_cast<int>(code) + 129]) - 1.0f;
+      if (table) code = static_cast<float>(lut[static_cast<int>(code + z) + 128]) - z;
       const bool inside = within == ratio, dropped = drop && y[i] == x[i];
       kept += !dropped;
       expect(dropped || y[i] == code * scale[r], name);

@@ -71,26 +71,31 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[M, K] floats to centred codes [M, K] and scales [M or 1, groups]; not differentiable."""
-        grouped, scale, zero_point, qmin, qmax = self._arguments(x)
-        code = fq.quantize(grouped, scale, zero_point, qmin, qmax, self.lut)
+        spec, (grouped, scale, row_qmax) = self.spec, self._rows(x)
+        if row_qmax is not None:
+            code = fq.quantize(grouped, scale, 0.0, -row_qmax, row_qmax, self.lut)
+        else:
+            zero_point = 0.0 if spec.symmetric else self._zero_point()
+            code = fq.quantize(grouped, scale, zero_point, spec.qmin, spec.qmax, self.lut)
         return code.reshape(x.shape), scale.squeeze(-1)
 
     def values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[M, K] floats to what their codes stand for, [M, K], and scales; differentiable."""
-        grouped, scale, zero_point, qmin, qmax = self._arguments(x)
-        if isinstance(qmax, Tensor):
-            qmin, qmax = (bound.expand(scale.shape).flatten() for bound in (qmin, qmax))
+        spec, (grouped, scale, row_qmax) = self.spec, self._rows(x)
+        if row_qmax is not None:
+            row_qmax = row_qmax.int().expand(scale.shape).flatten()
+        zero_point = None if spec.symmetric else self.zero_point
         dropped = self.drop() if self.drop is not None and torch.is_grad_enabled() else None
-        y = learning.fake_quantize(grouped, scale, zero_point, qmin, qmax, self.lut, dropped)
+        y = learning.fake_quantize(grouped, scale, zero_point, spec.qmin, spec.qmax, row_qmax, self.lut, dropped)
         return y.reshape(x.shape), scale.squeeze(-1)
 
-    def _arguments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | int, Tensor | int]:
-        """x [M, groups, K/groups], scale [M or 1, groups, 1], zero point, bounds: numbers or [M, 1 or groups, 1]."""
+    def _rows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [M, groups, K/groups], scales [M or 1, groups, 1], and the largest codes [M, 1 or groups, 1] of rows with
+        bits of their own, or None."""
         spec, (m, k) = self.spec, x.shape
         bits, self.bits = self.bits, None
         grouped = x.reshape(m, self.groups, k // self.groups)
         if not spec.dynamic:
-            zero_point = 0.0 if spec.symmetric else self._zero_point()
-            return grouped, self.scale.reshape(1, self.groups, 1), zero_point, spec.qmin, spec.qmax
-        qmax = spec.qmax if bits is None else bits.qmax(spec.qmax).reshape(m, -1, 1).to(x.dtype)
-        return grouped, fq.dynamic_scale(grouped, qmax), 0.0, -qmax, qmax
+            return grouped, self.scale.reshape(1, self.groups, 1), None
+        row_qmax = None if bits is None else bits.qmax(spec.qmax).reshape(m, -1, 1).to(x.dtype)
+        return grouped, fq.dynamic_scale(grouped, spec.qmax if row_qmax is None else row_qmax), row_qmax

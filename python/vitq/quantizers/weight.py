@@ -72,7 +72,7 @@ class WeightQuantizer(nn.Module):
         """What the codes stand for [N, K], differentiable."""
         spec = self.spec
         if self.alpha is None:
-            return learning.fake_quantize(weight, self.scale, 0.0, spec.qmin, spec.qmax, self.lut)
+            return learning.fake_quantize(weight, self.scale, None, spec.qmin, spec.qmax, lut=self.lut)
         if self.soft:
             return learning.soft_round(self.alpha, weight, self.scale, spec.qmin, spec.qmax)
         return self(weight) * self.scale.unsqueeze(1)

@@ -18,7 +18,9 @@ from ...formats import FocusSpec
 from .. import _schema
 from . import ref
 
-_FAKE_QUANTIZE = "Tensor x, Tensor scale, Tensor low, Tensor high, Tensor zero_point, Tensor? lut, int? key, int last"
+_FAKE_QUANTIZE = (
+    "Tensor x, Tensor scale, Tensor? zero_point, int qmin, int qmax, Tensor? row_qmax, Tensor? lut, int? key, int last"
+)
 _FOCUS = "float b1, float b2, float power, bool row_anchor, Tensor table, int? key, int last"
 
 _schema.define(
@@ -149,32 +151,32 @@ def _wide(x: Tensor) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, qmin, qmax, lut, dropped):
-        low, high = (qmin - zero_point).to(x.dtype), (qmax - zero_point).to(x.dtype)
-        arguments = x, scale.reshape(-1), low, high, zero_point, lut
-        ctx.save_for_backward(*arguments)
-        ctx.draw, ctx.shape = _draw(dropped), scale.shape
-        return _op("fake_quantize", x)(*arguments, *ctx.draw)
+    def forward(ctx, x, scale, zero_point, qmin, qmax, row_qmax, lut, dropped):
+        ctx.save_for_backward(x, scale, zero_point, row_qmax, lut)
+        ctx.bounds, ctx.draw = (qmin, qmax), _draw(dropped)
+        return _op("fake_quantize", x)(x, scale.reshape(-1), zero_point, qmin, qmax, row_qmax, lut, *ctx.draw)
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, *_ = arguments = ctx.saved_tensors
-        of_x, of_scale, of_zero = _op("fake_quantize_backward", x)(grad, *arguments, *ctx.draw)
+        x, scale, zero_point, row_qmax, lut = ctx.saved_tensors
+        arguments = x, scale.reshape(-1), zero_point, *ctx.bounds, row_qmax, lut, *ctx.draw
+        of_x, of_scale, of_zero = _op("fake_quantize_backward", x)(grad, *arguments)
         needed = ctx.needs_input_grad
         return (
             of_x if needed[0] else None,
-            of_scale.view(-1, scale.numel()).sum(0).view(ctx.shape) if needed[1] else None,
-            of_zero.sum().reshape(1) if needed[2] else None,
-            *[None] * 4,
+            of_scale.view(-1, scale.numel()).sum(0).view(scale.shape) if needed[1] else None,
+            of_zero.sum(0, keepdim=True) if needed[2] else None,
+            *[None] * 5,
         )
 
 
 def fake_quantize(
     x: Tensor,
     scale: Tensor,
-    zero_point: Tensor | float,
-    qmin: Tensor | int,
-    qmax: Tensor | int,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    row_qmax: Tensor | None = None,
     lut: Tensor | None = None,
     dropped: Dropped | None = None,
 ) -> Tensor:
@@ -182,14 +184,15 @@ def fake_quantize(
 
     Args:
         x: float [..., L]: rows R = all dimensions but the last.
-        scale: float, S elements with S a divisor of R; row r takes scale[r mod S].
-        zero_point: integer-valued, a float tensor [1] or a number; qmin, qmax: numbers, or float tensors [R].
+        scale: x's dtype, S elements with S a divisor of R; row r takes scale[r mod S].
+        zero_point: x's dtype [1], z is its nearest integer within [qmin, qmax]; None for 0.
+        qmin, qmax: of codes, within [−128, 127]. row_qmax: int32 [R], ±row_qmax instead of them, or None.
         lut: int8 [256], level of each code + 128, or None. dropped: elements that stay x, or None for none.
     Returns: x's shape; float32 for 16-bit floats.
     Raises: TypeError for a dtype, ValueError for a shape or device that does not fit.
     Gradients: straight through the rounding and the table: to x that of y inside the clamp, else 0; to the scale
         code − x/scale inside and the code outside (LSQ, Esser et al. 2020, without its heuristic factor); to the zero
-        point −scale outside.
+        point, straight through its own rounding, −scale outside.
     Backends: cpu (float32) | triton >= sm_80 | any, as plain torch
     """
     _expect_rows("x", x)
@@ -199,16 +202,15 @@ def fake_quantize(
     _schema.expect("scale", scale, dtype=rows.dtype, device=x.device)
     if not scale.numel() or len(rows) % scale.numel():
         raise ValueError(f"scale has {scale.numel()} elements, expected a divisor of the {len(rows)} rows")
-    if isinstance(zero_point, Tensor):
-        _schema.expect("zero_point", zero_point, shape=(1,), device=x.device)
-    else:
-        zero_point = x.new_full((1,), float(zero_point))
-    for name, bound in (("qmin", qmin), ("qmax", qmax)):
-        if isinstance(bound, Tensor):
-            _schema.expect(name, bound, shape=(len(rows),), device=x.device)
+    if zero_point is not None:
+        _schema.expect("zero_point", zero_point, dtype=rows.dtype, shape=(1,), device=x.device)
+    if not -128 <= qmin <= 0 <= qmax <= 127:
+        raise ValueError(f"(qmin, qmax) is ({qmin}, {qmax}), expected a range around 0 within [-128, 127]")
+    if row_qmax is not None:
+        _schema.expect("row_qmax", row_qmax, dtype=torch.int32, shape=(len(rows),), device=x.device)
     if lut is not None:
         _schema.expect("lut", lut, dtype=torch.int8, shape=(256,), device=x.device)
-    return _FakeQuantize.apply(rows, scale, zero_point.to(rows.dtype), qmin, qmax, lut, dropped).view(x.shape)
+    return _FakeQuantize.apply(rows, scale, zero_point, qmin, qmax, row_qmax, lut, dropped).view(x.shape)
 
 
 def mix(x: Tensor, other: Tensor, dropped: Dropped) -> Tensor:

@@ -9,20 +9,25 @@ from torch import Tensor
 ZETA, GAMMA = 1.1, -0.1
 
 
-def fake_quantize(x, scale, low, high, zero_point, lut, key, last) -> Tensor:
-    _, scale, _, code = _codes(x, scale, low, high, zero_point, lut)
+def fake_quantize(x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last) -> Tensor:
+    _, scale, _, code = _codes(x, scale, zero_point, qmin, qmax, row_qmax, lut)
     y = code * scale
     return y if key is None else torch.where(_quantized(key, x, last), y, x)
 
 
-def fake_quantize_backward(grad, x, scale, low, high, zero_point, lut, key, last) -> tuple[Tensor, Tensor, Tensor]:
-    ratio, scale, within, code = _codes(x, scale, low, high, zero_point, lut)
+def fake_quantize_backward(
+    grad, x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last
+) -> tuple[Tensor, Tensor, Tensor]:
+    ratio, scale, within, code = _codes(x, scale, zero_point, qmin, qmax, row_qmax, lut)
     inside = within == ratio
     of_scale, of_zero = grad * (code - torch.where(inside, ratio, 0.0)), torch.where(inside, 0.0, -grad)
     if key is not None:
         kept = _quantized(key, x, last)
         inside, of_scale, of_zero = inside | ~kept, of_scale * kept, of_zero * kept
-    return grad * inside, of_scale.sum(1), of_zero.sum(1) * scale.squeeze(1)
+    of_zero = of_zero.sum(1) * scale.squeeze(1)
+    if zero_point is not None:
+        of_zero = of_zero * (zero_point.round() == zero_point.round().clamp(qmin, qmax))
+    return grad * inside, of_scale.sum(1), of_zero
 
 
 def mix(x, other, key, last) -> Tensor:
@@ -60,14 +65,19 @@ def focused_softmax_backward(grad, grad_total, u, b1, b2, power, row_anchor, tab
     return weighted - largest * part, sums
 
 
-def _codes(x, scale, low, high, zero_point, lut) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _codes(x, scale, zero_point, qmin, qmax, row_qmax, lut) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x/scale, the scale of each row [R, 1], x/scale clamped, and its centred codes."""
     scale = scale.repeat(x.shape[0] // scale.numel()).unsqueeze(1)
     ratio = x * (1.0 / scale)
-    within = ratio.maximum(low.unsqueeze(1)).minimum(high.unsqueeze(1))
+    zero = 0.0 if zero_point is None else zero_point.round().clamp(qmin, qmax)
+    low, high = qmin + x.new_zeros(1), qmax + x.new_zeros(1)
+    if row_qmax is not None:
+        high = row_qmax.to(x.dtype).unsqueeze(1)
+        low = -high
+    within = ratio.clamp(low - zero, high - zero)
     code = within.round()
     if lut is not None:
-        code = _entries(lut.to(code.dtype), code + (zero_point + 128.0)) - zero_point
+        code = _entries(lut.to(code.dtype), code + (zero + 128.0)) - zero
     return ratio, scale, within, code
 
 

@@ -38,13 +38,22 @@ def _bounded(x, low, high):
 
 
 @triton.jit
-def _row_scale(scale, low, high, row, valid, scales, BOUNDS_PER_ROW: tl.constexpr):
-    """Scale, its reciprocal and the bounds of rows, [BLOCK_R, 1] each."""
+def _row_scale(scale, zero_point, qmin, qmax, row_qmax, row, valid, scales):
+    """Scale, its reciprocal and the bounds of rows [BLOCK_R, 1]; the zero point, and whether the clamp holds it."""
     s = tl.load(scale + row % scales, mask=valid, other=1.0)[:, None]
-    bound = row if BOUNDS_PER_ROW else row * 0
-    least = tl.load(low + bound, mask=valid, other=0.0)[:, None]
-    most = tl.load(high + bound, mask=valid, other=0.0)[:, None]
-    return s, tl.div_rn(1.0, s), least, most
+    low, high = qmin.to(tl.float32), qmax.to(tl.float32)
+    if zero_point is None:
+        zero, held = 0.0, False
+    else:
+        nearest = round_half_even(tl.load(zero_point))
+        zero = _bounded(nearest, low, high)
+        held = zero != nearest
+    if row_qmax is None:
+        least, most = low - zero, high - zero
+    else:
+        most = tl.load(row_qmax + row, mask=valid, other=0).to(tl.float32)[:, None]
+        least, most = -most - zero, most - zero
+    return s, tl.div_rn(1.0, s), least, most, zero, held
 
 
 @triton.jit
@@ -60,9 +69,10 @@ def _code(within, zero, lut):
 def _fake_quantize(
     x,  # [R, L]
     scale,  # [scales]
-    low,  # [R] or [1]
-    high,
-    zero_point,  # [1]
+    zero_point,  # [1] or None
+    qmin,
+    qmax,
+    row_qmax,  # [R] int32 or None
     lut,  # [256] int8 or None
     y,  # [R, L]
     R,
@@ -72,13 +82,11 @@ def _fake_quantize(
     key_high,
     last,
     DROP: tl.constexpr,
-    BOUNDS_PER_ROW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    s, inverse, least, most = _row_scale(scale, low, high, row, row < R, scales, BOUNDS_PER_ROW)
-    zero = tl.load(zero_point)
+    s, inverse, least, most, zero, _ = _row_scale(scale, zero_point, qmin, qmax, row_qmax, row, row < R, scales)
     for start in range(0, L, BLOCK_L):
         col = start + tl.arange(0, BLOCK_L)
         mask = (row < R)[:, None] & (col < L)[None, :]
@@ -93,9 +101,10 @@ def _fake_quantize_backward(
     grad,  # [R, L]
     x,
     scale,
-    low,
-    high,
     zero_point,
+    qmin,
+    qmax,
+    row_qmax,
     lut,
     of_x,  # [R, L]
     of_scale,  # [R]
@@ -107,13 +116,11 @@ def _fake_quantize_backward(
     key_high,
     last,
     DROP: tl.constexpr,
-    BOUNDS_PER_ROW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    s, inverse, least, most = _row_scale(scale, low, high, row, row < R, scales, BOUNDS_PER_ROW)
-    zero = tl.load(zero_point)
+    s, inverse, least, most, zero, held = _row_scale(scale, zero_point, qmin, qmax, row_qmax, row, row < R, scales)
     scale_sum = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
     zero_sum = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
     for start in range(0, L, BLOCK_L):
@@ -130,7 +137,7 @@ def _fake_quantize_backward(
         zero_sum -= tl.where(kept & ~inside, g, 0.0)
         tl.store(of_x + at, tl.where(inside | ~kept, g, 0.0), mask=mask)
     tl.store(of_scale + row, tl.sum(scale_sum, 1), mask=row < R)
-    tl.store(of_zero + row, tl.sum(zero_sum * s, 1), mask=row < R)
+    tl.store(of_zero + row, tl.where(held, 0.0, tl.sum(zero_sum * s, 1)), mask=row < R)
 
 
 @triton.jit(do_not_specialize=DRAW)
@@ -340,21 +347,21 @@ def _rounding_penalty(
         tl.store(out + row, tl.sum(total, 1), mask=row < N)
 
 
-def fake_quantize(x, scale, low, high, zero_point, lut, key, last) -> Tensor:
-    x, scale = x.contiguous(), scale.contiguous()
+def fake_quantize(x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last) -> Tensor:
+    x, scale, row_qmax = x.contiguous(), scale.contiguous(), host.dense(row_qmax)
     y = torch.empty_like(x)
-    bounds = max(low.numel(), high.numel()) > 1
-    arguments = (x, scale, low, high, zero_point, lut, y, *x.shape, scale.numel(), *_draw(key, last), bounds)
+    arguments = (x, scale, zero_point, qmin, qmax, row_qmax, lut, y, *x.shape, scale.numel(), *_draw(key, last))
     _launch(_fake_quantize, arguments, x)
     return y
 
 
-def fake_quantize_backward(grad, x, scale, low, high, zero_point, lut, key, last) -> tuple[Tensor, Tensor, Tensor]:
-    grad, x, scale = grad.contiguous(), x.contiguous(), scale.contiguous()
+def fake_quantize_backward(
+    grad, x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, x, scale, row_qmax = grad.contiguous(), x.contiguous(), scale.contiguous(), host.dense(row_qmax)
     out = torch.empty_like(x), x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
-    bounds = max(low.numel(), high.numel()) > 1
-    arguments = (grad, x, scale, low, high, zero_point, lut, *out, *x.shape, scale.numel(), *_draw(key, last), bounds)
-    _launch(_fake_quantize_backward, arguments, x)
+    arguments = (grad, x, scale, zero_point, qmin, qmax, row_qmax, lut, *out, *x.shape, scale.numel())
+    _launch(_fake_quantize_backward, (*arguments, *_draw(key, last)), x)
     return out
 
 
