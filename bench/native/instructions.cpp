@@ -11,6 +11,7 @@
 
 #include "common/isa.h"
 #include "common/layout.h"
+#include "learning/learning_cpu.h"
 #include "qattention/qattention_cpu.h"
 #include "qlinear/qlinear_cpu.h"
 #include "quantize/quantize_cpu.h"
@@ -118,6 +119,46 @@ void attention() {
   vitq_measured([&] { VITQ_DISPATCH(qattention)(args, out.data(), DType::f32); });
 }
 
+void learned_quantizer(bool back) {
+  const int64_t k = 384;
+  const auto x = filled<float>(kRows * k, 1), grad = filled<float>(kRows * k, 1);
+  const float scale = 0.2f;
+  std::vector<float> y(static_cast<size_t>(kRows * k)), of_scale(kRows), of_zero(kRows);
+  FakeQuantizeArgs args{};
+  args.x = x.data(), args.rows = kRows, args.columns = k;
+  args.scale = &scale, args.scales = 1;
+  args.qmin = -7, args.qmax = 7;
+  args.dropped = {true, {1, 2}, 0};
+  args.y = y.data();
+  args.pool = kPool;
+  if (back)
+    vitq_measured([&] {
+      VITQ_DISPATCH(fake_quantize_backward)({args, grad.data(), y.data(), of_scale.data(), of_zero.data()});
+    });
+  else
+    vitq_measured([&] { VITQ_DISPATCH(fake_quantize)(args); });
+}
+
+void learned_softmax(bool back) {
+  const int64_t n = kRows * kRows;
+  const auto scores = filled<float>(n, 3), grad = filled<float>(n, 1);
+  const std::vector<float> table(16, 1);
+  std::vector<float> level(static_cast<size_t>(n)), u(static_cast<size_t>(n)), sums(3 * kRows);
+  FocusedSoftmaxArgs args{};
+  args.scores = scores.data(), args.rows = args.columns = kRows;
+  args.b1 = 0.01f, args.inverse = 2.0f, args.power = 2.0, args.row_anchor = true, args.top = 15;
+  args.levels = args.slopes = args.lifts = table.data();
+  args.level = level.data(), args.u = u.data(), args.total = sums.data();
+  args.pool = kPool;
+  const auto forward = [&] { VITQ_DISPATCH(focused_softmax)(args); };
+  if (!back) return vitq_measured(forward);
+  forward();
+  vitq_measured([&] {
+    VITQ_DISPATCH(focused_softmax_backward)(
+        {args, grad.data(), nullptr, u.data(), level.data(), sums.data()});
+  });
+}
+
 using Cases = std::map<std::string, std::function<void()>>;
 
 Cases cases() {
@@ -164,6 +205,11 @@ Cases cases() {
     vitq_measured([&] { VITQ_DISPATCH(layer_norm_quantize)(args); });
   };
   out["qattention 1x6x197x64"] = attention;
+  for (const bool back : {false, true}) {
+    const std::string suffix = back ? ", backward" : "";
+    out["fake_quantize 197x384, half dropped" + suffix] = [=] { learned_quantizer(back); };
+    out["focused_softmax 197x197" + suffix] = [=] { learned_softmax(back); };
+  }
   return out;
 }
 
