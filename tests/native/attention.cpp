@@ -7,15 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #define VITQ_ISA portable  // for vector_math.h: the same polynomials on every instruction set
+#include "checks.h"
 #include "common/isa.h"
 #include "qattention/qattention_cpu.h"
 #include "qattention/vector_math.h"
@@ -24,23 +22,6 @@ namespace vitq {
 namespace {
 
 std::mt19937 rng(1);
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (!ok && ++failures <= 20) std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
-
-void run_threads(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  const int64_t middle = begin + (end - begin) / 2;
-  std::thread other([=] { body(middle, end, context); });
-  if (begin < middle) body(begin, middle, context);
-  other.join();
-}
-
-template <class T>
-std::unique_ptr<T[]> block(int64_t n) {
-  return std::make_unique<T[]>(static_cast<size_t>(n));
-}
 
 struct Size {
   int64_t b, h, nq, nk, d;
@@ -97,7 +78,7 @@ struct Case {
     args.k_scale = args.v_scale = {one.get(), 0, 0, 0};
     args.softmax_scale = 1.0f;
     args.mask_groups = 1;
-    args.pool = {2, &run_threads};
+    args.pool = kPool;
   }
   int64_t product(int64_t b, int64_t h, int64_t i, int64_t j) const {
     int64_t sum = 0;
@@ -211,9 +192,7 @@ void vector_math() {
 
 }  // namespace
 
-// All cases on the selected instruction set; the number of failures.
-int attention_cases() {
-  const int before = failures;
+void attention_cases() {
   vector_math();
   const Size sizes[] = {{1, 1, 1, 1, 1},    {2, 1, 5, 17, 3},  {1, 2, 7, 16, 16}, {1, 3, 50, 49, 17},
                         {1, 1, 13, 65, 80}, {2, 2, 3, 198, 8}, {1, 1, 2, 33, 64}};
@@ -230,7 +209,6 @@ int attention_cases() {
               every_form(s, focus(top, b1, 0.8, power, anchor_and_norm & 1, anchor_and_norm & 2), extras,
                          name);
   }
-  return failures - before;
 }
 
 }  // namespace vitq
