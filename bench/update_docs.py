@@ -281,6 +281,8 @@ def pages() -> dict[Path, str]:
     methods = replace((ROOT / "docs" / "methods.md").read_text(), "methods", methods_table())
     cost = calibration_table(json.loads((RESULTS / "calibration_cost.json").read_text()))
     methods = replace(methods, "calibration", cost)
+    for bench in ("learning", "learning_softmax"):
+        methods = replace(methods, bench, cpu.ops_table(cpu.newest(), bench))
     methods = replace(methods, "leak", gap_table(json.loads((RESULTS / "evolution_gap.json").read_text())))
     record = json.loads((RESULTS / "models.json").read_text())
     models = (ROOT / "docs" / "models.md").read_text()
