@@ -427,7 +427,7 @@ def _launch(kernel, arguments: tuple, rows: Tensor, whole: bool = False) -> None
         return
     block_l = power_of_2(length, 16, widest if whole else TILE)
     block_r = max(1, TILE // block_l)
-    warps = min(max(block_r * block_l // 256, 4), 16)
+    warps = min(max(block_r * block_l // 128, 4), 16)
     host.launch(kernel, (ceil_div(r, block_r),), (*arguments, block_r, block_l), rows.device, num_warps=warps)
 
 
