@@ -1,19 +1,10 @@
 // vitq::layer_norm, project, expand, gelu and focus_position on CPU tensors.
 #include "attention_glue.h"
+#include "float_glue.h"
 #include "float_stages/float_stages_cpu.h"
-#include "glue.h"
 
 namespace vitq::glue {
 namespace {
-
-const float* floats(const Tensor& x, int64_t numel, const char* name) {
-  check(x, ScalarType::Float, numel, name);
-  return static_cast<const float*>(x.const_data_ptr());
-}
-
-float* new_floats(Tensor& out) { return static_cast<float*>(out.mutable_data_ptr()); }
-
-std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
 Tensor layer_norm(const Tensor& x_, OptTensor weight, OptTensor bias, double eps) {
   const int64_t k = last_dim(x_, "x"), m = row_count(x_);

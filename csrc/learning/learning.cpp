@@ -1,18 +1,9 @@
 // vitq::fake_quantize, focused_softmax and their derivatives on CPU tensors.
-#include "glue.h"
+#include "float_glue.h"
 #include "learning/learning_cpu.h"
 
 namespace vitq::glue {
 namespace {
-
-std::vector<int64_t> sizes(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
-
-const float* floats(const Tensor& x, int64_t numel, const char* name) {
-  check(x, ScalarType::Float, numel, name);
-  return static_cast<const float*>(x.const_data_ptr());
-}
-
-float* out(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 Dropped dropped(std::optional<int64_t> key, int64_t last) {
   const uint64_t bits = static_cast<uint64_t>(key.value_or(0));
@@ -51,8 +42,8 @@ struct FakeQuantize {
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, OptTensor zero_point, int64_t qmin, int64_t qmax,
                      OptTensor row_qmax, OptTensor lut, std::optional<int64_t> key, int64_t last) {
   FakeQuantize call(x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last);
-  Tensor y = new_tensor(sizes(x), ScalarType::Float);
-  call.args.y = out(y);
+  Tensor y = new_tensor(shape_of(x), ScalarType::Float);
+  call.args.y = new_floats(y);
   VITQ_DISPATCH(fake_quantize)(call.args);
   return y;
 }
@@ -64,20 +55,20 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& grad_, c
                                                           int64_t last) {
   const FakeQuantize call(x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last);
   const Tensor grad = dense(grad_);
-  Tensor of_x = new_tensor(sizes(x), ScalarType::Float);
+  Tensor of_x = new_tensor(shape_of(x), ScalarType::Float);
   Tensor of_scale = new_tensor({call.args.rows}, ScalarType::Float);
   Tensor of_zero = new_tensor({call.args.rows}, ScalarType::Float);
   VITQ_DISPATCH(fake_quantize_backward)
-  ({call.args, floats(grad, x.numel(), "grad"), out(of_x), out(of_scale), out(of_zero)});
+  ({call.args, floats(grad, x.numel(), "grad"), new_floats(of_x), new_floats(of_scale), new_floats(of_zero)});
   return {of_x, of_scale, of_zero};
 }
 
 Tensor mix(const Tensor& x_, const Tensor& other_, int64_t key, int64_t last) {
   const Tensor x = dense(x_), other = dense(other_);
-  Tensor mixed = new_tensor(sizes(x), ScalarType::Float);
+  Tensor mixed = new_tensor(shape_of(x), ScalarType::Float);
   VITQ_DISPATCH(mix)
   ({floats(x, x.numel(), "x"), floats(other, x.numel(), "other"), static_cast<int64_t>(x.numel()),
-    dropped(key, last), out(mixed), pool()});
+    dropped(key, last), new_floats(mixed), pool()});
   return mixed;
 }
 
@@ -110,11 +101,11 @@ std::tuple<Tensor, Tensor, Tensor> focused_softmax(const Tensor& scores_, double
                                                    std::optional<int64_t> key, int64_t last) {
   const Tensor scores = dense(scores_);
   FocusedSoftmax call(scores, b1, b2, power, row_anchor, table, key, last);
-  Tensor level = new_tensor(sizes(scores), ScalarType::Float),
-         u = new_tensor(sizes(scores), ScalarType::Float);
+  Tensor level = new_tensor(shape_of(scores), ScalarType::Float),
+         u = new_tensor(shape_of(scores), ScalarType::Float);
   Tensor total = new_tensor({call.args.rows}, ScalarType::Float);
   call.args.scores = floats(scores, scores.numel(), "scores");
-  call.args.level = out(level), call.args.u = out(u), call.args.total = out(total);
+  call.args.level = new_floats(level), call.args.u = new_floats(u), call.args.total = new_floats(total);
   VITQ_DISPATCH(focused_softmax)(call.args);
   return {level, u, total};
 }
@@ -126,12 +117,12 @@ std::tuple<Tensor, Tensor> focused_softmax_backward(const Tensor& grad_, OptTens
   const Tensor grad = dense(grad_), u = dense(u_);
   const FocusedSoftmax call(u, b1, b2, power, row_anchor, table, key, last);
   const Held grad_total(grad_total_);
-  Tensor of_scores = new_tensor(sizes(u), ScalarType::Float);
+  Tensor of_scores = new_tensor(shape_of(u), ScalarType::Float);
   Tensor sums = new_tensor({3, call.args.rows}, ScalarType::Float);
   VITQ_DISPATCH(focused_softmax_backward)
   ({call.args, floats(grad, u.numel(), "grad"),
     grad_total.data<float>(ScalarType::Float, call.args.rows, "grad_total"), floats(u, u.numel(), "u"),
-    out(of_scores), out(sums)});
+    new_floats(of_scores), new_floats(sums)});
   return {of_scores, sums};
 }
 
@@ -153,8 +144,8 @@ struct SoftRound {
 Tensor soft_round(const Tensor& alpha, const Tensor& weight, const Tensor& scale, int64_t qmin,
                   int64_t qmax) {
   SoftRound call(alpha, weight, scale, qmin, qmax);
-  Tensor values = new_tensor(sizes(alpha), ScalarType::Float);
-  call.args.values = out(values);
+  Tensor values = new_tensor(shape_of(alpha), ScalarType::Float);
+  call.args.values = new_floats(values);
   VITQ_DISPATCH(soft_round)(call.args);
   return values;
 }
@@ -163,10 +154,10 @@ std::tuple<Tensor, Tensor> soft_round_backward(const Tensor& grad_, const Tensor
                                                const Tensor& scale, int64_t qmin, int64_t qmax) {
   const SoftRound call(alpha, weight, scale, qmin, qmax);
   const Tensor grad = dense(grad_);
-  Tensor of_alpha = new_tensor(sizes(alpha), ScalarType::Float);
+  Tensor of_alpha = new_tensor(shape_of(alpha), ScalarType::Float);
   Tensor of_scale = new_tensor({call.args.rows}, ScalarType::Float);
   VITQ_DISPATCH(soft_round_backward)
-  ({call.args, floats(grad, alpha.numel(), "grad"), out(of_alpha), out(of_scale)});
+  ({call.args, floats(grad, alpha.numel(), "grad"), new_floats(of_alpha), new_floats(of_scale)});
   return {of_alpha, of_scale};
 }
 
@@ -175,10 +166,11 @@ Tensor penalty(const Tensor& alpha_, double beta, const Tensor* grad) {
   STD_TORCH_CHECK(alpha.dim() == 2, "alpha has ", alpha.dim(), " dimensions, expected [N, K]");
   STD_TORCH_CHECK(beta >= 2.0, "beta is ", beta, ", expected at least 2");
   const int64_t rows = alpha.size(0);
-  Tensor result = new_tensor(grad == nullptr ? std::vector<int64_t>{rows} : sizes(alpha), ScalarType::Float);
+  Tensor result =
+      new_tensor(grad == nullptr ? std::vector<int64_t>{rows} : shape_of(alpha), ScalarType::Float);
   VITQ_DISPATCH(rounding_penalty)
   ({floats(alpha, alpha.numel(), "alpha"), rows, alpha.size(1), static_cast<float>(beta),
-    grad == nullptr ? nullptr : floats(*grad, rows, "grad"), out(result), pool()});
+    grad == nullptr ? nullptr : floats(*grad, rows, "grad"), new_floats(result), pool()});
   return result;
 }
 

@@ -195,12 +195,13 @@ def test_every_branch_compiles(name):
     assert [aot.compile_launch(launch, 90).stack for launch in recorded] == [0] * len(recorded)
 
 
-def learned(**focus):
+def learned(bits, **focus):
     """A ViT-S block's quantizers as they are learned, 24 images at a time."""
 
     def run():
+        qmax = (1 << bits - 1) - 1
         x, one, u = torch.empty(4728, 1536), torch.ones(1), torch.empty(24 * 6 * 197, 197)
-        quantizer = (x, one, one, -8, 7, None, TABLE, 5 << 40, 7)
+        quantizer = (x, one, one, -qmax, qmax, None, TABLE, 5 << 40, 7)
         learning.fake_quantize(*quantizer)
         learning.fake_quantize_backward(x, *quantizer)
         spec = FocusSpec(4, 0.01, 0.5, **focus)
@@ -208,7 +209,7 @@ def learned(**focus):
         learning.focused_softmax(u, *by)
         learning.focused_softmax_backward(u, u[:, 0].contiguous(), u, *by)
         learning.mix(x, x, 5, 7)
-        rounding = (x, x, torch.empty(4728), -8, 7)
+        rounding = (x, x, torch.empty(4728), -qmax, qmax)
         learning.soft_round(*rounding)
         learning.soft_round_backward(x, *rounding)
         learning.rounding_penalty(x, 3.0)
@@ -218,11 +219,14 @@ def learned(**focus):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("focus", [{}, {"power": 2.0, "anchor": "row"}, {"power": 3.0}])
-def test_learning_kernels(focus, capability):
-    """Bound by memory: at 72 registers a thread a processor holds 28 warps of them."""
+@pytest.mark.parametrize(("bits", "focus"), [(4, {}), (2, {"power": 2.0, "anchor": "row"}), (8, {"power": 3.0})])
+def test_learning_kernels(bits, focus, capability):
+    """Bound by memory: at 72 registers a thread a processor holds 28 warps of them.
+
+    Of 2 bits the largest code is 1, which Triton makes a constant of where it is an integer.
+    """
     with host.recorded(run=False) as recorded:
-        learned(**focus)()
+        learned(bits, **focus)()
     assert len(recorded) == 9
     for launch in recorded:
         binary = aot.compile_launch(launch, capability)

@@ -103,7 +103,7 @@ class Drop:
         self.rate, self.generator = rate, generator
 
     def __call__(self) -> Dropped:
-        """Anew."""
+        """What stays float in one pass, drawn anew."""
         key = torch.empty((), dtype=torch.int64, device="cpu").random_(2**63 - 1, generator=self.generator)
         return Dropped(int(key), self.rate)
 

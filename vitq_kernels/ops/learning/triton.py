@@ -41,15 +41,14 @@ def _bounded(x, low, high):
 def _row_scale(scale, zero_point, qmin, qmax, row_qmax, row, valid, scales):
     """Scale, its reciprocal and the bounds of rows [BLOCK_R, 1]; the zero point, and whether the clamp holds it."""
     s = tl.load(scale + row % scales, mask=valid, other=1.0)[:, None]
-    low, high = qmin.to(tl.float32), qmax.to(tl.float32)
     if zero_point is None:
         zero, held = 0.0, False
     else:
         nearest = round_half_even(tl.load(zero_point))
-        zero = _bounded(nearest, low, high)
+        zero = _bounded(nearest, qmin, qmax)
         held = zero != nearest
     if row_qmax is None:
-        least, most = low - zero, high - zero
+        least, most = qmin - zero, qmax - zero
     else:
         most = tl.load(row_qmax + row, mask=valid, other=0).to(tl.float32)[:, None]
         least, most = -most - zero, most - zero
@@ -70,7 +69,7 @@ def _fake_quantize(
     x,  # [R, L]
     scale,  # [scales]
     zero_point,  # [1] or None
-    qmin,
+    qmin,  # as a float, which Triton never makes a constant of: an integer 1 it does
     qmax,
     row_qmax,  # [R] int32 or None
     lut,  # [256] int8 or None
@@ -306,7 +305,7 @@ def _soft_round(
         h, slope = _rectified(tl.load(alpha + at, mask=mask, other=0.0))
         w = tl.load(weight + at, mask=mask, other=0.0)
         whole = tl.floor(tl.div_rn(w, tl.broadcast_to(s, (BLOCK_R, BLOCK_L)))) + h
-        code = _bounded(whole, qmin.to(tl.float32), qmax.to(tl.float32))
+        code = _bounded(whole, qmin, qmax)
         if grad is None:
             tl.store(out + at, code * s, mask=mask)
         else:
@@ -350,7 +349,19 @@ def _rounding_penalty(
 def fake_quantize(x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last) -> Tensor:
     x, scale, row_qmax = x.contiguous(), scale.contiguous(), host.dense(row_qmax)
     y = torch.empty_like(x)
-    arguments = (x, scale, zero_point, qmin, qmax, row_qmax, lut, y, *x.shape, scale.numel(), *_draw(key, last))
+    arguments = (
+        x,
+        scale,
+        zero_point,
+        float(qmin),
+        float(qmax),
+        row_qmax,
+        lut,
+        y,
+        *x.shape,
+        scale.numel(),
+        *_draw(key, last),
+    )
     _launch(_fake_quantize, arguments, x)
     return y
 
@@ -360,7 +371,7 @@ def fake_quantize_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, x, scale, row_qmax = grad.contiguous(), x.contiguous(), scale.contiguous(), host.dense(row_qmax)
     out = torch.empty_like(x), x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
-    arguments = (grad, x, scale, zero_point, qmin, qmax, row_qmax, lut, *out, *x.shape, scale.numel())
+    arguments = (grad, x, scale, zero_point, float(qmin), float(qmax), row_qmax, lut, *out, *x.shape, scale.numel())
     _launch(_fake_quantize_backward, (*arguments, *_draw(key, last)), x)
     return out
 
@@ -395,14 +406,14 @@ def focused_softmax_backward(grad, grad_total, u, b1, b2, power, row_anchor, tab
 def soft_round(alpha, weight, scale, qmin, qmax) -> Tensor:
     alpha, weight, scale = alpha.contiguous(), weight.contiguous(), scale.contiguous()
     values = torch.empty_like(alpha)
-    _launch(_soft_round, (None, alpha, weight, scale, values, None, *alpha.shape, qmin, qmax), alpha)
+    _launch(_soft_round, (None, alpha, weight, scale, values, None, *alpha.shape, float(qmin), float(qmax)), alpha)
     return values
 
 
 def soft_round_backward(grad, alpha, weight, scale, qmin, qmax) -> tuple[Tensor, Tensor]:
     grad, alpha, weight, scale = grad.contiguous(), alpha.contiguous(), weight.contiguous(), scale.contiguous()
     out = torch.empty_like(alpha), alpha.new_empty(alpha.shape[0])
-    _launch(_soft_round, (grad, alpha, weight, scale, *out, *alpha.shape, qmin, qmax), alpha)
+    _launch(_soft_round, (grad, alpha, weight, scale, *out, *alpha.shape, float(qmin), float(qmax)), alpha)
     return out
 
 
