@@ -5,7 +5,8 @@ python -m bench.calibration_cost            # writes bench/results/calibration_c
 Measured: seconds of one learning step on this machine, and what a step asks of any machine: operators, floating-point
 operations, bytes read and written. Both are differences between runs of two lengths, so that only steps count.
 Estimated: a GPU launches the operators one after the other and is done no sooner than the host has issued them, or than
-each has moved its bytes or done its arithmetic. The assumptions are the constants below; no GPU was timed.
+each has moved its bytes or done its arithmetic. The assumptions are the constants below; no GPU was timed. Where there
+is one, ``bench.gpu.check`` measures the same steps on it, beside the estimate.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,23 +98,36 @@ def with_iterations(recipe: Recipe, method: str, iterations: int) -> Recipe:
 
 def one_step(model, images, recipe: Recipe, method: str, lengths: tuple[int, int]) -> Work:
     """The mean step of ``method`` in one block."""
+    recipes = [with_iterations(recipe, method, iterations) for iterations in lengths]
     ends = []
-    for iterations in lengths:
-        shorter = with_iterations(recipe, method, iterations)
+    for each in recipes:
         with counted() as work:
-            calibrate(model, images, shorter)
-        start = time.perf_counter()
-        calibrate(model, images, shorter)
-        work.seconds = time.perf_counter() - start
+            calibrate(model, images, each)
         ends.append(work)
+    for each, work in zip(recipes, ends):  # by now everything is compiled and allocated
+        start = time.perf_counter()
+        calibrate(model, images, each)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        work.seconds = time.perf_counter() - start
     return ends[1].minus(ends[0], lengths[1] - lengths[0])
 
 
-def measure(architecture: str, recipe: Recipe, lengths: tuple[int, int], **kwargs) -> dict:
-    """Rows per learning method: a step here and its estimate on an H200; the whole calibration's estimate."""
-    model = load_float(ModelSource(architecture, pretrained=False, kwargs={"depth": 1, **kwargs}))
+def measure(
+    architecture: str,
+    recipe: Recipe,
+    lengths: tuple[int, int],
+    device: torch.device | str = "cpu",
+    count: int = 48,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Rows per learning method: a step on ``device`` and its estimate on an H200; the whole calibration's estimate.
+
+    Args: lengths: of the two runs, in steps; count: of images.
+    """
+    model = load_float(ModelSource(architecture, pretrained=False, kwargs={"depth": 1, **kwargs})).to(device)
     size = model.pretrained_cfg["input_size"] if not kwargs else (3, *model.patch_embed.img_size)
-    images = torch.randn(48, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0)).to(device)
     rows, totals = [], dict.fromkeys(FLOPS_PER_SECOND, 0.0)
     for stage, method, options in recipe.steps():
         if getattr(options, "iterations", 0):

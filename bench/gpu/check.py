@@ -191,6 +191,27 @@ def ops(check: Check) -> None:
             check.rows(key, rows(machine), check.left(share), len(cases(machine.dry)), figures)
 
 
+def calibration(check: Check) -> None:
+    from vitq_kernels import backend
+
+    from . import learning, shapes
+
+    def figures(row: dict) -> str:
+        return f"{row['what']} {row['shape']}: " + ", ".join(f"{k} {1e3 * v:.1f} µs" for k, v in row["ms"].items())
+
+    def minutes(row: dict) -> str:
+        methods = ", ".join(f"{name} {ms:.2f} ms" for name, ms in row["ms"].items())
+        return f"{row['recipe']}, {row['learning']}: {methods} a step, {row['minutes']:.1f} minutes for a ViT-S"
+
+    machine = check.machine
+    if machine.peaks is None:
+        check.record["peaks"] = asdict(machine.measure_ceilings())
+    cases = sum(map(len, shapes.learned(machine.dry).values()))
+    check.rows("learning", learning.rows(machine), check.left(0.04), cases, figures)
+    with backend("triton"):
+        check.rows("calibration", learning.steps(machine), check.left(0.08), len(learning.PRECISIONS), minutes)
+
+
 def models(check: Check) -> None:
     import torch
 
@@ -222,6 +243,7 @@ STEPS: dict[str, Callable[[Check], None]] = {
     "ceilings": ceilings,
     "tests": tests,
     "ops": ops,
+    "calibration": calibration,
     "models": models,
 }
 

@@ -22,7 +22,7 @@ class Goal:
 
     Args:
         name: regime and figure, as printed.
-        table: "products", "attention" or "models" of the record.
+        table: "products", "attention", "calibration" or "models" of the record.
         covers: row → whether the goal is about it.
         value: row → the figure, or None where it was not measured.
         bound: the least figure that meets it (the largest for ``at_most``).
@@ -127,4 +127,14 @@ GOALS = (
     Goal("attention over the best SDPA, N = 197", "attention", lambda r: r["N"] == 197, _ratio("int8", "sdpa"), 1.0),
     Goal("attention over the best SDPA, N ≥ 1024", "attention", lambda r: r["N"] >= 1024, _ratio("int8", "sdpa"), 1.2),
     *_models(),
+    Goal(
+        "AIQViT W4A4 of a ViT-S calibrated",
+        "calibration",
+        lambda r: r["learning"] == "float32",
+        lambda r: r["minutes"],
+        10.0,
+        max,
+        True,
+        " min",
+    ),
 )

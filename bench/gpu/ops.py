@@ -63,14 +63,14 @@ def served(machine: Machine) -> list[str]:
     return ["triton"] + ["cuda"] * (cuda.unavailable(machine.device.type) is None)
 
 
-def on_back_ends(machine: Machine, variants: dict[str, Variant]) -> dict[str, Variant]:
-    """Those of torch once, ours by every back end, under their names and ``SUFFIX``."""
+def on_back_ends(machine: Machine, variants: dict[str, Variant], names: list[str] | None = None) -> dict[str, Variant]:
+    """Those of torch once, ours by every back end (default: all that serve), under their names and ``SUFFIX``."""
     found = {}
     for name, variant in variants.items():
         if variant.work is None:
             found[name] = variant
             continue
-        for backend in served(machine):
+        for backend in served(machine) if names is None else names:
             check = None if variant.check is None else _pinned(variant.check, backend)
             found[name + SUFFIX[backend]] = replace(variant, run=_pinned(variant.run, backend), check=check)
     return found
@@ -95,9 +95,9 @@ def check(variants: dict[str, Variant]) -> Iterator[str]:
             yield name
 
 
-def time_variants(machine: Machine, variants: dict[str, Variant]) -> dict[str, Any]:
-    """Checks every variant on every back end, then times them; ``calls``: what a figure is about."""
-    variants = on_back_ends(machine, variants)
+def time_variants(machine: Machine, variants: dict[str, Variant], names: list[str] | None = None) -> dict[str, Any]:
+    """Checks every variant on every back end, or those named, then times them; ``calls``: what a figure is about."""
+    variants = on_back_ends(machine, variants, names)
     for _ in check(variants):
         pass
     row: dict[str, Any] = {"ms": {}, "p20": {}, "p80": {}, "of_floor": {}, "calls": {}}
@@ -285,7 +285,7 @@ def products(machine: Machine) -> Iterator[dict[str, Any]]:
     """One row per (M, K, N); ``kernels``: what torch launched for bf16, then for ``_int_mm``."""
     for m, k, n in shapes.products(machine.dry):
         variants = product_variants(machine, m, k, n)
-        with _named(f"product of M={m}, K={k}, N={n}"):
+        with named(f"product of M={m}, K={k}, N={n}"):
             row = time_variants(machine, variants)
         names = machine.kernels([variants[x] for x in ("bf16", "_int_mm") if x in variants])
         tops = 2e-9 * m * k * n / row["ms"][ALONE]
@@ -332,7 +332,7 @@ def rows(machine: Machine) -> Iterator[dict[str, Any]]:
     """One row per (M, K): achieved bandwidth of the quantizing passes."""
     for m, k in shapes.rows(machine.dry):
         variants = row_variants(machine, m, k)
-        with _named(f"rows of M={m}, K={k}"):
+        with named(f"rows of M={m}, K={k}"):
             row = time_variants(machine, variants)
         works = {name: v.work for name, v in on_back_ends(machine, variants).items() if v.work is not None}
         row["gb_per_s"] = {name: work.bytes / row["ms"][name] * 1e-6 for name, work in works.items()}
@@ -416,14 +416,14 @@ def _sdpa_backends() -> list[SDPBackend]:
 def attentions(machine: Machine) -> Iterator[dict[str, Any]]:
     """One row per shape; "sdpa" is the fastest back end of scaled_dot_product_attention."""
     for b, h, n, d, groups in shapes.attentions(machine.dry):
-        with _named(f"attention of B={b}, H={h}, N={n}, d={d}"):
+        with named(f"attention of B={b}, H={h}, N={n}, d={d}"):
             row = time_variants(machine, attention_variants(machine, b, h, n, d, groups))
         row["ms"]["sdpa"] = min(ms for name, ms in row["ms"].items() if name.startswith("sdpa"))
         yield {"B": b, "H": h, "N": n, "d": d, **row}
 
 
 @contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
+def named(what: str) -> Iterator[None]:
     """Puts ``what`` in front of an AssertionError's message."""
     try:
         yield

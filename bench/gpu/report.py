@@ -186,7 +186,39 @@ def model_table(record: Record) -> str:
     return table(rows, columns)
 
 
-TABLES = {"products": product_table, "rows": row_table, "attention": attention_table, "models": model_table}
+def learning_table(record: Record) -> str:
+    """Quantizers as they are learned, with their derivatives."""
+    rows = []
+    for row in record.get("learning", ()):
+        ratio = _speedup(row, "ours", "torch")
+        us = row["ms"]["ours"] * 1e3
+        rows.append({k: row[k] for k in ("what", "shape")} | {"us": us, "ratio": ratio, "of": row["of_floor"]["ours"]})
+    columns = {"what": "what", "shape": "shape", "us": "µs", "ratio": "× torch's", "of": "of floor"}
+    return table(rows, columns)
+
+
+def calibration_table(record: Record) -> str:
+    """Steps of calibration, a line per method and precision."""
+    rows = []
+    for row in record.get("calibration", ()):
+        for method, ms in row["ms"].items():
+            steps, estimate = row["steps"][method], row["estimated_ms"][method]
+            rows.append({"recipe": row["recipe"], "learning": row["learning"], "method": method, "steps": steps,
+                         "ms": f"{ms:.3f}", "estimate": f"{estimate:.3f}", "minutes": ms * steps / 6e4})  # fmt: skip
+    columns = {"recipe": "recipe", "learning": "learning", "method": "method", "steps": "steps", "ms": "ms a step",
+               "estimate": "estimated", "minutes": "minutes"}  # fmt: skip
+    return table(rows, columns)
+
+
+TABLES = {
+    "products": product_table,
+    "rows": row_table,
+    "attention": attention_table,
+    "learning": learning_table,
+    "calibration": calibration_table,
+    "models": model_table,
+}
+TITLES = {"learning": "Learned quantizers, forward and back", "calibration": "Calibration", "models": "Models"}
 
 
 def markdown(record: Record) -> str:
@@ -196,7 +228,7 @@ def markdown(record: Record) -> str:
     parts += ["## What was checked", *(f"- {name}: {what}" for name, what in record["checks"].items())]
     for key, make in TABLES.items():
         if record.get(key):
-            parts += [f"## {TIMED.get(key, 'Models')}", make(record)]
+            parts += [f"## {(TIMED | TITLES)[key]}", make(record)]
     if versus := versus_tables(record):
         parts += ["## C++ kernels over Triton's", versus]
     if record["left_out"]:

@@ -54,3 +54,13 @@ def attentions(dry: bool) -> list[tuple[int, int, int, int, int]]:
         (1, 12, 1024, 64, 0),
         (16, 12, 1024, 64, 0),
     ]
+
+
+def learned(dry: bool) -> dict[str, list[tuple[int, ...]]]:
+    """What a ViT-S block learns with 24 and 64 images at a time: (M, K) of quantizers, (B, H, N) of softmaxes."""
+    if dry:
+        return {"quantizer": [(5, 48)], "softmax": [(1, 2, 9)]}
+    return {
+        "quantizer": [(197 * b, k) for b in (24, 64) for k in (384, 1536)],
+        "softmax": [(24, 6, 197), (64, 6, 197)],
+    }

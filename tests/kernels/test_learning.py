@@ -264,7 +264,8 @@ def test_16_bit_floats_are_widened(implementation):
 def test_opcheck():
     x, grad, one = normal(6, 16, seed=0), normal(6, 16, seed=1), torch.ones(1)
     quantizer = (x, torch.ones(3), 0 * one, -8, 7, torch.ones(6, dtype=torch.int32), TABLE, 5, 0)
-    focus = (0.1, 0.9, 2.0, True, learning._table(FocusSpec(4, 0.1, 0.9, 2.0, "row")).float(), None, 0)
+    table = learning._table(FocusSpec(4, 0.1, 0.9, 2.0, "row"), torch.device("cpu"), torch.float32)
+    focus = (0.1, 0.9, 2.0, True, table, None, 0)
     rounding = (x, x, torch.ones(6), -7, 7)
     for op, arguments in (
         ("fake_quantize", quantizer),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -227,7 +228,7 @@ def mix(x: Tensor, other: Tensor, dropped: Dropped) -> Tensor:
 class _FocusedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, b1, b2, spec, dropped):
-        table = _table(spec).to(device=scores.device, dtype=scores.dtype)
+        table = _table(spec, scores.device, scores.dtype)
         focus = float(spec.b1), float(spec.b2), spec.power, spec.anchor == "row", table
         level, u, total = _op("focused_softmax", scores)(scores, *focus, *_draw(dropped))
         ctx.save_for_backward(u, table)
@@ -253,19 +254,24 @@ class _FocusedSoftmax(torch.autograd.Function):
         return of_scores, of_b1, of_b2, None, None
 
 
-def _table(spec: FocusSpec) -> Tensor:
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _table(spec: FocusSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[3, n + 1]: integer levels, derivatives of the unsnapped levels by the code, and 1 − (code/n)^power, which says
-    how they move with the interval (0 where levels are codes)."""
+    how they move with the interval (0 where levels are codes).
+
+    Kept: while the interval is not learned no step computes it, or copies it to a GPU, again.
+    """
     levels, step, _ = spec.decode()
     levels = levels.double()
     if spec.affine:
-        return torch.stack([levels, torch.ones_like(levels), torch.zeros_like(levels)])
+        return torch.stack([levels, torch.ones_like(levels), torch.zeros_like(levels)]).to(device, dtype)
     share = torch.arange(spec.n + 1, dtype=torch.float64, device="cpu") / spec.n
     slopes = (spec.b2 - spec.b1) / step * spec.power / spec.n * share ** (spec.power - 1.0)
     lifts = 1.0 - share**spec.power
     if spec.below == "zero":
         slopes[0] = lifts[0] = 0.0
-    return torch.stack([levels, slopes, lifts])
+    return torch.stack([levels, slopes, lifts]).to(device, dtype)
 
 
 def focused_softmax(
