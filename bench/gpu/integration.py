@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import minmax
 import torch
 from torch import Tensor, nn
+from vitq.bench.latency import compare_models
 from vitq.convert import to_integer
 
 from . import models, ops
@@ -102,11 +103,18 @@ def _export(machine: Machine, model: nn.Module, images: Tensor) -> None:
     _same(model(images), torch.export.export(model, (images,)).module()(images), "torch.export")
 
 
+def _timed(machine: Machine, model: nn.Module, images: Tensor) -> None:
+    (row,) = compare_models({"model": model}, images, 1, 0.05)
+    if not (row["device"] == "cuda" and row["latency_ms"] > 0.0 and row["activation_peak_bytes"] > 0):
+        raise AssertionError(f"vitq bench: {row}")
+
+
 CHECKS: dict[str, tuple[Callable[[Machine, nn.Module, Tensor], None], bool]] = {
     "the same bits in every call": (_repeat, False),
     "two streams at once": (_streams, True),
     "CUDA graph equals eager": (_graph, True),
     "vitq_kernels.graphs equals eager": (_buckets, True),
+    "vitq bench times it": (_timed, True),
     "torch.compile(fullgraph=True) equals eager": (_compile, True),
     "torch.export equals eager": (_export, True),
 }

@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", help="run the integer model on this back end (see vitq info)")
     p.add_argument("--limit", type=_positive, help="so many images only")
     p.add_argument("--batch-size", type=_positive, default=64)
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
     p = command("bench", run.bench, "Latency, throughput, memory and size against the float model.")
     p.add_argument("model", help="checkpoint folder, or timm architecture (quantized with --recipe on random images)")
@@ -110,6 +111,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_positives, default=[1, 8], metavar="B,B", help="batch sizes (default: 1,8)")
     p.add_argument("--bench-threads", type=_positives, metavar="T,T", help="thread counts (default: torch's choice)")
     p.add_argument("--seconds", type=float, default=3.0, help="per model and setting (default: 3)")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ... (in CUDA graphs, as it is served)")
+    p.add_argument("--dtype", default="float32", help=f"of the images: {', '.join(run.DTYPES)} (default: float32)")
     p.add_argument(
         "--profile", action="store_true", help="also time per layer and operator beside what the machine can do"
     )

@@ -176,14 +176,17 @@ def quantize(args: argparse.Namespace) -> None:
     record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}
     out.print(f"{target}: {recipe.name}, calibrated in {done.seconds:.1f} s, {_reasons(done.integer)}")
     if splits:
+        for each in (model, done.calibrated.sim, done.integer):
+            each.to(device)
         rows = jobs.evaluate(jobs.predict_splits(model, splits), done.calibrated.sim, done.integer, splits)
         times = jobs.time_models({"float": model, "integer": done.integer}, [1], 1.0)
         record["runs"] = jobs.summarize(recipe, done, model, checkpoint.disk_bytes(target), rows, times)
         reporting.write_evaluation(target, record["runs"])
         console.print_rows(out, f"{source.name}, {recipe.name}", record["runs"], _columns(record["runs"]))
         run = record["runs"][0]
+        where = f"{run['threads']} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
         out.print(
-            f"batch 1, {run['threads']} threads: float {run['latency_ms_float']:.2f} ms, integer "
+            f"batch 1, {where}: float {run['latency_ms_float']:.2f} ms, integer "
             f"{run['latency_ms_integer']:.2f} ms ({run['speedup']:.2f}x); "
             f"{run['size_bytes_float'] / 1e6:.2f} MB -> {run['size_bytes_integer'] / 1e6:.2f} MB"
         )
@@ -231,7 +234,8 @@ def evaluate(args: argparse.Namespace) -> None:
         "simulated": lambda: to_simulated(skeleton, state),
         "integer": lambda: to_integer(skeleton, state, args.backend),
     }
-    models = {mode: build[mode]() for mode in modes}
+    device = _device(args.device)
+    models = {mode: build[mode]().to(device) for mode in modes}
     data = load_data(args.data, args.split, skeleton, args.limit)
     outputs: dict[str, jobs.Prediction] = {}
     # The simulated model, too, takes its float stages from the back end.
@@ -277,12 +281,16 @@ def _evaluation(mode: str, outputs: dict[str, jobs.Prediction], data: Dataset) -
 
 def bench(args: argparse.Namespace) -> None:
     out = console.make(args.json)
+    dtype, device = _dtype(args.dtype), _device(args.device)
+    if args.profile and device.type != "cpu":
+        raise ValueError(f"--profile is given with --device {args.device}, expected cpu: it measures a processor")
     if Path(args.model).exists():
         state, config = checkpoint.load_state(args.model)
         model = checkpoint.build_float(Path(args.model), config)
-        models = {"float32": model, config.recipe.get("name", "integer"): to_integer(model, state)}
+        models = {args.dtype: model, config.recipe.get("name", "integer"): to_integer(model, state)}
     else:
         models = _calibrated_on_noise(args)
+    models = {name: model.to(device, dtype) for name, model in models.items()}
     rows: list[dict[str, Any]] = []
     for n in args.bench_threads or [torch.get_num_threads()]:
         with threads(n):
@@ -291,8 +299,11 @@ def bench(args: argparse.Namespace) -> None:
         peak = row["activation_peak_bytes"]
         row["peak_mb"] = None if peak is None else peak / 1e6
         row["model_mb"] = row["model_bytes"] / 1e6
-    record = {"model": args.model, "environment": environment(), "rows": rows}
-    console.print_rows(out, f"{args.model} on {record['environment']['cpu']}", rows, BENCH_COLUMNS)
+    record: dict[str, Any] = {"model": args.model, "environment": environment(), "rows": rows}
+    if device.type == "cuda":
+        record["environment"]["gpu"] = torch.cuda.get_device_name(device)
+    where = record["environment"].get("gpu", record["environment"]["cpu"])
+    console.print_rows(out, f"{args.model} on {where}", rows, BENCH_COLUMNS)
     if args.profile:
         record["profiles"] = _profiles(args, models, out)
     _emit(args, record)
@@ -325,8 +336,8 @@ def _calibrated_on_noise(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The float model and its integer forms; latency does not depend on what the images show."""
     source = _source(args)
     model = load_float(source)
-    images = jobs.random_images({"float32": model}, 8)
-    models: dict[str, nn.Module] = {"float32": model}
+    images = jobs.random_images({args.dtype: model}, 8)
+    models: dict[str, nn.Module] = {args.dtype: model}
     with _progress() as progress:
         for name in args.recipe.split(","):
             recipe = recipes.load_recipe(name, fast=True)

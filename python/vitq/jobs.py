@@ -142,7 +142,7 @@ def evaluate(
 
 
 def time_models(models: dict[str, nn.Module], batches: Iterable[int], seconds: float) -> list[dict[str, Any]]:
-    """``compare_models`` on random images of the first model's input size, at torch's current number of threads."""
+    """``compare_models`` on random images for the first model, at torch's current number of threads."""
     rows = []
     for batch in batches:
         rows += compare_models(models, random_images(models, batch), torch.get_num_threads(), seconds)
@@ -150,12 +150,13 @@ def time_models(models: dict[str, nn.Module], batches: Iterable[int], seconds: f
 
 
 def random_images(models: dict[str, nn.Module], batch: int) -> Tensor:
-    """Images (or clouds) of the first model's input size, always the same; clouds' category is the first."""
+    """Images (or clouds) of the first model's input size, dtype and device, always the same; clouds' category is the
+    first."""
     model = next(iter(models.values()))
     images = torch.randn(batch, *state_data(model)["input_size"], generator=torch.Generator().manual_seed(0))
     if hasattr(model, "categories"):
         images[..., -1] = 0.0
-    return images
+    return images.to(next(model.parameters()))
 
 
 def summarize(recipe: Recipe, done: Quantized, floating: nn.Module, size: int, splits: list[dict], times: list[dict]):
@@ -174,6 +175,7 @@ def summarize(recipe: Recipe, done: Quantized, floating: nn.Module, size: int, s
         "average_act_bits": act_bits,
         "calibration_s": done.seconds,
         "batch": base["batch"],
+        "device": base["device"],
         "threads": base["threads"],
         "latency_ms_float": base["latency_ms"],
         "latency_ms_integer": integer["latency_ms"],

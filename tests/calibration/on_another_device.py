@@ -1,6 +1,8 @@
 """Calibration and models on the device of elsewhere.py: no tensor is on another one, and results are those of the CPU,
 bit for bit (plain torch computes both). Run by test_devices.py, in a process of its own."""
 
+import copy
+
 import elsewhere
 import families
 import minmax
@@ -9,9 +11,10 @@ import test_calibrate
 import test_detectors
 import test_point_models
 import torch
-from vitq import lowrank
+from vitq import jobs, lowrank
 from vitq.calibrate import calibrate
 from vitq.convert import to_integer
+from vitq.evaluate import predict
 from vitq.models import adapter_for
 from vitq.recipes import Recipe, load_recipe, names, parse
 from vitq.restore import to_simulated
@@ -149,6 +152,25 @@ def assert_same_calibration(build, recipe):
             here = output(made(model, want.state)(x))
             with elsewhere.emulated():
                 assert torch.equal(here, output(made(model, want.state).to(elsewhere.NAME)(there(x))).cpu())
+
+
+def test_evaluation(monkeypatch):
+    monkeypatch.setattr(jobs, "predict", torch.no_grad()(predict.__wrapped__))  # not for wrappers: inference mode
+    model = minmax.vit()
+    x = images(model, 8)
+    state = minmax.minmax_state(model, x)
+    data = {"test": torch.utils.data.TensorDataset(x, torch.arange(8) % 7)}
+
+    def rows(device):
+        models = (model, to_simulated(model, state), to_integer(model, state))
+        floating, simulated, integer = (copy.deepcopy(m).to(device) for m in models)
+        return jobs.evaluate(jobs.predict_splits(floating, data, 3), simulated, integer, data, 3)
+
+    (here,) = rows("cpu")
+    with elsewhere.emulated():
+        (got,) = rows(elsewhere.NAME)
+    # The float model's attention is another algorithm there.
+    assert got == here | {"logit_sqnr_db": pytest.approx(here["logit_sqnr_db"], abs=1e-3)}
 
 
 def test_a_planted_tensor_is_found(monkeypatch):

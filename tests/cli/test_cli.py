@@ -112,7 +112,13 @@ def test_bench_of_a_checkpoint_and_of_an_architecture(quantized, capsys):
     ]  # fmt: skip
     assert record["rows"][1]["model_bytes"] < record["rows"][0]["model_bytes"] / 4
     argv = ["bench", NAME, "--random-weights", "--recipe", "minmax-w4a4", "--batch", "1", "--seconds", "0.01"]
-    assert [row["model"] for row in figures(capsys, *argv)["rows"]] == ["float32", "minmax-w4a4"]
+    rows = figures(capsys, *argv, "--dtype", "bfloat16")["rows"]
+    assert [(row["model"], row["device"]) for row in rows] == [("bfloat16", "cpu"), ("minmax-w4a4", "cpu")]
+
+
+def test_a_profile_is_of_a_processor(capsys, monkeypatch):
+    monkeypatch.setattr("vitq.commands._device", torch.device)
+    assert "--profile is given with --device cuda" in failure(capsys, "bench", NAME, "--device", "cuda", "--profile")
 
 
 def test_list_models(capsys):
@@ -176,6 +182,8 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["eval", "/nowhere"], "/nowhere: no such folder"),
         (["bench", "/nowhere"], "model is '/nowhere'"),
         (["bench", NAME, "--batch", "1,x"], "'x' is not a positive whole number"),
+        (["bench", NAME, "--device", "cuda:9"], "--device is 'cuda:9', expected cpu or one of"),
+        (["bench", NAME, "--dtype", "int8"], "--dtype has 'int8', expected one of float32, "),
         (["info", "/nowhere"], "no such folder"),
         (["report", "/nowhere", "-o", "OUT"], "no such folder"),
         (["warmup", "/nowhere", "--gpu", "h200"], "/nowhere: no such folder"),
@@ -209,6 +217,7 @@ def test_bad_input_is_one_line(argv, said, capsys, tmp_path, monkeypatch):
 def test_bad_input_to_eval(quantized, capsys):
     assert "--modes has 'fixed'" in failure(capsys, "eval", str(quantized), "--modes", "fixed")
     assert "--backend is 'tpu'" in failure(capsys, "eval", str(quantized), "--backend", "tpu")
+    assert "--device is 'tpu'" in failure(capsys, "eval", str(quantized), "--device", "tpu")
     assert "no back end serves" in failure(capsys, "eval", str(quantized), "--modes", "integer", "--backend", "cuda")
     assert "split" in failure(capsys, "eval", str(quantized), "--split", "evening")
     assert "exists already" in failure(capsys, "quantize", NAME, str(quantized))

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vitq_kernels import graphs
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -101,6 +103,31 @@ def peak_memory(call: Callable[[], object]) -> int | None:
     return max(0, _status_kib(status, "VmHWM") - before) * 1024
 
 
+def _timed(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    """A call that lasts until its result is there: on a GPU, of models that return one tensor, a replayed CUDA graph,
+    as they are served."""
+    if images.device.type != "cuda":
+        return lambda: model(images)
+    run = graphs.capture(model, images, (len(images),)) if isinstance(model(images), Tensor) else model
+
+    def call() -> None:
+        run(images)
+        torch.cuda.synchronize(images.device)
+
+    return call
+
+
+def _peak(model: nn.Module, images: Tensor) -> int | None:
+    """Bytes in use at most in a call, beyond those before it."""
+    if images.device.type != "cuda":
+        return peak_memory(lambda: model(images))
+    model(images)
+    torch.cuda.reset_peak_memory_stats(images.device)
+    before = torch.cuda.memory_allocated(images.device)
+    model(images)
+    return torch.cuda.max_memory_allocated(images.device) - before
+
+
 def _status_kib(status: Path, key: str) -> int:
     line = next(x for x in status.read_text().splitlines() if x.startswith(key + ":"))
     return int(line.split()[1])
@@ -117,18 +144,19 @@ def tensor_bytes(model: nn.Module) -> int:
 def compare_models(models: dict[str, nn.Module], images: Tensor, n_threads: int, seconds: float = 2.0) -> list[dict]:
     """One row per model on one batch: latency, throughput, memory, size, and the ratio to the first model.
 
-    Args:     models: name → module in eval mode, the baseline first; images [B, C, H, W];
+    Args:     models: name → module in eval mode, the baseline first; images [B, C, H, W], where the models are;
               n_threads; seconds as in compare.
     Returns:  rows of plain JSON values.
     """
     with torch.inference_mode(), threads(n_threads):
-        memory = {name: peak_memory(lambda model=model: model(images)) for name, model in models.items()}
-        timings = compare({name: lambda model=model: model(images) for name, model in models.items()}, seconds)
+        memory = {name: _peak(model, images) for name, model in models.items()}
+        timings = compare({name: _timed(model, images) for name, model in models.items()}, seconds)
     baseline = next(iter(timings.values())).median
     return [
         {
             "model": name,
             "batch": images.shape[0],
+            "device": images.device.type,
             "threads": n_threads,
             "latency_ms": timing.median,
             "p20": timing.p20,
