@@ -123,11 +123,15 @@ def build(check: Check) -> None:
     check.checked("C++ back end", outcome)
 
 
+def _know_ceilings(check: Check) -> None:
+    if check.machine.peaks is None:
+        check.record["peaks"] = asdict(check.machine.measure_ceilings())
+
+
 def ceilings(check: Check) -> None:
     from . import warm
 
-    peaks = check.machine.measure_ceilings()
-    check.record["peaks"] = asdict(peaks)
+    _know_ceilings(check)
     check.say(report.ceilings(check.record))
     if not check.machine.dry:
         check.warming = warm.Warming()
@@ -177,8 +181,7 @@ def ops(check: Check) -> None:
     if check.warming is not None:
         check.record["warmed"] = check.warming.stop()
         check.warming = None
-    if machine.peaks is None:
-        check.record["peaks"] = asdict(machine.measure_ceilings())
+    _know_ceilings(check)
 
     def figures(row: dict) -> str:
         shape = ", ".join(f"{k}={v}" for k, v in row.items() if len(k) == 1)
@@ -204,8 +207,7 @@ def calibration(check: Check) -> None:
         return f"{row['recipe']}, {row['learning']}: {methods} a step, {row['minutes']:.1f} minutes for a ViT-S"
 
     machine = check.machine
-    if machine.peaks is None:
-        check.record["peaks"] = asdict(machine.measure_ceilings())
+    _know_ceilings(check)
     cases = sum(map(len, shapes.learned(machine.dry).values()))
     check.rows("learning", learning.rows(machine), check.left(0.04), cases, figures)
     with backend("triton"):

@@ -227,6 +227,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"--modes has {unknown[0]!r}, expected a selection of {', '.join(MODES)}")
     if args.backend is not None and args.backend not in backends.NAMES:
         raise ValueError(f"--backend is {args.backend!r}, expected one of {', '.join(backends.NAMES)}")
+    device = _device(args.device)
     state, config = checkpoint.load_state(args.checkpoint)
     skeleton = checkpoint.build_float(Path(args.checkpoint), config)
     build = {
@@ -234,7 +235,6 @@ def evaluate(args: argparse.Namespace) -> None:
         "simulated": lambda: to_simulated(skeleton, state),
         "integer": lambda: to_integer(skeleton, state, args.backend),
     }
-    device = _device(args.device)
     models = {mode: build[mode]().to(device) for mode in modes}
     data = load_data(args.data, args.split, skeleton, args.limit)
     outputs: dict[str, jobs.Prediction] = {}
