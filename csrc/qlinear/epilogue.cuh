@@ -39,33 +39,57 @@ struct LinearParams {
   unsigned* counters;  // [tiles], 0 before and after
 };
 
-// y[16, 8] += t·Uᵀ at row m, column n, as a fragment of a warp. The order of ranks inside an instruction is
-// ours, as that of k: a lane takes 4 in a row.
-template <DType kType>
-VITQ_DEVICE void add_branch_of(const LinearParams& p, int m, int n, float (&y)[4]) {
+// y += t·Uᵀ for kTilesM x kTilesN fragments [16, 8] of a warp, the first at row m, column n. The order of ranks
+// inside an instruction is ours, as that of k: a lane takes 4 in a row.
+template <DType kType, int kTilesM, int kTilesN>
+VITQ_DEVICE void add_branch_of(const LinearParams& p, int m, int n, float (&y)[kTilesM][kTilesN][4]) {
   const int group = lane() / 4, column = lane() % 4;
-  const auto* up = static_cast<const uint16_t*>(p.lora_up.data);
-  for (int r0 = 0; r0 < p.rank; r0 += 16) {
-    uint32_t a[4], b[2];
+  const bool whole = p.rank % 4 == 0 && reinterpret_cast<uintptr_t>(p.lora_t) % 16 == 0 &&
+                     reinterpret_cast<uintptr_t>(p.lora_up.data) % 8 == 0;
+  VITQ_UNROLL_ONCE
+  for (int r = 4 * column; r - 4 * column < p.rank; r += 16) {
+    uint32_t b[kTilesN][2];
     VITQ_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const int r = r0 + 4 * column + 2 * e;
-      const bool one = r < p.rank, two = r + 1 < p.rank;
+    for (int j = 0; j < kTilesN; ++j) {
+      const int to = n + 8 * j + group;
+      const auto* u =
+          static_cast<const uint16_t*>(p.lora_up.data) + int64_t{to < p.n ? to : p.n - 1} * p.rank + r;
+      Halves4 h{};
+      if (whole) {
+        if (r < p.rank) h = *reinterpret_cast<const Halves4*>(u);
+      } else {
+        VITQ_UNROLL
+        for (int e = 0; e < 4; ++e) h.h[e] = r + e < p.rank ? u[e] : uint16_t{0};
+      }
+      VITQ_UNROLL
+      for (int e = 0; e < 2; ++e) b[j][e] = h.h[2 * e] | static_cast<uint32_t>(h.h[2 * e + 1]) << 16;
+    }
+    VITQ_UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      uint32_t a[4];
       VITQ_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int row = m + group + 8 * h;
+        const int row = m + 16 * i + group + 8 * h;
         const float* t = p.lora_t + int64_t{row < p.m ? row : p.m - 1} * p.rank + r;
-        a[h + 2 * e] = pack_branch<kType>(one ? t[0] : 0.0f, two ? t[1] : 0.0f);
+        Floats4 f{};
+        if (whole) {
+          if (r < p.rank) f = *reinterpret_cast<const Floats4*>(t);
+        } else {
+          VITQ_UNROLL
+          for (int e = 0; e < 4; ++e) f.v[e] = r + e < p.rank ? t[e] : 0.0f;
+        }
+        a[h] = pack_branch<kType>(f.v[0], f.v[1]);
+        a[h + 2] = pack_branch<kType>(f.v[2], f.v[3]);
       }
-      const uint16_t* u = up + int64_t{n + group < p.n ? n + group : p.n - 1} * p.rank + r;
-      b[e] = (one ? u[0] : 0u) | (two ? u[1] : 0u) << 16;
+      VITQ_UNROLL
+      for (int j = 0; j < kTilesN; ++j) mma_16<kType>(y[i][j], a, b[j][0], b[j][1]);
     }
-    mma_16<kType>(y, a, b[0], b[1]);
   }
 }
 
 // Of a branch in 16 bits; one in float32 is added by finish_rows.
-VITQ_DEVICE void add_branch(const LinearParams& p, int m, int n, float (&y)[4]) {
+template <int kTilesM, int kTilesN>
+VITQ_DEVICE void add_branch(const LinearParams& p, int m, int n, float (&y)[kTilesM][kTilesN][4]) {
   if (p.rank > 0 && p.lora_up.dtype == DType::f16) add_branch_of<DType::f16>(p, m, n, y);
   if (p.rank > 0 && p.lora_up.dtype == DType::bf16) add_branch_of<DType::bf16>(p, m, n, y);
 }
@@ -82,7 +106,8 @@ struct LinearEpilogue {
   static VITQ_DEVICE void finish_rows(const LinearParams& p, int m, int step, int n0, float* rows,
                                       const float (&residual)[kRows][kVector]) {
     const int n = n0 + lane() * kVector;
-    float v[kRows][kVector], column[kVector];
+    float v[kRows][kVector], column[kVector], inverse[kRows];
+    if (p.codes.q != nullptr) load_inverses(p, m, step, n, inverse);
     VITQ_UNROLL
     for (int r = 0; r < kRows; ++r) read_row(rows + r * step * kRow, v[r]);
     if (p.rank > 0 && p.lora_up.dtype == DType::f32) {
@@ -91,35 +116,31 @@ struct LinearEpilogue {
         if (m + r * step < p.m) add_branch(p, m + r * step, n, v[r]);
       }
     }
-    if (p.bias) load_columns(p, p.bias, 0, n, column);
-    VITQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    const auto each = [&v](const auto& fn) {
       VITQ_UNROLL
-      for (int e = 0; e < kVector; ++e) {
-        if (p.bias) v[r][e] += column[e];
-        v[r][e] = gelu(v[r][e], static_cast<Gelu>(p.activation));
+      for (int r = 0; r < kRows; ++r) {
+        VITQ_UNROLL
+        for (int e = 0; e < kVector; ++e) v[r][e] = fn(v[r][e], r, e);
       }
+    };
+    if (p.bias) {
+      load_columns(p, p.bias, 0, n, column);
+      each([&](float y, int, int e) { return y + column[e]; });
     }
-    if (p.layer_scale) load_columns(p, p.layer_scale, 0, n, column);
-    VITQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      VITQ_UNROLL
-      for (int e = 0; e < kVector; ++e) {
-        if (p.layer_scale) v[r][e] *= column[e];
-        if (p.residual) v[r][e] += residual[r][e];
-        if (n + e >= p.n) v[r][e] = 0.0f;
-      }
+    if (p.activation == static_cast<int>(Gelu::erf)) each([](float y, int, int) { return gelu_erf(y); });
+    if (p.activation == static_cast<int>(Gelu::tanh)) each([](float y, int, int) { return gelu_tanh(y); });
+    if (p.layer_scale) {
+      load_columns(p, p.layer_scale, 0, n, column);
+      each([&](float y, int, int e) { return y * column[e]; });
     }
+    if (p.residual) each([&](float y, int r, int e) { return y + residual[r][e]; });
+    if (n0 + kColumns > p.n) each([&](float y, int, int e) { return n + e < p.n ? y : 0.0f; });
     VITQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
       if (m + r * step >= p.m) break;
-      if (p.lora_down) {
-        float* y = rows + r * step * kRow + lane() * kVector;
-        VITQ_UNROLL
-        for (int e = 0; e < kVector; ++e) y[e] = v[r][e];
-      }
+      if (p.lora_down) write_row(rows + r * step * kRow, v[r]);
       if (p.codes.q != nullptr) {
-        write_codes(p, m + r * step, n, v[r]);
+        write_codes(p, m + r * step, n, v[r], inverse[r]);
       } else {
         write_floats(p, m + r * step, n, v[r]);
       }
@@ -138,23 +159,32 @@ struct LinearEpilogue {
     const int group = lane() / 4, column = lane() % 4;
     const float* y = rows + group * kRow + 4 * column;
     const auto* down = static_cast<const uint16_t*>(p.lora_down.data);
+    const bool whole = p.n % 4 == 0 && reinterpret_cast<uintptr_t>(down) % 8 == 0;
     for (int r0 = first_rank; r0 < p.rank_down; r0 += rank_step) {
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       const int r = r0 + group;
-      const uint16_t* d = down + int64_t{r < p.rank_down ? r : p.rank_down - 1} * p.n;
+      const uint16_t* d = down + int64_t{r < p.rank_down ? r : p.rank_down - 1} * p.n + n0 + 4 * column;
+      const int left = p.n - n0 - 4 * column;
       VITQ_UNROLL_TWICE  // as far as registers last beside sums of a whole tile
           for (int k = 0; k < kColumns; k += 16) {
         uint32_t a[4], b[2];
         VITQ_UNROLL
-        for (int e = 0; e < 2; ++e) {
+        for (int h = 0; h < 2; ++h) {
+          // Rows past the end were not finished: what they hold stays in rows that are not stored.
+          const auto four = *reinterpret_cast<const Floats4*>(y + 8 * h * kRow + k);
+          a[h] = pack_branch<kType>(four.v[0], four.v[1]);
+          a[h + 2] = pack_branch<kType>(four.v[2], four.v[3]);
+        }
+        Halves4 halves{};
+        if (whole) {
+          if (k < left) halves = *reinterpret_cast<const Halves4*>(d + k);
+        } else {
           VITQ_UNROLL
-          for (int h = 0; h < 2; ++h) {
-            // Rows past the end were not finished: what they hold stays in rows that are not stored.
-            const float* from = y + 8 * h * kRow + k + 2 * e;
-            a[h + 2 * e] = pack_branch<kType>(from[0], from[1]);
-          }
-          const int n = n0 + k + 4 * column + 2 * e;
-          b[e] = (n < p.n ? d[n] : 0u) | (n + 1 < p.n ? d[n + 1] : 0u) << 16;
+          for (int e = 0; e < 4; ++e) halves.h[e] = k + e < left ? d[k + e] : uint16_t{0};
+        }
+        VITQ_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          b[e] = halves.h[2 * e] | static_cast<uint32_t>(halves.h[2 * e + 1]) << 16;
         }
         mma_16<kType>(sum, a, b[0], b[1]);
       }
@@ -206,6 +236,15 @@ struct LinearEpilogue {
     }
   }
 
+  static VITQ_DEVICE void write_row(float* row, const float (&v)[kVector]) {
+    if constexpr (kVector == 4) {
+      reinterpret_cast<Floats4*>(row)[lane()] = {v[0], v[1], v[2], v[3]};
+    } else {
+      VITQ_UNROLL
+      for (int e = 0; e < kVector; ++e) row[lane() * kVector + e] = v[e];
+    }
+  }
+
   // A float32 branch has no matrix instruction.
   static VITQ_DEVICE void add_branch(const LinearParams& p, int m, int n, float (&v)[kVector]) {
     VITQ_UNROLL
@@ -242,13 +281,51 @@ struct LinearEpilogue {
     }
   }
 
-  // Codes of a row's columns n .. n + kVector of this lane. Dynamic groups lie inside the tile: a power of
+  static VITQ_DEVICE int group_of(const LinearParams& p, int n) {
+    return p.codes.groups == 1 ? 0 : (n < p.n ? n : p.n - 1) / p.codes.width;
+  }
+  // Whether a lane's columns have one scale. A dynamic one they do: its groups lie inside the tile, a power of
   // two of columns from kVector on, or all there are.
-  static VITQ_DEVICE void write_codes(const LinearParams& p, int m, int n, const float (&v)[kVector]) {
+  static VITQ_DEVICE bool one_scale(const Codes& c) {
+    return c.scale == nullptr || c.groups == 1 || c.width % kVector == 0;
+  }
+  static VITQ_DEVICE const float* static_scales(const Codes& c, int m) {
+    return c.scale + (c.scale_per_row ? int64_t{m} * c.groups : 0);
+  }
+
+  // 1/scale of rows whose static scale is one for all of this lane's columns, n on.
+  template <int kRows>
+  static VITQ_DEVICE void load_inverses(const LinearParams& p, int m, int step, int n,
+                                        float (&inverse)[kRows]) {
+    const Codes& c = p.codes;
+    if (c.scale == nullptr || !one_scale(c)) return;
+    const int group = group_of(p, n);
+    VITQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const int row = m + r * step < p.m ? m + r * step : p.m - 1;
+      inverse[r] = 1.0f / static_scales(c, row)[group];
+      if (r == 0 && !c.scale_per_row) {
+        VITQ_UNROLL
+        for (int other = 1; other < kRows; ++other) inverse[other] = inverse[0];
+        return;
+      }
+    }
+  }
+
+  // Codes of a row's columns n .. n + kVector of this lane.
+  static VITQ_DEVICE void write_codes(const LinearParams& p, int m, int n, const float (&v)[kVector],
+                                      float inverse) {
     const Codes& c = p.codes;
     const Clamp range = clamp_of(c, m);
-    const int group = (n < p.n ? n : p.n - 1) / c.width;
-    float inverse[kVector];
+    int8_t* q = c.q + int64_t{m} * p.n + n;
+    if (!one_scale(c)) {
+      VITQ_UNROLL
+      for (int e = 0; e < kVector; ++e) {
+        if (n + e >= p.n) break;
+        q[e] = code_of(c, v[e], 1.0f / static_scales(c, m)[(n + e) / c.width], range);
+      }
+      return;
+    }
     if (c.scale == nullptr) {
       float absmax = 0.0f;
       VITQ_UNROLL
@@ -257,27 +334,19 @@ struct LinearEpilogue {
       for (int step = 1; step < lanes; step *= 2) absmax = max_or_nan(absmax, shuffle_xor(absmax, step));
       const float scale =
           dynamic_scale(absmax, c.row_qmax == nullptr ? static_cast<float>(c.qmax) : range.high);
-      if (n < p.n && n % c.width == 0) c.out_scale[int64_t{m} * c.groups + group] = scale;
-      VITQ_UNROLL
-      for (int e = 0; e < kVector; ++e) inverse[e] = 1.0f / scale;
-    } else {
-      const float* scale = c.scale + (c.scale_per_row ? int64_t{m} * c.groups : 0);
-      VITQ_UNROLL
-      for (int e = 0; e < kVector; ++e) inverse[e] = 1.0f / scale[(n + e < p.n ? n + e : p.n - 1) / c.width];
+      if (n < p.n && n % c.width == 0) c.out_scale[int64_t{m} * c.groups + group_of(p, n)] = scale;
+      inverse = 1.0f / scale;
     }
-    int8_t* q = c.q + int64_t{m} * p.n + n;
-    if (kVector == 4 && p.n % 4 == 0) {
-      uint32_t word = 0;
-      VITQ_UNROLL
-      for (int e = 0; e < kVector; ++e) {
-        word |= static_cast<uint32_t>(static_cast<uint8_t>(code_of(c, v[e], inverse[e], range))) << 8 * e;
-      }
-      if (n < p.n) *reinterpret_cast<uint32_t*>(q) = word;
+    const uint32_t word = codes_of(c, v, inverse, range);
+    if (p.n % kVector == 0) {
+      if (n >= p.n) return;
+      if constexpr (kVector == 4) *reinterpret_cast<uint32_t*>(q) = word;
+      if constexpr (kVector == 2) *reinterpret_cast<uint16_t*>(q) = static_cast<uint16_t>(word);
       return;
     }
     VITQ_UNROLL
     for (int e = 0; e < kVector; ++e) {
-      if (n + e < p.n) q[e] = code_of(c, v[e], inverse[e], range);
+      if (n + e < p.n) q[e] = static_cast<int8_t>(word >> 8 * e);
     }
   }
 };

@@ -125,9 +125,10 @@ struct Layer {
         const OptTensor& lora_up, int64_t activation, const OptTensor& layer_scale, const OptTensor& residual)
       : launcher(x_),
         x(dense(x_)),
-        weight(dense(weight_)),
+        // int8 ones are read byte by byte if need be.
+        weight(layout == kInt8 ? dense(weight_) : starting_at(16, dense(weight_))),
         w_scale(dense(w_scale_)),
-        w_lut(w_lut_),
+        w_lut(w_lut_ ? OptTensor(starting_at(4, dense(*w_lut_))) : w_lut_),
         tensors(row_count(x_), n, lora_t, bias, lora_up, activation, layer_scale, residual) {
     const int64_t m = row_count(x);
     STD_TORCH_CHECK(layout == kInt8 || layout == kInt4 || layout == kInt4ByInt4, "layout is ", layout,
@@ -259,7 +260,7 @@ QuantizedTensors qlinear_quantize(const Tensor& x, const Tensor& x_scale, int64_
   QuantTensors quant(shape_with_last(x, n), call.p.m, q_scale, q_zero_point, qmin, qmax, groups, row_qmax,
                      q_lut, lora_down, subspace);
   if (call.p.m == 0) return quant.results();
-  const InTile how = in_tile(quant.tail, quant.down);
+  const InTile how = n == 0 ? InTile::no : in_tile(quant.tail, quant.down);
   if (how == InTile::no || (how == InTile::wide && !call.aligned(1))) {
     const Tensor y = call.floats(ScalarType::Float);
     quantize_rows(call.launcher, {any_float(y, y.numel(), "y"), n}, {}, call.p.m, quant);

@@ -71,12 +71,46 @@ struct QLinear {
   // 8 lanes that copy 128 bytes of one row write to all banks.
   static VITQ_DEVICE int place(int row, int slab, int rows) { return (slab * rows + (row ^ slab)) * kSlab; }
 
-  // 16 bytes of a row of `length`, from byte `at`; what is past its end becomes 0.
-  static VITQ_DEVICE void copy_piece(char* to, const void* row, int64_t at, int64_t length) {
-    const int64_t left = length - at;
-    const char* from = static_cast<const char*>(row) + at;
-    if constexpr (kAligned) {
-      copy_async(to, left > 0 ? from : row, left > 0 ? 16 : 0);
+  // What a thread copies in every step: 16 bytes of each of kRows rows of an operand, kStride rows apart.
+  template <int kRows, int kRowPieces, bool kWhole>
+  struct Copies {
+    static constexpr int kStride = kThreads / kRowPieces, kCount = kRows / kStride;
+    // Even: of all of the thread's rows the same are swapped by place().
+    static_assert(kThreads % kRowPieces == 0 && kRows % kStride == 0 && kStride % 2 == 0);
+    const char* from[kCount];
+    int to, at;
+
+    // Rows past the end, `rows`, repeat the last one: what they add to is not stored.
+    VITQ_DEVICE Copies(const void* data, int64_t pitch, int first_row, int rows) {
+      const int row = thread() / kRowPieces, piece = thread() % kRowPieces;
+      at = piece * 16;
+      to = place(row, piece / 4, kRows) + piece % 4 * 16;
+      VITQ_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        const int r = first_row + row + j * kStride < rows ? first_row + row + j * kStride : rows - 1;
+        from[j] = static_cast<const char*>(data) + r * pitch;
+      }
+    }
+
+    // From byte `start` on of rows of `length`; what is past their ends becomes 0.
+    VITQ_DEVICE void run(char* stage, int64_t start, int64_t length) const {
+      const int64_t left = length - start - at;
+      VITQ_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        copy_piece<kWhole>(stage + to + j * kStride * kSlab, from[j], left > 0 ? start + at : 0, left);
+      }
+    }
+  };
+  using CopiesX = Copies<kBlockM, kPieces, kAligned>;
+  // Rows of nibbles are whole tiles and start at 16 bytes.
+  using CopiesW = Copies<kBlockN, kNibbles ? kSlab / 16 : kPieces, kAligned || kNibbles>;
+
+  // 16 bytes from byte `at` of a row, the first `left` of them, zeros for the others; kWhole: all or none.
+  template <bool kWhole>
+  static VITQ_DEVICE void copy_piece(char* to, const char* row, int64_t at, int64_t left) {
+    const char* from = row + at;
+    if constexpr (kWhole) {
+      copy_async(to, from, left > 0 ? 16 : 0);
     } else {
       uint32_t words[4] = {0, 0, 0, 0};
       VITQ_UNROLL
@@ -87,39 +121,19 @@ struct QLinear {
     }
   }
 
-  static VITQ_DEVICE void copy_stage(const Params& p, int m0, int n0, int step, char* stage) {
-    VITQ_UNROLL
-    for (int i = thread(); i < kBlockM * kPieces; i += kThreads) {
-      const int row = i / kPieces, piece = i % kPieces, slab = piece / 4;
-      // Rows past the end repeat the last one: what they add to is not stored.
-      const int m = m0 + row < p.m ? m0 + row : p.m - 1;
-      copy_piece(stage + place(row, slab, kBlockM) + piece % 4 * 16, p.x + int64_t{m} * p.k,
-                 int64_t{step} * kBlockK + piece * 16, p.k);
-    }
-    stage += kBytesX;
-    if constexpr (kNibbles) {
-      VITQ_UNROLL
-      for (int i = thread(); i < kBlockN * 4; i += kThreads) {
-        const int row = i / 4, n = n0 + row < p.n ? n0 + row : p.n - 1;
-        const uint8_t* from = p.weight + n * p.weight_row + int64_t{step} * kSlab + i % 4 * 16;
-        copy_async(stage + row * kSlab + i % 4 * 16, from, 16);  // rows of this layout are whole tiles
-      }
-    } else {
-      VITQ_UNROLL
-      for (int i = thread(); i < kBlockN * kPieces; i += kThreads) {
-        const int row = i / kPieces, piece = i % kPieces, slab = piece / 4;
-        const int n = n0 + row < p.n ? n0 + row : p.n - 1;
-        copy_piece(stage + place(row, slab, kBlockN) + piece % 4 * 16, p.weight + n * p.weight_row,
-                   int64_t{step} * kBlockK + piece * 16, p.k);
-      }
-    }
+  static VITQ_DEVICE void copy_stage(const Params& p, const CopiesX& x, const CopiesW& w, int step,
+                                     char* stage) {
+    x.run(stage, int64_t{step} * kBlockK, p.k);
+    w.run(stage + kBytesX, int64_t{step} * (kNibbles ? kSlab : kBlockK), p.weight_row);
   }
 
   static VITQ_DEVICE void multiply(const Params& p, int m0, int n0, int first, int last, Accumulators& acc) {
     char* memory = shared();
+    const CopiesX x(p.x, p.k, m0, p.m);
+    const CopiesW w(p.weight, p.weight_row, n0, p.n);
     VITQ_UNROLL
     for (int s = 0; s < kStages - 1; ++s) {
-      if (first + s < last) copy_stage(p, m0, n0, first + s, memory + s * kStage);
+      if (first + s < last) copy_stage(p, x, w, first + s, memory + s * kStage);
       commit_copies();
     }
     int slot = 0;
@@ -129,7 +143,7 @@ struct QLinear {
       sync();
       // Into the slot that all have read in the step before.
       const int next = step + kStages - 1;
-      if (next < last) copy_stage(p, m0, n0, next, memory + (slot + kStages - 1) % kStages * kStage);
+      if (next < last) copy_stage(p, x, w, next, memory + (slot + kStages - 1) % kStages * kStage);
       commit_copies();
       multiply_stage(p, memory + slot * kStage, acc);
       slot = slot + 1 == kStages ? 0 : slot + 1;
@@ -266,9 +280,13 @@ struct QLinear {
   // Product and low-rank branch, [kBlockM, kBlockN] floats into shared memory.
   static VITQ_DEVICE void scale_and_branch(const Params& p, int m0, int n0, const Accumulators& acc) {
     const int group = lane() / 4, column = lane() % 4;
-    const int row0 = warp() / kWarpsN * (kBlockM / kWarpsM) + group;
-    const int col0 = warp() % kWarpsN * (kBlockN / kWarpsN);
-    auto* result = reinterpret_cast<float*>(shared());
+    const int row0 = warp() / kWarpsN * (kBlockM / kWarpsM), col0 = warp() % kWarpsN * (kBlockN / kWarpsN);
+    float y[kTilesM][kTilesN][4], x_scale[kTilesM][2];
+    VITQ_UNROLL
+    for (int i = 0; i < 2 * kTilesM; ++i) {
+      const int m = m0 + row0 + group + i * 8;
+      x_scale[i / 2][i % 2] = m < p.m ? p.x_scale[int64_t{m} * p.x_scale_stride] : 0.0f;
+    }
     VITQ_UNROLL
     for (int j = 0; j < kTilesN; ++j) {
       float w_scale[2];
@@ -281,25 +299,24 @@ struct QLinear {
       }
       VITQ_UNROLL
       for (int i = 0; i < kTilesM; ++i) {
-        float y[4];
         VITQ_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const int m = m0 + row0 + i * 16 + 8 * h;
-          const float x_scale = m < p.m ? p.x_scale[int64_t{m} * p.x_scale_stride] : 0.0f;
-          VITQ_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            int total = acc[i][j][2 * h + e];
-            if constexpr (kProduct == Product::w4) total >>= 4;
-            y[2 * h + e] = static_cast<float>(total - correction[e]) * (x_scale * w_scale[e]);
-          }
+        for (int e = 0; e < 4; ++e) {
+          const int total = kProduct == Product::w4 ? acc[i][j][e] >> 4 : acc[i][j][e];
+          y[i][j][e] = static_cast<float>(total - correction[e % 2]) * (x_scale[i][e / 2] * w_scale[e % 2]);
         }
-        const int m = m0 + row0 + i * 16 - group, n = n0 + col0 + j * 8;
-        add_branch(p, m, n, y);
+      }
+    }
+    add_branch(p, m0 + row0, n0 + col0, y);
+    auto* result = reinterpret_cast<float*>(shared()) + (row0 + group) * kRow + col0 + 2 * column;
+    VITQ_UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      VITQ_UNROLL
+      for (int j = 0; j < kTilesN; ++j) {
         VITQ_UNROLL
         for (int h = 0; h < 2; ++h) {
-          float* to = result + (row0 + i * 16 + 8 * h) * kRow + col0 + j * 8 + 2 * column;
-          to[0] = y[2 * h];
-          to[1] = y[2 * h + 1];
+          float* to = result + (i * 16 + 8 * h) * kRow + j * 8;
+          to[0] = y[i][j][2 * h];
+          to[1] = y[i][j][2 * h + 1];
         }
       }
     }

@@ -66,23 +66,30 @@ struct WeightOnly {
         }
       }
     }
-    auto* result = reinterpret_cast<float*>(shared());
     VITQ_UNROLL
     for (int j = 0; j < 4; ++j) {
       VITQ_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        float (&y)[4] = acc[i][j];
+      for (int e = 0; e < 2; ++e) {
+        const int n = n0 + col0 - group + j * 8 + 2 * column + e;
+        const float w_scale = n < p.n ? p.w_scale[n] : 0.0f;
         VITQ_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const int n = n0 + col0 - group + j * 8 + 2 * column + e % 2;
-          y[e] *= n < p.n ? p.w_scale[n] : 0.0f;
+        for (int i = 0; i < 2; ++i) {
+          acc[i][j][e] *= w_scale;
+          acc[i][j][e + 2] *= w_scale;
         }
-        add_branch(p, m0 + row0 - group + i * 16, n0 + col0 - group + j * 8, y);
+      }
+    }
+    add_branch(p, m0 + row0 - group, n0 + col0 - group, acc);
+    auto* result = reinterpret_cast<float*>(shared());
+    VITQ_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      VITQ_UNROLL
+      for (int j = 0; j < 4; ++j) {
         VITQ_UNROLL
         for (int h = 0; h < 2; ++h) {
           float* to = result + (row0 + i * 16 + 8 * h) * kRow + col0 - group + j * 8 + 2 * column;
-          to[0] = y[2 * h];
-          to[1] = y[2 * h + 1];
+          to[0] = acc[i][j][2 * h];
+          to[1] = acc[i][j][2 * h + 1];
         }
       }
     }

@@ -36,17 +36,20 @@ VITQ_DEVICE int8_t code_of(const Codes& c, float value, float inverse, Clamp ran
   return c.lut == nullptr ? static_cast<int8_t>(q) : c.lut[q + 128];
 }
 
-// Four of them, the first in the lowest byte. Past 1.5·2^23 a float's last place is 1 and its low bits hold
-// the integer: one addition rounds and converts, where two conversions would share a unit of a quarter of the
-// rate.
-VITQ_DEVICE uint32_t codes_of(const Codes& c, const float (&values)[4], float inverse, Clamp range) {
-  uint32_t bits[4];
+// Two or four of them, the first in the lowest byte. Past 1.5·2^23 a float's last place is 1 and its low bits
+// hold the integer: one addition rounds and converts, where two conversions would share a unit of a quarter of
+// the rate.
+template <int kCount>
+VITQ_DEVICE uint32_t codes_of(const Codes& c, const float (&values)[kCount], float inverse, Clamp range) {
+  static_assert(kCount == 2 || kCount == 4);
+  uint32_t bits[kCount];
   VITQ_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     const float code = values[i] * inverse;
     bits[i] = bits_of((code != code ? 0.0f : clamp(code, range.low, range.high)) + 12582912.0f);
   }
-  uint32_t out = permute(permute(bits[0], bits[1], 0x0040), permute(bits[2], bits[3], 0x0040), 0x5410);
+  uint32_t out = permute(bits[0], bits[1], 0x0040);
+  if constexpr (kCount == 4) out = permute(out, permute(bits[2], bits[3], 0x0040), 0x5410);
   if (c.zero_point != 0) {
     // Byte by byte: no carry leaves the seven low bits of one.
     const uint32_t zero_point = static_cast<uint8_t>(c.zero_point) * 0x01010101u;
@@ -55,7 +58,7 @@ VITQ_DEVICE uint32_t codes_of(const Codes& c, const float (&values)[4], float in
   if (c.lut != nullptr) {
     uint32_t levels = 0;
     VITQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const uint32_t at = (out >> 8 * i & 0xffu) ^ 0x80u;  // code + 128
       levels |= static_cast<uint32_t>(static_cast<uint8_t>(c.lut[at])) << 8 * i;
     }

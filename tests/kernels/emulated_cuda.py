@@ -107,6 +107,21 @@ def test_any_order_of_threads(seed, monkeypatch):
         assert torch.equal(got, vk.qlinear(x, weight, w_scale, **kw))
 
 
+@pytest.mark.parametrize("k", [64, 70])
+@pytest.mark.parametrize("name", ["w4", "w4 table"])
+def test_weights_that_start_anywhere(name, k):
+    """Views into one buffer, as some checkpoints hold all of a model's weights."""
+    x, weight, w_scale, kw = linear_tests.make_case(generator(), 9, k, 24, 0, name, True)
+    want = vk.qlinear(x, weight, w_scale, **kw)
+
+    def moved(v, offset):
+        return None if v is None else torch.cat([v.new_zeros(offset), v.flatten()])[offset:].reshape(v.shape)
+
+    at_8 = replace(weight, data=moved(weight.data, 8), lut=moved(weight.lut, 1))
+    assert at_8.data.data_ptr() % 16 == 8
+    assert torch.equal(vk.qlinear(x, at_8, w_scale, **kw), want)
+
+
 @selected.needs_emulation
 def test_what_the_library_refuses():
     x, weight, w_scale, _ = linear_tests.make_case(generator(), 3, 16, 5, 0, "w8", False)

@@ -281,6 +281,7 @@ OUTS = (
     {"scale": torch.tensor([0.7])},
     {"scale": torch.tensor([0.7]), "zero_point": -30, "qmin": -128},
     {"groups": 3},
+    {"groups": 3, "scale": torch.tensor([0.7, 0.4, 1.1])},
     {"lora_down": True},
     {"lora_down": True, "subspace": True, "scale": torch.tensor([0.4])},
 )
@@ -295,7 +296,7 @@ def test_quantize(implementation, m, k, n, seed):
     x, weight, w_scale, kw = make_case(
         g, m, k, n, (0, 9)[seed % 2], list(FORMATS)[seed % 4], True, activation=("none", "gelu_erf")[seed % 2]
     )
-    spec = dict(OUTS[seed % 6])
+    spec = dict(OUTS[seed % len(OUTS)])
     if spec.pop("lora_down", False):
         spec["lora_down"] = torch.linalg.qr(torch.randn(n, min(n, 7), generator=g))[0].T.contiguous()
     a = vk.ActQuant(**spec)
@@ -319,6 +320,15 @@ def test_quantize(implementation, m, k, n, seed):
         assert_within(out.scale, absmax / a.qmax, slack + gamma(1) * absmax / a.qmax, "scale")
     tolerance = bound / scale + gamma(3) * (y / scale).abs()
     assert_codes_match(out.q, y / scale, tolerance, a.qmin - a.zero_point, a.qmax - a.zero_point, a.zero_point)
+
+
+def test_no_columns(implementation):
+    """Codes of nothing have the scale of zeros, t is zeros."""
+    x, weight, w_scale, kw = make_case(torch.Generator().manual_seed(0), 5, 16, 0, 0, "w8", True)
+    out = vk.qlinear_quantize(x, weight, w_scale, out=vk.ActQuant(lora_down=torch.zeros(3, 0)), **kw)
+    assert out.q.shape == (5, 0)
+    assert torch.equal(out.scale.flatten(), torch.ones(5))
+    assert torch.equal(out.t, torch.zeros(5, 3))
 
 
 @SHAPES

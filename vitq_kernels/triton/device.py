@@ -87,29 +87,32 @@ def encode(x, inverse, low, high, zero_point, lut):
 
 
 @triton.jit
+def gelu_by_odds(x, a, log2_odds):
+    """max(x, 0) − a·e/(1 + e), a = |x| at most 12.5, log₂ e as given (see csrc/common/gpu/float_math.cuh)."""
+    odds = tl.exp2(log2_odds)
+    # Not tl.maximum: NaN comes from a.
+    return tl.fma(-a, odds / (1.0 + odds), tl.where(x > 0.0, x, 0.0))
+
+
+@triton.jit
 def gelu_erf(x):
-    """x·Φ(x), Φ(−a) = exp(−a²/2)·P(t), t = 1/(1 + 0.21·a): no cancellation for negative x (see csrc/common/math.h)."""
-    x = tl.maximum(x, -12.5, propagate_nan=tl.PropagateNan.ALL)
+    """x·Φ(x) by the odds of Φ(−|x|), whose logarithm is fitted: no cancellation, errors in the small term only."""
     a = tl.minimum(tl.abs(x), 12.5, propagate_nan=tl.PropagateNan.ALL)
-    t = 1.0 / (a * 0.21 + 1.0)
-    p = tl.fma(t, -0.0716560185, 0.283587128)
-    p = tl.fma(p, t, -0.330250293)
-    p = tl.fma(p, t, 0.349397361)
-    p = tl.fma(p, t, -0.0939225778)
-    p = tl.fma(p, t, 0.124871559)
-    p = tl.fma(p, t, 0.069192484)
-    p = tl.fma(p, t, 0.085068807)
-    p = tl.fma(p, t, 0.0837115794)
-    lower = p * t * tl.exp(a * a * -0.5)
-    return x * tl.where(x < 0.0, lower, 1.0 - lower)
+    s = a * a
+    p = tl.fma(s, -5.06723618e-9, 3.81631274e-7)
+    p = tl.fma(p, s, -1.14398335e-5)
+    p = tl.fma(p, s, 1.59579939e-4)
+    p = tl.fma(p, s, 9.40492289e-5)
+    p = tl.fma(p, s, -0.104835122)
+    p = tl.fma(p, s, -2.3022093)
+    return gelu_by_odds(x, a, a * p)
 
 
 @triton.jit
 def gelu_tanh(x):
     """x/(1 + e^(−2u)), u = √(2/π)·(x + 0.044715·x³): tanh without its cancellation."""
-    x = tl.maximum(x, -9.6, propagate_nan=tl.PropagateNan.ALL)
-    minus_2u = x * (x * x * (-2.0 * 0.797884561 * 0.044715) - 2.0 * 0.797884561)
-    return x / (1.0 + tl.exp(tl.maximum(minus_2u, -80.0, propagate_nan=tl.PropagateNan.ALL)))
+    a = tl.minimum(tl.abs(x), 12.5, propagate_nan=tl.PropagateNan.ALL)
+    return gelu_by_odds(x, a, a * tl.fma(a * a, -0.102943240, -2.30220818))
 
 
 @triton.jit

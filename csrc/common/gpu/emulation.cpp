@@ -308,6 +308,8 @@ void group_wait(int newest_left) {
 }
 
 void copy_async(void* to, const void* from, int bytes, int valid) {
+  const auto place = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if (place % static_cast<uintptr_t>(bytes) != 0) return fail("misaligned address of an asynchronous copy");
   std::memset(to, kPoison, static_cast<size_t>(bytes));
   g_block->running->open.push_back({to, from, bytes, valid});
 }
@@ -328,6 +330,7 @@ void wait_copies(int newest_left) {
 
 const char* run(int grid_x, int grid_y, int threads, int shared_bytes, const std::function<void()>& body) {
   static std::string message;
+  if (grid_x < 1 || grid_y < 1) return "a grid of no blocks";
   std::mt19937 random(seed_of_environment());
   Block b;
   b.fibers.resize(static_cast<size_t>(threads));

@@ -3,8 +3,8 @@
 //
 // What is checked while it runs: that all threads of a warp reach the same warp-wide operation and all
 // threads of a block the same barriers (else the launch fails and says where they wait); that shared memory
-// is written before it is read (it starts out poisoned); that an asynchronous copy is waited for (its
-// destination is poisoned until then). Which of the runnable threads goes on is drawn at random from
+// is written before it is read (it starts out poisoned); that an asynchronous copy is aligned and waited for
+// (its destination is poisoned until then). Which of the runnable threads goes on is drawn at random from
 // VITQ_EMULATION_SEED, so that a missing barrier shows.
 //
 // Of sm_90: a bulk copy lands when somebody waits for it, in any order among those awaited; wgmma reads its

@@ -116,9 +116,14 @@ VITQ_DEVICE float max_or_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
   return out;
 }
+VITQ_DEVICE float min_or_nan(float a, float b) {
+  float out;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
 
-// One instruction each, a relative error of 2^-22 (of the logarithm: absolute, near 1); subnormal numbers are
-// zeros.
+// One instruction each, a relative error of 2^-22 (of the logarithm: absolute, near 1; of the reciprocal:
+// 2^-23); subnormal numbers are zeros.
 VITQ_DEVICE float fast_exp2(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
@@ -132,6 +137,11 @@ VITQ_DEVICE float fast_log2(float x) {
 VITQ_DEVICE float fast_sqrt(float x) {
   float out;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+VITQ_DEVICE float fast_reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
 }
 
@@ -222,10 +232,12 @@ inline float float_of_bits(uint32_t bits) {
 }
 inline float round_even(float value) { return __builtin_rintf(value); }
 inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+inline float min_or_nan(float a, float b) { return a < b || a != a ? a : b; }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_log2(float x) { return std::log2(x); }
 inline float fast_sqrt(float x) { return std::sqrt(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 inline unsigned count_arrival(unsigned* counter, unsigned last) {
   const unsigned before = *counter;
