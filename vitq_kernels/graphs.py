@@ -115,7 +115,8 @@ def capture(model: nn.Module, example: Tensor, batch_sizes: Iterable[int] = (1, 
     _check(model, example, sizes)
     device = example.device
     graphs = []
-    with torch.cuda.device(device), torch.no_grad():
+    # Not in a caller's inference mode: what graphs read is written to in later calls.
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         for size in sorted(set(sizes), reverse=True):  # the largest first: the others then fit into its memory
             input = torch.zeros(size, *example.shape[1:], dtype=example.dtype, device=device)

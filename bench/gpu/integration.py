@@ -97,6 +97,10 @@ def _compile(machine: Machine, model: nn.Module, images: Tensor) -> None:
     _same(want, torch.compile(model, fullgraph=True, backend="aot_eager")(images), "torch.compile, aot_eager")
     torch._dynamo.reset()
     _near(want, torch.compile(model, fullgraph=True)(images), "torch.compile")
+    torch._dynamo.reset()
+    in_graphs = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):  # warm-up, capture, replays
+        _near(want, in_graphs(images).clone(), "torch.compile, reduce-overhead")
 
 
 def _export(machine: Machine, model: nn.Module, images: Tensor) -> None:

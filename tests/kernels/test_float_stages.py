@@ -125,6 +125,9 @@ def test_empty_and_strided(implementation):
     torch.testing.assert_close(
         stages.layer_norm(x, None, None, 0.1), stages.layer_norm(x.contiguous(), None, None, 0.1), **close
     )
+    affine = normal(14, 4, seed=2)[:, 0], normal(14, 4, seed=3)[:, 1]
+    dense = [p.contiguous() for p in affine]
+    assert torch.equal(stages.layer_norm(x, *affine, 0.1), stages.layer_norm(x, *dense, 0.1))
 
 
 def test_refusals():

@@ -3,6 +3,7 @@ test_triton_gpu.py."""
 
 import contextlib
 import threading
+import unittest.mock
 
 import pytest
 import torch
@@ -60,6 +61,28 @@ def test_padding_is_zeros():
     model(torch.ones(4, 2, 3))
     model(torch.ones(1, 2, 3))
     assert replayed[4].seen[1][1:].abs().max() == 0, "nobody's images stay in the buffer"
+
+
+def test_captured_in_inference_mode_and_called_outside(monkeypatch):
+    """``capture`` with stand-ins for what only a GPU has."""
+    model = Model().eval()
+    monkeypatch.setattr(graphs, "Graph", lambda model, input, pool, stream: Made(model, input))
+    monkeypatch.setattr(graphs, "_InOrder", lambda device: contextlib.nullcontext)
+    monkeypatch.setattr(graphs, "_check", lambda *_: None)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", unittest.mock.MagicMock)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+    class Made(Replayed):
+        def __init__(self, model, input):
+            self.model, self.input, self.output, self.seen = model, input, model(input), []
+
+    with torch.inference_mode():
+        served = graphs.capture(model, torch.zeros(1, 2, 3), batch_sizes=(4,))
+    x = torch.ones(2, 2, 3)
+    assert torch.equal(served(x), model(x))
 
 
 def test_results_that_share_a_buffer_would_be_found():

@@ -300,6 +300,15 @@ def test_opcheck():
 
 
 @pytest.mark.skipif(not isas(), reason="the C++ kernels are not built")
+def test_a_gather_of_images_without_tokens(implementation):
+    x, nowhere = torch.empty(2, 0, 8), torch.full((4,), -1, dtype=torch.int32)
+    out = vk.layer_norm_quantize(x, None, None, 1e-6, vk.ActQuant(), gather=nowhere)
+    assert not out.q.any()
+    if implementation.startswith("cpu"):
+        with pytest.raises(RuntimeError, match=r"gather has entries in \[0, 0\], expected \[-1, 0\)"):
+            vk.layer_norm_quantize(x, None, None, 1e-6, vk.ActQuant(), gather=nowhere + 1)
+
+
 def test_native_code_checks_what_addresses_memory():
     args = (torch.zeros(2, 3, 8), None, None, EPS, *flat(vk.ActQuant()))
     op = torch.ops.vitq.layer_norm_quantize.default

@@ -239,9 +239,24 @@ def test_nan_stays(implementation):
     assert bool(scale.grad.isnan())
     interval = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
     for anchor in ("absolute", "row"):
-        level, total = learning.focused_softmax(x, *interval, FocusSpec(4, anchor=anchor))
-        assert bool(level[0, 1].isnan())
-        assert bool(total.isnan())  # by which the row is divided, of whatever anchor
+        for at in (0, 5, 19):  # wherever a maximum is begun, or goes on
+            scores = torch.zeros(2, 20)
+            scores[0, at] = torch.nan
+            level, total = learning.focused_softmax(scores, *interval, FocusSpec(4, anchor=anchor))
+            assert level.isnan().all(1).tolist() == [True, False]
+            assert total.isnan().tolist() == [True, False]
+            assert not level[1].isnan().any()
+
+
+def test_a_strided_table(implementation):
+    x, scale = normal(8, 32, seed=0), torch.tensor([0.05], requires_grad=True)
+    strided = TABLE.repeat_interleave(2)[::2]
+    values = []
+    for table in (TABLE, strided):
+        y = learning.fake_quantize(x, scale, None, -8, 7, lut=table)
+        values.append((y, *gradients(y, x, scale)))
+    assert not strided.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*values))
 
 
 def test_no_rows(implementation):

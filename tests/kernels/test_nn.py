@@ -214,6 +214,28 @@ def test_moving_to_another_kind_of_device_repacks():
     assert torch.equal(layer(x), want)
 
 
+@pytest.mark.parametrize("table", [None, TABLE])
+def test_made_without_memory_and_filled_later(table):
+    """``to_empty`` takes whatever lies in memory: no codes to look at, but the layout of the device."""
+    state = linear_state(19, 21, bits=3 if table is None else 4, table=table)
+    layer = QLinear.from_state(state)
+    empty = copy.deepcopy(layer).to("meta")
+    empty.packed_for = "elsewhere"
+    empty.to_empty(device="cpu")
+    assert empty.layout == layer.layout
+    empty.load_state_dict(layer.state_dict())
+    assert equal(empty.state(), state)
+
+
+def test_compiled_for_any_batch():
+    b = block()
+    torch._dynamo.reset()
+    compiled = torch.compile(b, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (2, 3):
+        x = torch.randn(n, 9, 16, generator=gen(n))
+        assert torch.equal(compiled(x), b(x))
+
+
 def test_four_bits_are_packed_two_to_a_byte():
     assert QLinear.from_state(linear_state(32, 64, bits=4), backend="ref").weight.numel() == 32 * 64 // 2
     assert QLinear.from_state(linear_state(32, 64, bits=5), backend="ref").weight.numel() == 32 * 64

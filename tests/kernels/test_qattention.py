@@ -466,6 +466,19 @@ def test_compile_fullgraph():
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+def test_compile_with_any_softmax_scale():
+    """A float argument that changes becomes symbolic."""
+
+    def scaled(q, k, v, q_scale, k_scale, v_scale, softmax_scale):
+        return qattention(q, k, v, q_scale, k_scale, v_scale, focus=FocusSpec(4), softmax_scale=softmax_scale)
+
+    data = make(nq=33, nk=33)[:6]
+    torch._dynamo.reset()
+    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager", dynamic=True)
+    for scale in (0.25, 0.5):
+        assert torch.equal(compiled(*data, scale), scaled(*data, scale))
+
+
 def test_export():
     data = make(nq=33, nk=33)[:6]
     program = torch.export.export(Attention(), data)
@@ -511,6 +524,11 @@ BAD = {
     "k_shape": ({"k": torch.zeros(2, 2, 11, 9, dtype=int8)}, ValueError, "k has shape (2, 2, 11, 9), expected (2, 2"),
     "v_shape": ({"v": torch.zeros(2, 2, 12, 8, dtype=int8)}, ValueError, "v has shape (2, 2, 12, 8), expected (2, 2"),
     "k_device": ({"k": torch.zeros(2, 2, 11, 8, dtype=int8, device="meta")}, ValueError, "k is on meta, expected cpu"),
+    "keys": (
+        {name: torch.zeros(1, 1, 1, 1, dtype=int8).expand(2, 2, 65794, 8) for name in "kv"},
+        ValueError,
+        "k has 65794 keys, expected at most 65793",
+    ),
     "q_scale_dtype": ({"q_scale": torch.ones(1).double()}, TypeError, "q_scale has dtype torch.float64"),
     "k_scale_shape": ({"k_scale": torch.ones(2, 2, 9)}, ValueError, "k_scale has shape (2, 2, 9), expected (1), (2)"),
     "v_scale_shape": (

@@ -322,6 +322,15 @@ def test_quantize(implementation, m, k, n, seed):
     assert_codes_match(out.q, y / scale, tolerance, a.qmin - a.zero_point, a.qmax - a.zero_point, a.zero_point)
 
 
+def test_a_strided_table(implementation):
+    """As an attribute of a weight that somebody else has put together."""
+    x, weight, w_scale, kw = make_case(torch.Generator().manual_seed(0), 5, 40, 24, 0, "w4 table", True)
+    if weight.lut is None:
+        pytest.skip("codes of this layout are levels already")
+    strided = replace(weight, lut=weight.lut.repeat_interleave(2)[::2])
+    assert torch.equal(vk.qlinear(x, strided, w_scale, **kw), vk.qlinear(x, weight, w_scale, **kw))
+
+
 def test_no_columns(implementation):
     """Codes of nothing have the scale of zeros, t is zeros."""
     x, weight, w_scale, kw = make_case(torch.Generator().manual_seed(0), 5, 16, 0, 0, "w8", True)
@@ -416,6 +425,11 @@ def _tiny(**changes):
     return {"x": x, "weight": weight, "weight_scale": torch.ones(4), **changes}
 
 
+def _wide(k):
+    x = vk.QTensor(torch.zeros(2, k, dtype=torch.int8), torch.ones(1))
+    return {"x": x, "weight": vk.pack_weight(torch.zeros(4, k, dtype=torch.int8), 8, INT8)}
+
+
 BAD = (
     (lambda: vk.qlinear(**_tiny(x=torch.zeros(2, 8))), TypeError, "x is Tensor, expected a QTensor"),
     (lambda: vk.qlinear(**_tiny(weight_scale=torch.ones(3))), ValueError, r"weight_scale has shape \(3,\)"),
@@ -433,6 +447,13 @@ BAD = (
         lambda: vk.qlinear(**_tiny(x=vk.QTensor(torch.zeros(2, 8, dtype=torch.int8), torch.ones(3)))),
         ValueError,
         "x.scale has shape",
+    ),
+    (lambda: vk.qlinear(**_tiny(out_dtype=torch.int8)), TypeError, "out_dtype is torch.int8, expected torch.float32"),
+    (lambda: vk.qlinear(**_tiny(**_wide(65794))), ValueError, "weight has 65794 in features, expected at most 65793"),
+    (
+        lambda: vk.qlinear_weight_only(torch.zeros(2, 8), _tiny()["weight"], torch.ones(4), out_dtype=torch.float64),
+        TypeError,
+        "out_dtype is torch.float64, expected torch.float32",
     ),
 )
 

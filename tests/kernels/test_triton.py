@@ -172,6 +172,21 @@ def test_tables_are_sound(path):
     assert '"measured": false' in path.read_text() or not path.stem.startswith("sm_")
 
 
+@pytest.mark.parametrize("path", tuning.files(), ids=lambda p: p.stem)
+def test_tiles_that_hold_whole_rows_fit_shared_memory(path):
+    from vitq_kernels.ops.qlinear.triton import _hold_groups
+
+    capability = int(path.stem.split("_")[1]) if path.stem.startswith("sm_") else 90
+    shared = host.Gpu(capability, "", 1).shared
+    for kind in ("w8", "w4"):
+        for _, _, config in tuning.load(path.stem)[kind]:
+            for n in (64, 200, 256):
+                held, _ = _hold_groups(config, n, 1, shared)
+                buffers = (held.num_stages - 1) * (held.block_m + held.block_n) * held.block_k
+                assert buffers <= shared, (kind, n, held)
+                assert held.num_stages >= min(2, config.num_stages)
+
+
 def test_nearest_row():
     def look(capability, m, n, name="NVIDIA Unknown", kind="w8"):
         return tuning.nearest(capability, name, kind, m, n)

@@ -132,9 +132,16 @@ class QLinear(QModule):
         self._pack(unpack_weight(self.packed))
 
     def _apply(self, fn, recurse: bool = True):
+        was_meta = self.weight.device.type == "meta"
         super()._apply(fn, recurse)
         if self.weight.device.type not in (self.packed_for, "meta"):
-            self.repack()
+            if was_meta:  # to_empty: there are no codes yet, what is to hold them must have the device's layout
+                table = self.weight_spec.table
+                code = 0 if table is None else int(table.lut()[0])
+                shape = self.out_features, self.in_features
+                self._pack(torch.full(shape, code, dtype=torch.int8, device=self.weight.device))
+            else:
+                self.repack()
         return self
 
     def encode(

@@ -39,8 +39,9 @@ class Window:
         for name in ("size", "shift", "resolution"):
             value = tuple(int(v) for v in getattr(self, name))
             object.__setattr__(self, name, value)
-            if len(value) != 2 or min(value) < (name != "shift"):
-                raise ValueError(f"{name} is {value}, expected two ints >= {int(name != 'shift')}")
+            least = int(name != "shift")
+            if len(value) != 2 or min(value) < least:
+                raise ValueError(f"{name} is {value}, expected two ints >= {least}")
         if any(s >= w for s, w in zip(self.shift, self.size)):
             raise ValueError(f"shift is {self.shift}, expected less than size {self.size}")
 

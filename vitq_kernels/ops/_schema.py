@@ -125,6 +125,14 @@ def rows(x: Tensor) -> int:
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+#: Products of int8 codes with an offset, |q_x − z| ≤ 255 and |q_w| ≤ 128, that an int32 holds the sum of.
+MAX_TERMS = (2**31 - 1) // (255 * 128)
+
+
+def expect_float(name: str, dtype: torch.dtype) -> None:
+    """Raises: TypeError naming ``name`` unless ``dtype`` is one that float results may have."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} is {dtype}, expected {' or '.join(map(str, FLOATS))}")
 
 
 class Epilogue:

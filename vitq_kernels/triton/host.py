@@ -7,6 +7,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -58,6 +59,11 @@ class Gpu:
     name: str
     processors: int
 
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that a program may have."""
+        return 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(self.capability, 99)
+
 
 def _too_old(gpu: Gpu) -> str | None:
     if gpu.capability >= MIN_CAPABILITY:
@@ -105,6 +111,11 @@ def processors(device: torch.device) -> int:
     return gpu(device).processors if device.type == "cuda" else 1
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program on ``device`` may have; where kernels are interpreted, those of an H200."""
+    return gpu(device).shared if device.type == "cuda" else 227 * 1024
+
+
 _RESERVE = 1 << 16
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 _reserve: dict[torch.device, Tensor] = {}
@@ -126,11 +137,30 @@ def counters(n: int, device: torch.device) -> Tensor:
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     found = _counters.get((device, stream))
     if found is None or found.numel() < n:
-        found = _counters[device, stream] = torch.zeros(max(n, 1024), dtype=torch.int32, device=device)
+        found = _counters[device, stream] = _kept_zeros(max(n, 1024), device)
     reserve = _reserve.get(device)
     if reserve is None or reserve.numel() < _RESERVE // 2:
-        _reserve[device] = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
+        _reserve[device] = _kept_zeros(_RESERVE, device)
     return found[:n]
+
+
+def _kept_zeros(n: int, device: torch.device) -> Tensor:
+    """Zeros that outlive the call, made by another thread: this one's memory may be meant for a graph.
+
+    torch.compile's "reduce-overhead" takes all that a thread allocates while it warms up from the pool of the graph to
+    come, and nothing but outputs may be left there.
+    """
+    if device.type != "cuda":
+        return torch.zeros(n, dtype=torch.int32, device=device)
+
+    def make() -> Tensor:
+        with torch.cuda.device(device):
+            made = torch.zeros(n, dtype=torch.int32, device=device)
+            torch.cuda.current_stream().synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(make).result()
 
 
 def _capturing(device: torch.device) -> bool:

@@ -107,7 +107,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         k = x.shape[-1]
         block_k = power_of_2(k, 16)
         block_m = power_of_2(4096 // block_k, 1, 16)
-        arguments = (x, weight, bias, y, x.numel() // k, k, float(k), eps, block_m, block_k)
+        arguments = (x, host.dense(weight), host.dense(bias), y, x.numel() // k, k, float(k), eps, block_m, block_k)
         warps = min(max(block_k // 2048, 4), 16)
         host.launch(_layer_norm, (ceil_div(x.numel() // k, block_m),), arguments, x.device, num_warps=warps)
     return y

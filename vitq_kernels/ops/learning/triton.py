@@ -204,7 +204,12 @@ def _focused_softmax(
     s = tl.where((row < R)[:, None], s, 0.0)
     e = tl.exp(s - tl.max(s, 1)[:, None])
     total = tl.sum(e, 1)
-    u = e if ROW_ANCHOR else tl.div_rn(e, tl.broadcast_to(total[:, None], (BLOCK_R, BLOCK_L)))
+    # NaN anywhere is NaN everywhere.
+    u = (
+        e + (total - total)[:, None]
+        if ROW_ANCHOR
+        else tl.div_rn(e, tl.broadcast_to(total[:, None], (BLOCK_R, BLOCK_L)))
+    )
     position = _root(_bounded((u - b1) * inverse, least, 1.0), exponent, POWER) * top
     found = tl.load(table + (round_half_even(position).to(tl.int32) & 255), mask=mask & (u == u), other=0.0)
     kept = _quantized(at, key_low, key_high, last, DROP) & (u == u)
@@ -356,7 +361,7 @@ def fake_quantize(x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last) ->
         float(qmin),
         float(qmax),
         row_qmax,
-        lut,
+        host.dense(lut),
         y,
         *x.shape,
         scale.numel(),
@@ -371,7 +376,19 @@ def fake_quantize_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, x, scale, row_qmax = grad.contiguous(), x.contiguous(), scale.contiguous(), host.dense(row_qmax)
     out = torch.empty_like(x), x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
-    arguments = (grad, x, scale, zero_point, float(qmin), float(qmax), row_qmax, lut, *out, *x.shape, scale.numel())
+    arguments = (
+        grad,
+        x,
+        scale,
+        zero_point,
+        float(qmin),
+        float(qmax),
+        row_qmax,
+        host.dense(lut),
+        *out,
+        *x.shape,
+        scale.numel(),
+    )
     _launch(_fake_quantize_backward, (*arguments, *_draw(key, last)), x)
     return out
 

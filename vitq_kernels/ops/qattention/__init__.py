@@ -120,7 +120,7 @@ class PreparedAttention:
             raise TypeError(f"focus is {type(focus).__name__}, expected a FocusSpec")
         if levels is not None:
             _schema.expect("levels", levels, dtype=torch.uint8, shape=(focus.n + 1,), device=device)
-        if softmax_scale is not None and not math.isfinite(softmax_scale):
+        if softmax_scale is not None and not -math.inf < softmax_scale < math.inf:  # may be symbolic: no isfinite
             raise ValueError(f"softmax_scale is {softmax_scale}, expected a finite number")
         self._softmax_scale = None if softmax_scale is None else float(softmax_scale)
         self._focus, self._bias = focus_args(focus, device, levels), bias
@@ -168,6 +168,8 @@ class PreparedAttention:
         b, h, nq, d = q.shape
         _schema.expect("k", k, dtype=torch.int8, shape=(b, h, None, d), device=device)
         nk = k.shape[2]
+        if nk > _schema.MAX_TERMS:
+            raise ValueError(f"k has {nk} keys, expected at most {_schema.MAX_TERMS}: sums are int32")
         _schema.expect("v", v, dtype=torch.int8, shape=(b, h, nk, d), device=device)
         check_scale("q_scale", q_scale, b, h, nq, device)
         check_scale("k_scale", k_scale, b, h, nk, device)
@@ -187,8 +189,7 @@ class PreparedAttention:
         backend: str | None = None,
     ) -> Tensor:
         args = self.flat(*operands, mask, scatter, tokens)
-        if out_dtype not in _schema.FLOATS:
-            raise TypeError(f"out_dtype is {out_dtype}, expected {' or '.join(map(str, _schema.FLOATS))}")
+        _schema.expect_float("out_dtype", out_dtype)
         return self._serving("qattention", args, backend).fn(*args, out_dtype)
 
     def _serving(self, op: str, args: tuple, backend: str | None) -> backends.Implementation:
@@ -243,7 +244,7 @@ def qattention(
               excluded from every term (also from ``offset``); a query without keys yields 0.
               scatter ([nW·Nq] int32 or None), tokens T: rows out of windows. The nW windows of an image follow one
               another in B; query i of window w goes to row scatter[w·Nq + i] of its image, −1: nowhere. Entries in
-              [−1, T) that name every row once: a promise that a GPU does not check.
+              [−1, T), which a GPU does not check, that name every row once: one that none names is undefined.
               levels ([2^bits] uint8): ``focus_levels(focus, device)`` where the caller keeps it, else None (cached).
     Returns:  [B, Nq, H·d] ([B/nW, T, H·d] with ``scatter``) out_dtype, contiguous, newly allocated.
     Raises:   TypeError for a dtype, ValueError for a shape or device that does not fit.

@@ -462,7 +462,7 @@ def _launch(
     arguments = (
         *operands,
         *scales,
-        levels,
+        host.dense(levels),
         *additive,
         *windows,
         out,

@@ -168,6 +168,9 @@ class PreparedLinear:
         if passed is None or passed[0] != case:
             _codes(x)
             m = self._check(q, t, activation, residual)
+            if self._packed[3] > _schema.MAX_TERMS:
+                k = self._packed[3]
+                raise ValueError(f"weight has {k} in features, expected at most {_schema.MAX_TERMS}: sums are int32")
             if scale.numel() not in (1, m):
                 raise ValueError(f"x.scale has shape {tuple(scale.shape)}, expected 1 or M = {m} values")
             _schema.expect("x.scale", scale, dtype=torch.float32, device=self._device)
@@ -183,6 +186,7 @@ class PreparedLinear:
         out_dtype: torch.dtype = torch.float32,
         backend: str | None = None,
     ) -> Tensor:
+        _schema.expect_float("out_dtype", out_dtype)
         args, m = self._flat(x, activation, residual)
         return self._serving("qlinear", m, backend).fn(*args, out_dtype)
 
@@ -214,6 +218,7 @@ class PreparedLinear:
     ) -> tuple[Tensor, QTensor]:
         """y = :meth:`qlinear`, and :func:`layer_norm_quantize` of it: bit for bit the two ops on ``cpu`` and ``ref``,
         one launch on ``triton``."""
+        _schema.expect_float("out_dtype", out_dtype)
         args, m = self._flat(x, "none", residual)
         n, device, passed = self._packed[2], self._device, self._normed
         if passed is None or passed[0] is not norm_weight or passed[1] is not norm_bias or passed[2] != eps:
@@ -242,7 +247,9 @@ class PreparedLinear:
             passed = self._passed = case, self._check(x, lora_t, activation, residual)
         tail = (_ACTIVATION_IDS[activation], self._layer_scale, residual)
         impl = self._serving("qlinear_weight_only", passed[1], backend)
-        return impl.fn(x, lora_t, *self._packed, *self._scaled, *tail, x.dtype if out_dtype is None else out_dtype)
+        out_dtype = x.dtype if out_dtype is None else out_dtype
+        _schema.expect_float("out_dtype", out_dtype)
+        return impl.fn(x, lora_t, *self._packed, *self._scaled, *tail, out_dtype)
 
 
 def qlinear(

@@ -81,11 +81,11 @@ def _add_shares(shares, t_out, row, row_mask, parts, M, R, RANK: tl.constexpr):
         for i in tl.static_range(8):  # eight loads in flight
             ranks = tl.where(part + i < parts, R, 0)
             total += tl.load(shares, mask=row_mask[:, None] & (rank < ranks)[None, :], other=0.0)
-            shares += M * R
+            shares += tl.cast(M, tl.int64) * R
     tl.store(t_out + offset, total, mask=row_mask[:, None] & (rank < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["x_zero_point", "zero_point"])
+@triton.jit(do_not_specialize=["x_zero_point", "zero_point", "M", "patient"])  # what changes with the batch, too
 def _product(
     x,  # [M, K] int8 codes, or floats (weight-only); contiguous columns
     inner,
@@ -328,8 +328,8 @@ def _launch(
         x_zero_point,
         data,
         data.stride(0),
-        None if x_zero_point == 0 else col_sum,
-        w_lut,
+        None if x_zero_point == 0 else host.dense(col_sum),
+        _words(w_lut),
         w_scale.contiguous(),
         host.dense(lora_t),
         host.dense(lora_up),
@@ -377,6 +377,12 @@ def _launch(
     host.launch(_product, (programs,), (*arguments, *constants), x.device, **options)
 
 
+def _words(lut: Tensor | None) -> Tensor | None:
+    """The table of levels where kernels can read it as words of four bytes."""
+    lut = host.dense(lut)
+    return lut.clone() if lut is not None and lut.data_ptr() % 4 else lut
+
+
 def _kind(layout: int, weight_only: bool) -> str:
     if layout not in (*_INT4, LAYOUT_IDS["int8"]):
         raise ValueError(f"layout is {layout}, expected that of {' or '.join(LAYOUTS)}")
@@ -404,8 +410,11 @@ def qlinear_weight_only(x, lora_t, weight, layout, n, k, w_lut, w_scale, *tail_a
     return out
 
 
-def _hold_groups(config: tuning.Config, n: int, groups: int) -> tuple[tuning.Config, int] | None:
-    """Tiles that each hold whole column groups, and how many; None if no tile can."""
+def _hold_groups(config: tuning.Config, n: int, groups: int, shared: int) -> tuple[tuning.Config, int] | None:
+    """Tiles that each hold whole column groups, and how many; None if no tile can.
+
+    ``shared``: bytes that a program may have for the stages of its pipeline (of which one is in registers).
+    """
     width = n // groups
     if width & (width - 1) == 0 and width <= WHOLE_N:
         wide = max(config.block_n, width)
@@ -413,8 +422,10 @@ def _hold_groups(config: tuning.Config, n: int, groups: int) -> tuple[tuning.Con
         wide = width = power_of_2(n, 16)
     else:
         return None
-    if wide > config.block_n:  # the same number of outputs per program
-        config = replace(config, block_m=max(16, config.block_m * config.block_n // wide), block_n=wide)
+    if wide > config.block_n:  # the same number of outputs per program, and as many stages as then fit
+        block_m = max(16, config.block_m * config.block_n // wide)
+        stages = min(config.num_stages, 1 + shared // ((block_m + wide) * config.block_k))
+        config = replace(config, block_m=block_m, block_n=wide, num_stages=max(2, stages))
     return config, config.block_n // width
 
 
@@ -433,7 +444,7 @@ def _quantized(
     if m == 0:
         return codes, out_scale, t
     config, tile_groups = _configure(device, _kind(layout, False), m, n, k), 1
-    held = None if scale is not None else _hold_groups(config, n, groups)
+    held = None if scale is not None else _hold_groups(config, n, groups, host.shared_memory(device))
     by_tile = held is not None if scale is None else scale.dim() == 1 or groups == 1
     shares, finish = None, ROWS.value
     if by_tile and norm is None and not subspace and rank <= MAX_RANK_DOWN:
