@@ -105,8 +105,8 @@ inline RowMap row_map(const Held& map, int64_t slots, int64_t tokens, const char
 #if !defined(VITQ_GPU)
   int32_t least = 0, most = -1;
   for (int64_t i = 0; i < slots; ++i) least = std::min(least, index[i]), most = std::max(most, index[i]);
-  STD_TORCH_CHECK(least >= -1 && most < tokens, name, " has entries in [", least, ", ",
-                  most, "], expected [-1, ", tokens, ")");
+  STD_TORCH_CHECK(least >= -1 && most < tokens, name, " has entries in [", least, ", ", most,
+                  "], expected [-1, ", tokens, ")");
 #endif
   return {index, slots, tokens};
 }

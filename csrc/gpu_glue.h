@@ -67,7 +67,8 @@ class Launcher {
   int processors = 1, capability = 80;
 };
 
-// `x`, or a copy of it if it does not start at a multiple of `bytes`, as many as a kernel reads of it at once.
+// `x`, or a copy of it if it does not start at a multiple of `bytes`, as many as a kernel reads of it at
+// once.
 inline Tensor starting_at(int64_t bytes, const Tensor& x) {
   const bool does = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % static_cast<uintptr_t>(bytes) == 0;
   return does ? x : torch::stable::clone(x);

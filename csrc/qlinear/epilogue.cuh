@@ -39,8 +39,8 @@ struct LinearParams {
   unsigned* counters;  // [tiles], 0 before and after
 };
 
-// y += t·Uᵀ for kTilesM x kTilesN fragments [16, 8] of a warp, the first at row m, column n. The order of ranks
-// inside an instruction is ours, as that of k: a lane takes 4 in a row.
+// y += t·Uᵀ for kTilesM x kTilesN fragments [16, 8] of a warp, the first at row m, column n. The order of
+// ranks inside an instruction is ours, as that of k: a lane takes 4 in a row.
 template <DType kType, int kTilesM, int kTilesN>
 VITQ_DEVICE void add_branch_of(const LinearParams& p, int m, int n, float (&y)[kTilesM][kTilesN][4]) {
   const int group = lane() / 4, column = lane() % 4;
@@ -284,8 +284,8 @@ struct LinearEpilogue {
   static VITQ_DEVICE int group_of(const LinearParams& p, int n) {
     return p.codes.groups == 1 ? 0 : (n < p.n ? n : p.n - 1) / p.codes.width;
   }
-  // Whether a lane's columns have one scale. A dynamic one they do: its groups lie inside the tile, a power of
-  // two of columns from kVector on, or all there are.
+  // Whether a lane's columns have one scale. A dynamic one they do: its groups lie inside the tile, a power
+  // of two of columns from kVector on, or all there are.
   static VITQ_DEVICE bool one_scale(const Codes& c) {
     return c.scale == nullptr || c.groups == 1 || c.width % kVector == 0;
   }

@@ -37,8 +37,8 @@ VITQ_DEVICE int8_t code_of(const Codes& c, float value, float inverse, Clamp ran
 }
 
 // Two or four of them, the first in the lowest byte. Past 1.5·2^23 a float's last place is 1 and its low bits
-// hold the integer: one addition rounds and converts, where two conversions would share a unit of a quarter of
-// the rate.
+// hold the integer: one addition rounds and converts, where two conversions would share a unit of a quarter
+// of the rate.
 template <int kCount>
 VITQ_DEVICE uint32_t codes_of(const Codes& c, const float (&values)[kCount], float inverse, Clamp range) {
   static_assert(kCount == 2 || kCount == 4);

@@ -47,7 +47,8 @@ void asynchronous_copies() {
   for (uint32_t i = 0; i < 32; ++i) expect(to[i] == (i == 7 ? 0 : 4 * i), "its bytes, or zeros");
   expect(launch<Copies<false>>(1, 1, 512, nullptr, {from, to}) == nullptr, "a copy that is not waited for");
   for (const uint32_t word : to) expect(word == 0xa5a5a5a5, "is not there yet");
-  expect(says(launch<Copies<true>>(1, 1, 512, nullptr, {from + 1, to}), "misaligned"), "a copy of 16 bytes from 4");
+  expect(says(launch<Copies<true>>(1, 1, 512, nullptr, {from + 1, to}), "misaligned"),
+         "a copy of 16 bytes from 4");
   expect(says(launch<Copies<true>>(0, 1, 512, nullptr, {from, to}), "no blocks"), "a launch of nothing");
 }
 

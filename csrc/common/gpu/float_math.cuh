@@ -9,9 +9,9 @@ namespace vitq::gpu {
 
 enum class Gelu : int { none = 0, erf = 1, tanh = 2 };
 
-// max(x, 0) − a·e/(1 + e), a = |x|: the second term is a·Φ(−a), e the odds of Φ(−a) (in the tanh form: of what
-// stands for it). No cancellation, and the two approximate instructions err in the small term only. Beyond
-// 12.5 the odds are 0, whatever the polynomial says.
+// max(x, 0) − a·e/(1 + e), a = |x|: the second term is a·Φ(−a), e the odds of Φ(−a) (in the tanh form: of
+// what stands for it). No cancellation, and the two approximate instructions err in the small term only.
+// Beyond 12.5 the odds are 0, whatever the polynomial says.
 template <class LogOdds>
 VITQ_DEVICE float gelu_by_odds(float x, const LogOdds& log2_odds) {
   const float a = min_or_nan(fabsf(x), 12.5f);
