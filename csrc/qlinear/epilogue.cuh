@@ -98,13 +98,22 @@ VITQ_DEVICE void add_branch(const LinearParams& p, int m, int n, float (&y)[kTil
 template <int kColumns, int kRow>
 struct LinearEpilogue {
   static constexpr int kVector = kColumns / kWarp;
-  static_assert(kVector > 0);
+  static_assert(kVector == 2 || kVector == 4);
+
+  // kVector numbers of a row: float32 a word each, 16 bits two of a word.
+  struct Residual {
+    uint32_t w[kVector];
+    template <DType kType>
+    VITQ_DEVICE float half(int e) const {
+      return float_of_16<kType>(w[e / 2] >> e % 2 * 16 & 0xffffu);
+    }
+  };
 
   // kRows rows by a warp, `step` apart from m on, those of m < p.m: bias, activation, LayerScale, residual;
   // then floats or codes. Rows side by side hide the latency of their chains of operations.
   template <int kRows>
   static VITQ_DEVICE void finish_rows(const LinearParams& p, int m, int step, int n0, float* rows,
-                                      const float (&residual)[kRows][kVector]) {
+                                      const Residual (&residual)[kRows]) {
     const int n = n0 + lane() * kVector;
     float v[kRows][kVector], column[kVector], inverse[kRows];
     if (p.codes.q != nullptr) load_inverses(p, m, step, n, inverse);
@@ -133,7 +142,13 @@ struct LinearEpilogue {
       load_columns(p, p.layer_scale, 0, n, column);
       each([&](float y, int, int e) { return y * column[e]; });
     }
-    if (p.residual) each([&](float y, int r, int e) { return y + residual[r][e]; });
+    if (p.residual && p.residual.dtype == DType::f32) {
+      each([&](float y, int r, int e) { return y + float_of_bits(residual[r].w[e]); });
+    } else if (p.residual && p.residual.dtype == DType::f16) {
+      each([&](float y, int r, int e) { return y + residual[r].template half<DType::f16>(e); });
+    } else if (p.residual) {
+      each([&](float y, int r, int e) { return y + residual[r].template half<DType::bf16>(e); });
+    }
     if (n0 + kColumns > p.n) each([&](float y, int, int e) { return n + e < p.n ? y : 0.0f; });
     VITQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -147,9 +162,37 @@ struct LinearEpilogue {
     }
   }
 
-  // This lane's part of a row of the residual, to be loaded well before it is added.
-  static VITQ_DEVICE void load_residual(const LinearParams& p, int m, int n0, float (&v)[kVector]) {
-    if (p.residual && m < p.m) load_columns(p, p.residual, int64_t{m} * p.n, n0 + lane() * kVector, v);
+  // This lane's part of a row of the residual, to be loaded well before it is added: as it comes from memory,
+  // since a conversion would wait for it.
+  static VITQ_DEVICE void load_residual(const LinearParams& p, int m, int n0, Residual& out) {
+    const int n = n0 + lane() * kVector;
+    if (!p.residual || m >= p.m || n >= p.n) return;
+    const int64_t at = int64_t{m} * p.n + n;
+    const bool all = whole(p, p.residual.data);
+    if (p.residual.dtype == DType::f32) {
+      const auto* from = static_cast<const uint32_t*>(p.residual.data) + at;
+      if (all) {
+        const auto four = *reinterpret_cast<const Words4*>(from);
+        VITQ_UNROLL
+        for (int e = 0; e < kVector; ++e) out.w[e] = four.w[e];
+      } else {
+        VITQ_UNROLL
+        for (int e = 0; e < kVector; ++e) out.w[e] = n + e < p.n ? from[e] : 0;
+      }
+    } else {
+      const auto* from = static_cast<const uint16_t*>(p.residual.data) + at;
+      if (all) {
+        const auto two = *reinterpret_cast<const Words2*>(from);
+        VITQ_UNROLL
+        for (int e = 0; e < kVector / 2; ++e) out.w[e] = two.w[e];
+      } else {
+        VITQ_UNROLL
+        for (int e = 0; e < kVector; e += 2) {
+          const uint32_t low = n + e < p.n ? from[e] : 0, high = n + e + 1 < p.n ? from[e + 1] : 0;
+          out.w[e / 2] = low | high << 16;
+        }
+      }
+    }
   }
 
   // This tile's share of the next layer's t for the 16 rows from m: y[16, kColumns]·Dᵀ, 8 ranks at a time.

@@ -263,7 +263,7 @@ struct QLinear {
     scale_and_branch(p, m0, n0, acc);
     sync();
     for (int row = warp(); row < kBlockM && m0 + row < p.m; row += kWarps) {
-      float residual[1][Epilogue::kVector];
+      typename Epilogue::Residual residual[1];
       Epilogue::load_residual(p, m0 + row, n0, residual[0]);
       Epilogue::finish_rows(p, m0 + row, 0, n0, result + row * kRow, residual);
     }

@@ -415,7 +415,7 @@ struct QLinearSm90 {
       constexpr int kStep = 4 * kTeam, kRows = 2;
       VITQ_UNROLL_ONCE
       for (int row = team_warp; row < kPiece; row += kRows * kStep) {
-        float residual[kRows][Epilogue::kVector];
+        typename Epilogue::Residual residual[kRows];
         VITQ_UNROLL
         for (int r = 0; r < kRows; ++r) Epilogue::load_residual(l, m + row + r * kStep, n0, residual[r]);
         if (row == team_warp) {

@@ -95,7 +95,7 @@ struct WeightOnly {
     }
     sync();
     for (int row = warp(); row < kBlock && m0 + row < p.m; row += kThreads / kWarp) {
-      float residual[1][Epilogue::kVector];
+      typename Epilogue::Residual residual[1];
       Epilogue::load_residual(p, m0 + row, n0, residual[0]);
       Epilogue::finish_rows(p, m0 + row, 0, n0, result + row * kRow, residual);
     }
