@@ -20,7 +20,9 @@
 //
 // Roofline: DeiT-B's fc1 of 32 images, M 6304, K 768, N 3072: 29.7 Gop, 15 µs of the H200's 1979 TOPS; 26.6
 // MB of operands and codes, 6 µs of its memory. L2 limits: a stage of 256x128 loads 48 KiB for 1024 cycles of
-// products, of 128x128 32 KiB for 512. The epilogue of a tile takes about as long as 5 to 8 stages.
+// products, of 128x128 32 KiB for 512. The epilogue of a tile
+// is 64 passes of a warp over two rows, of 110 instructions (a bias, to 16 bits) to 300 (GELU, codes): as
+// long as 4 to 10 stages.
 #pragma once
 
 #include "common/gpu/ptx_sm90.cuh"
@@ -88,6 +90,8 @@ struct QLinearSm90 {
       take_registers<224>();
       consume(p);
     }
+#elif defined(__CUDA_ARCH__)
+    __trap();  // another architecture's machine code was taken
 #endif
   }
 
@@ -407,23 +411,35 @@ struct QLinearSm90 {
     float* result =
         reinterpret_cast<float*>(shared() + kResultAt) + (kTeam == 2 ? 0 : consumer_anew() * 2 * kFloats);
     const int team_warp = team_thread() / kWarp;
+    // A warp's rows of a piece, two at a time; what the next two add from memory is on its way meanwhile, if
+    // there are registers for it.
+    constexpr int kStep = 4 * kTeam, kRows = 2;
+    constexpr bool kAhead = kTeam == 2 || !kNibbles;
+    typename Epilogue::Residual residual[kRows], next[kRows];
+    const auto load = [&](int m, typename Epilogue::Residual(&to)[kRows]) {
+      VITQ_UNROLL
+      for (int r = 0; r < kRows; ++r) Epilogue::load_residual(l, m + r * kStep, n0, to[r]);
+    };
+    if (kAhead) load(m0 + team_warp, next);
     VITQ_UNROLL_ONCE
     for (int piece = 0; piece < kPieces && m0 + piece * kPiece < l.m; ++piece) {
       float* rows = result + piece % 2 * kFloats;
       const int m = m0 + piece * kPiece;
-      // A warp's rows of the piece, two at a time; what they add from memory is on its way meanwhile.
-      constexpr int kStep = 4 * kTeam, kRows = 2;
       VITQ_UNROLL_ONCE
       for (int row = team_warp; row < kPiece; row += kRows * kStep) {
-        typename Epilogue::Residual residual[kRows];
-        VITQ_UNROLL
-        for (int r = 0; r < kRows; ++r) Epilogue::load_residual(l, m + row + r * kStep, n0, residual[r]);
+        if (!kAhead) load(m + row, residual);
         if (row == team_warp) {
           VITQ_UNROLL
           for (int q = 0; q < kPieces; ++q) {
             if (q == piece) write_piece(y, q, rows);
           }
           sync_team();
+        }
+        if (kAhead) {
+          VITQ_UNROLL
+          for (int r = 0; r < kRows; ++r) residual[r] = next[r];
+          // Behind a piece's last row follows the next one's first; a tile's last ones load what nobody adds.
+          load(m + row + kRows * kStep, next);
         }
         Epilogue::finish_rows(l, m + row, kStep, n0, rows + row * kRow, residual);
       }

@@ -7,7 +7,7 @@
 #if defined(__CUDACC__)
 #include <cuda.h>
 #include <cudaTypedefs.h>
-// Bodies of kernels of sm_90a are empty in the passes of other architectures.
+// Kernels of sm_90a do nothing but fail in the passes of other architectures.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define VITQ_SM90A 1
 #endif
