@@ -85,7 +85,7 @@ def _add_shares(shares, t_out, row, row_mask, parts, M, R, RANK: tl.constexpr):
     tl.store(t_out + offset, total, mask=row_mask[:, None] & (rank < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["x_zero_point", "zero_point", "M", "patient"])  # what changes with the batch, too
+@triton.jit(do_not_specialize=["x_zero_point", "zero_point", "patient"])
 def _product(
     x,  # [M, K] int8 codes, or floats (weight-only); contiguous columns
     inner,
