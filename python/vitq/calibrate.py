@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import parallel
 from .data.clouds import is_cloud_model
-from .models import adapter_for
+from .models import adapter_for, state_data
 from .propagation import IMAGES, propagation
 from .recipes import Recipe, load_recipe
 from .simulate import SimModel
@@ -72,7 +72,8 @@ def calibrate(
         device: where to calibrate, default where the model is. Random choices are drawn on the CPU, where sim and
             state end up, too.
         architecture: timm name for the state; default the model's own.
-        fields: further fields of ModelState (kwargs, data, metrics).
+        fields: further fields of ModelState: kwargs, the arguments that ``timm.create_model`` made ``model`` with, and
+            ``vitq.load`` will; data, default what timm's model says of its images; metrics.
 
     Raises:
         TypeError: a model of no known family.
@@ -98,6 +99,8 @@ def calibrate(
     sim.requires_grad_(False).cpu()
     name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     metrics = calibration.metrics | fields.pop("metrics", {})
+    if "data" not in fields and getattr(model, "pretrained_cfg", None):
+        fields["data"] = state_data(model)
     fields |= {"architecture": name, "recipe": recipe.plain(), "metrics": metrics}
     return CalibratedModel(sim, seconds, fields)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,13 +19,14 @@ import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitq_kernels.formats import AttentionState, FocusSpec, LinearState, LowRankSpec, QuantSpec, TokenBits
 from vitq_kernels.packing import pack_bits, table_indices, unpack_bits
 
 from .convert import check_state, to_integer
+from .files import naming, save_tensors, temporary_beside
 from .models import adapter_for
 from .state import ModelState, SiteState
 
@@ -133,36 +133,55 @@ def save(path: str | os.PathLike, state: ModelState, *, overwrite: bool = False)
 
     Args:     path: folder, created with its parents; overwrite: replace the checkpoint that is there.
     Returns:  the Config written.
-    Raises:   CheckpointError: something is there that may not be replaced, values that JSON cannot hold, no ``data``.
+    Raises:   CheckpointError: something is there that may not be replaced, values that JSON cannot hold, no ``data``, a
+              state that is not of the model which ``architecture`` and ``kwargs`` make.
               OSError: the file system's own complaint; the folder then holds what it held before.
     """
     folder = Path(path)
-    _check_target(folder, overwrite)
+    check_target(folder, overwrite)
     tensors, sites = disassemble(state)
     fields = {k: _plain(f"state.{k}", getattr(state, k)) for k in ("kwargs", "data", "recipe", "source", "metrics")}
+    config = _validated(
+        folder,
+        {
+            "architecture": state.architecture,
+            "sites": sites,
+            "float_bytes": _float_bytes(state, tensors),
+            "weights": {"file": f"model-{'0' * 16}.safetensors", "sha256": "0" * 64, "bytes": 0},  # not written yet
+            **fields,
+        },
+    )
+    _check_architecture(folder, config, state)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(folder)
+    try:
+        config = _write(folder, tensors, config)
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    for stale in folder.glob("model-*.safetensors"):
+        if stale.name != config.weights.file:
+            stale.unlink()
+    return config
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: Config) -> Config:
+    """``tensors``, and ``config`` with the file that they are in."""
+    temporary = temporary_beside(folder / CONFIG)
     committed = None
     try:
-        save_file(tensors, temporary, metadata={FORMAT: str(VERSION)})  # one key: their order is not deterministic
+        save_tensors(tensors, temporary, {FORMAT: str(VERSION)})  # one key: their order is not deterministic
         digest, size = _sha256(temporary), temporary.stat().st_size
         weights = WeightsFile(file=f"model-{digest[:16]}.safetensors", sha256=digest, bytes=size)
-        config = _validated(
-            folder,
-            {
-                "architecture": state.architecture,
-                "sites": sites,
-                "float_bytes": _float_bytes(state, tensors),
-                "weights": weights,
-                **fields,
-            },
-        ).sealed()
+        config = config.model_copy(update={"weights": weights}).sealed()
         fresh = not (folder / weights.file).exists()
         _sync(temporary)
         os.replace(temporary, folder / weights.file)
         committed = folder / weights.file if fresh else None
-        temporary.write_text(json.dumps(config.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
-        _sync(temporary)
+        with naming(folder / CONFIG):
+            temporary.write_text(json.dumps(config.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+            _sync(temporary)
         os.replace(temporary, folder / CONFIG)
         committed = None
     finally:
@@ -170,10 +189,20 @@ def save(path: str | os.PathLike, state: ModelState, *, overwrite: bool = False)
         if committed is not None:
             committed.unlink(missing_ok=True)
     _sync(folder)
-    for stale in folder.glob("model-*.safetensors"):
-        if stale.name != weights.file:
-            stale.unlink()
     return config
+
+
+def _check_architecture(folder: Path, config: Config, state: ModelState) -> None:
+    """Before a checkpoint is written that nothing can load."""
+    try:
+        with torch.device("meta"):
+            check_state(adapter_for(build_float(folder, config)), state)
+    except (TypeError, ValueError) as error:
+        made = f"timm.create_model({config.architecture!r}, **{config.kwargs})"
+        raise CheckpointError(
+            f"{folder}: the state is not of the model that {made} makes ({error}); "
+            "pass kwargs=<the model's arguments of create_model> and architecture=<its name> to calibrate"
+        ) from error
 
 
 def read_config(path: str | os.PathLike) -> Config:
@@ -288,7 +317,8 @@ def part_bytes(state: ModelState) -> dict[str, int]:
     return parts
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raises CheckpointError unless a checkpoint may be written at ``folder``."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file, expected a folder")
     file = folder / CONFIG
@@ -302,19 +332,6 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{file}: is not of a vitq checkpoint, expected one: it is not overwritten")
-
-
-def _temporary(folder: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=".writing-", dir=folder)
-    os.close(handle)
-    os.chmod(name, 0o666 & ~_umask())
-    return Path(name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:

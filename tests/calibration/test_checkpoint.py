@@ -12,6 +12,7 @@ import torch
 import vitq
 from safetensors.torch import load_file, save_file
 from vitq import checkpoint
+from vitq.calibrate import calibrate
 from vitq.checkpoint import CheckpointError
 from vitq.convert import to_integer
 from vitq.models import state_data
@@ -320,7 +321,7 @@ def test_architectures_that_do_not_fit(broken, field, value, match):
 # Writing.
 
 
-@pytest.mark.parametrize("victim", ["save_file", "_sync", "os.replace"])
+@pytest.mark.parametrize("victim", ["save_tensors", "_sync", "os.replace"])
 @pytest.mark.parametrize("survives", [0, 1])
 def test_interrupted_write_leaves_the_old_checkpoint(saved, broken, monkeypatch, victim, survives):
     folder = broken[0]
@@ -337,7 +338,7 @@ def test_interrupted_write_leaves_the_old_checkpoint(saved, broken, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fail)
-        if victim == "save_file" and survives:
+        if victim == "save_tensors" and survives:
             checkpoint.save(folder.parent / "elsewhere", state)  # uses up the call that succeeds
         with pytest.raises(OSError, match="disk full"):
             checkpoint.save(folder, state, overwrite=True)
@@ -383,4 +384,22 @@ def test_states_that_cannot_be_written(tmp_path, changes, match):
     _, state, _ = make()
     with pytest.raises(CheckpointError, match=match):
         vitq.save(tmp_path / "c", dataclasses.replace(state, **changes))
-    assert not (tmp_path / "c").exists() or not list((tmp_path / "c").iterdir())
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_state_that_nothing_could_load(tmp_path):
+    _, state, _ = make()
+    with pytest.raises(CheckpointError, match=r"not of the model that .*'depth': 3.*blocks.2.*pass kwargs="):
+        vitq.save(tmp_path / "c", dataclasses.replace(state, kwargs=VIT | {"depth": 3}))
+    with pytest.raises(CheckpointError, match="pass kwargs="):
+        vitq.save(tmp_path / "c", dataclasses.replace(state, kwargs={}))
+    with pytest.raises(CheckpointError, match=r"which timm .* lacks"):
+        vitq.save(tmp_path / "c", dataclasses.replace(state, architecture="ViTOfMyOwn"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_calibrated_model_knows_its_images(tmp_path):
+    model = minmax.spread(timm.create_model("vit_tiny_patch16_224", **VIT))
+    done = calibrate(model, minmax.images(model), "minmax-w8a8", kwargs=VIT)
+    assert done.state.data == state_data(model)
+    assert vitq.save(tmp_path / "c", done.state).data.input_size == (3, 32, 32)
