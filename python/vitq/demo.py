@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from . import checkpoint, jobs
 from .bench.environment import environment
 from .data import load_data
 from .evaluate import top1
+from .files import write_text
 from .models.digits_vit import NAME
 from .recipes import load_recipe
 from .sources import ModelSource, load_float
@@ -77,7 +77,8 @@ def run(
                 {"variant": variant, **row}
                 for row in _run(model, source, name, splits, reference, output / f"{variant}-{name}", title, progress)
             ]
-            _write(output, {"float": floats, "runs": runs, "environment": environment()})
+            summary = {"float": floats, "runs": runs, "environment": environment()}
+            write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     summary = {"float": floats, "runs": runs, "environment": environment()}
     picture(summary, output / "demo.png")
     return summary
@@ -97,12 +98,6 @@ def _run(model, source, name, splits, reference, folder, title, progress) -> lis
     times = jobs.time_models({"float": model, "integer": integer}, [1], 0.5)
     rows = jobs.summarize(recipe, done, model, checkpoint.disk_bytes(folder), rows, times)
     return [{**row, "megabytes": row["size_bytes_integer"] / 1e6} for row in rows]
-
-
-def _write(output: Path, summary: dict[str, Any]) -> None:
-    temporary = output / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    os.replace(temporary, output / "summary.json")
 
 
 def picture(summary: dict[str, Any], path: Path) -> None:

@@ -5,6 +5,7 @@ Whoever loads one needs torch and ``import vitq_kernels`` (the operators), neith
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from .data.coco import is_detector
+from .files import naming
 
 FORMATS = ("exported", "aoti")
 SUFFIX = ".pt2"
@@ -80,7 +82,11 @@ def write(
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         file = Path(folder) / path.name
         if format == "exported":
-            torch.export.save(program, file)
+            # Into memory first: torch's own writer ends the process where a disk is full.
+            content = io.BytesIO()
+            torch.export.save(program, content)
+            with naming(path):
+                file.write_bytes(content.getbuffer())
         else:
             _compile(program, file)
         os.replace(file, path)

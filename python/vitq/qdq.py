@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from .export import check_graph, check_target
+from .files import naming
 from .quantizers import SimAttention, SimBlocks, SimGelu, SimLayerNorm, SimLinear, SimPatchConv
 from .quantizers.activation import ActivationQuantizer
 from .quantizers.attention import EXCLUDED
@@ -412,7 +413,8 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         file = Path(folder) / path.name
-        onnx.save_model(proto, file)
+        with naming(path):
+            onnx.save_model(proto, file)
         os.replace(file, path)
     return summary(proto, path.stat().st_size)
 

@@ -14,6 +14,7 @@ from . import checkpoint, jobs, plots
 from .allocation.plot import draw_frontier, draw_packs
 from .checkpoint import Config
 from .console import cell
+from .files import write_text
 from .plots import Picture
 from .propagation import EDGES
 from .restore import to_simulated
@@ -118,7 +119,7 @@ def write_evaluation(folder: Path, runs: list[dict[str, Any]] | None) -> None:
     file.unlink(missing_ok=True)
     if runs is not None:
         digest = checkpoint.read_config(folder).digest
-        file.write_text(json.dumps({"digest": digest, "runs": runs}, indent=1) + "\n")
+        write_text(file, json.dumps({"digest": digest, "runs": runs}, indent=1) + "\n")
 
 
 def read_frontier(folder: Path, metrics: dict[str, Any]) -> dict[str, Any] | None:
