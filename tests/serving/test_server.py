@@ -163,6 +163,12 @@ def test_metrics_count_what_happens(served, alive):
     assert value('vitq_latency_seconds{quantile="0.99"}') > 0
 
 
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_limits_are_finite(value):
+    with pytest.raises(ValueError, match=f"answer_s is {value}, expected a number above 0"):
+        Limits(answer_s=value)
+
+
 # Images
 
 
@@ -181,6 +187,13 @@ def test_an_image_file_gets_the_classes_of_its_pixels(served, client, references
     assert sum(row["probability"] for row in found) == pytest.approx(1)
     assert found[0]["label"] == str(found[0]["class"])
     assert len(json.loads(client("POST", "/classify", body)[2])["integer"]["top"]) == 5
+
+
+def test_an_image_that_fits_is_never_enlarged_too_far(served):
+    """A limit below the model's own size is one of files, not of what they are resized to."""
+    data = served[0].engine.served.data
+    image = Image.open(io.BytesIO(picture(size=(8, 8)))).convert("RGB")
+    assert torch.equal(files.transform(data, 64)(image), files.transform(data)(image))
 
 
 def test_an_image_is_turned_upright(client):
@@ -257,8 +270,11 @@ MALFORMED = {
     "text for an image": ("/classify", (b"<svg/>",), 415, "no JPEG or PNG"),
     "a bomb": ("/classify", (bomb(2000, 2000),), 413, "2000x2000 pixels"),
     "a large bomb": ("/classify", (bomb(60_000, 60_000),), 413, "too many pixels"),
+    "a thin image": ("/classify", (picture(size=(4000, 1)),), 413, "1x4000 pixels and, with its short side resized"),
+    "a wide image": ("/classify", (picture(size=(1, 4000)),), 413, "4000x1 pixels and, with its short side resized"),
     "a huge file": ("/classify", (bytes(2 << 20),), 413, "expected up to"),
     "top of text": ("/classify?top=x", (picture(),), 400, "top is 'x'"),
+    "top of many digits": ("/classify?top=0000000019", (picture(),), 400, "expected 1 to 7"),
     "top beyond the classes": ("/classify?top=8", (picture(),), 400, "expected 1 to 7"),
     "a float model that is not there": ("/classify?float=1", (picture(),), 400, "float is '1'"),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,30 @@ from .protocol import Refused
 FORMATS = ("JPEG", "PNG")
 
 
-def transform(data: DataConfig) -> Callable[[Image.Image], Tensor]:
-    """timm's evaluation transform for ``data``: an RGB image to [C, H, W] float32."""
+def transform(data: DataConfig, pixels: int | None = None) -> Callable[[Image.Image], Tensor]:
+    """timm's evaluation transform for ``data``: an RGB image to [C, H, W] float32.
+
+    Raises (when called): Refused, 413, for an image that resizing would enlarge beyond ``pixels``.
+    """
     keys = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
-    return timm.data.create_transform(**data.model_dump(include=keys), is_training=False)
+    steps = timm.data.create_transform(**data.model_dump(include=keys), is_training=False)
+    if pixels is None or data.crop_mode in ("squash", "border"):
+        return steps
+    height, width = (math.floor(side / data.crop_pct) for side in data.input_size[1:])
+    most = max(pixels, height * width)  # which a square image always takes
+
+    def bounded(image: Image.Image) -> Tensor:
+        # The short side is resized before the middle is cut out: a thin image would be enlarged without bounds.
+        ratio = min(image.width / width, image.height / height)
+        if image.width * image.height > most * ratio**2:
+            raise Refused(
+                413,
+                f"the image has {image.width}x{image.height} pixels and, with its short side resized to that of "
+                f"{width}x{height}, more than {most}, expected up to that",
+            )
+        return steps(image)
+
+    return bounded
 
 
 def warm(pixels: Callable[[Image.Image], Tensor]) -> Callable[[Image.Image], Tensor]:

@@ -48,7 +48,7 @@ class Limits:
 
     Args:
         body_bytes: of one request. held_bytes: of the bodies of all requests that are being read or answered.
-        pixels: of an image file, as its header says. pending: requests in progress.
+        pixels: of an image file, as its header says, and of it resized. pending: requests in progress.
         body_s: seconds in which a body has to arrive. answer_s: seconds from there to the answer.
     """
 
@@ -61,8 +61,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}, expected more than 0")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, expected a number above 0")
 
 
 class Server:
@@ -87,7 +87,7 @@ class Server:
         #: set when no more requests are to be sent here: readiness says so
         self.closing = False
         self._token = None if token is None else f"Bearer {token}".encode()
-        self._transform = images.warm(images.transform(engine.served.data))
+        self._transform = images.warm(images.transform(engine.served.data, self.limits.pixels))
         self._pending = self._held = 0
         self._decoders = anyio.CapacityLimiter(cores())
         self._registry = CollectorRegistry()
@@ -264,7 +264,7 @@ class Server:
         """?top=5 classes of the image in the body; ?float=1 adds those of the float model."""
         data, query = self.engine.served.data, request.query_params
         k = query.get("top", str(min(5, data.num_classes)))
-        if not (k.isascii() and k.isdigit()) or not 1 <= int(k[:9]) <= data.num_classes:
+        if not (k.isascii() and k.isdigit() and len(k) < 10 and 1 <= int(k) <= data.num_classes):
             raise Refused(400, f"top is {k[:40]!r}, expected 1 to {data.num_classes}")
         if (compared := query.get("float", "0")) not in ("0", "1") or (compared == "1" and self.reference is None):
             raise Refused(400, f"float is {compared[:40]!r}, expected 0, or 1 where a float model is served beside")
