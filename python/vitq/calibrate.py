@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitq_kernels.nn import QModule
+
 from . import parallel
 from .data.clouds import is_cloud_model
-from .models import adapter_for, state_data
+from .models import Family, adapter_for, state_data
 from .propagation import IMAGES, propagation
 from .recipes import Recipe, load_recipe
 from .simulate import SimModel
@@ -76,25 +79,35 @@ def calibrate(
             ``vitq.load`` will; data, default what timm's model says of its images; metrics.
 
     Raises:
-        TypeError: a model of no known family.
-        ValueError: images that are no finite batch of the model's, a bad recipe, a work_dir of another calibration.
+        TypeError: a model of no known family, images that are no tensor.
+        ValueError: images that are no finite batch of the model's, a model without a layer to quantize, a bad recipe, a
+            work_dir of another calibration, or one that another process calibrates into.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images is {type(images).__name__}, expected a torch.Tensor")
     clouds = is_cloud_model(model)
     if images.dim() != 4 - clouds or not images.is_floating_point() or images.shape[0] == 0:
         wanted = "[B, N, C]" if clouds else "[B, C, H, W]"
         raise ValueError(f"images is {images.dtype} {tuple(images.shape)}, expected a float batch {wanted}")
     if not bool(images.isfinite().all()):
         raise ValueError("images has NaN or Inf, expected finite values")
+    if any(isinstance(module, QModule) for module in model.modules()):
+        raise ValueError(f"model is a {type(model).__name__} of integer modules, expected a float model")
+    family = adapter_for(model)
+    _check_size(family, images)
+    if not family.linears():
+        raise ValueError(f"model is a {type(model).__name__} without a layer that can be quantized, expected some")
     device = next(model.parameters()).device if device is None else torch.device(device)
-    sim = SimModel(adapter_for(model)).to(device)
+    sim = SimModel(family).to(device)
     kept = work_dir is not None and parallel.rank() == 0
     work = WorkDir(work_dir, identity(model, images, recipe, seed)) if kept else None
     calibration = Calibration(
         sim, images.float().to(device), recipe, seed, work, progress or (lambda what, done, total: None)
     )
     seconds: dict[str, float] = {}
-    with sim.family.holding(sim.model, calibration.images, calibration.batch):
+    held = nullcontext() if work is None else work.locked()
+    with held, sim.family.holding(sim.model, calibration.images, calibration.batch):
         _run(calibration, seconds)
     sim.requires_grad_(False).cpu()
     name = architecture or getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
@@ -121,6 +134,13 @@ def _run(calibration: Calibration, seconds: dict[str, float]) -> None:
         calibration.progress(calibration.step, 1, 1)
     if calibration.reference is not None:
         calibration.metrics["errors"] = propagation(calibration.reference, sim, calibration.images[:IMAGES])
+
+
+def _check_size(family: Family, images: Tensor) -> None:
+    shape = family.input_shape()
+    if shape is not None and any(want not in (None, got) for want, got in zip(shape, images.shape[1:])):
+        wanted = ", ".join("any" if want is None else str(want) for want in ("B", *shape))
+        raise ValueError(f"images has shape {tuple(images.shape)}, expected [{wanted}]")
 
 
 def identity(model: nn.Module, images: Tensor, recipe: Recipe, seed: int) -> dict[str, Any]:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitq_kernels.formats import FocusSpec, LevelTable, LowRankSpec, QuantSpec, TokenBits
 
+from .files import naming, save_tensors
 from .quantizers import FocusQuantizer, SimAttention, SimLinear
 from .quantizers.simulated import from_plain
 from .simulate import SimModel
 
-FORMAT = 3
+FORMAT, LOCK = 3, "lock"
 
 
 def tensor_digest(tensors: dict[str, Tensor]) -> str:
@@ -53,7 +57,9 @@ class WorkDir:
         if index.exists():
             try:
                 found = json.loads(index.read_text())
-            except json.JSONDecodeError as error:
+                if not isinstance(found, dict):
+                    raise ValueError(f"holds a {type(found).__name__}, expected an object")
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"work_dir {self.path}: calibration.json cannot be read ({error})") from error
             different = [k for k in sorted(identity.keys() | found.keys()) if identity.get(k) != found.get(k)]
             if different:
@@ -65,6 +71,16 @@ class WorkDir:
         else:
             _write(index, json.dumps(identity, indent=1).encode())
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The time in which no other process may calibrate into the directory. Raises: ValueError if one does."""
+        with (self.path / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"work_dir is '{self.path}', into which another process calibrates") from error
+            yield
+
     def _file(self, step: str, unit: str) -> Path:
         return self.path / f"{step}.{unit}.safetensors"
 
@@ -73,7 +89,7 @@ class WorkDir:
         tensors, meta = snapshot(sim.model.get_submodule(unit))
         file = self._file(step, unit)
         partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"modules": json.dumps(meta), "ranks": json.dumps(ranks)})
+        save_tensors(tensors, partial, {"modules": json.dumps(meta), "ranks": json.dumps(ranks)})
         os.replace(partial, file)
 
     def restore(self, step: str, unit: str, sim: SimModel) -> dict[str, int] | None:
@@ -113,7 +129,8 @@ class WorkDir:
 
 def _write(path: Path, data: bytes) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
+    with naming(path):
+        partial.write_bytes(data)
     os.replace(partial, path)
 
 

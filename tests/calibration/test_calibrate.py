@@ -4,13 +4,17 @@ import re
 import sys
 
 import minmax
+import numpy as np
 import pytest
+import timm
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
-from vitq.calibrate import calibrate
+from vitq.calibrate import calibrate, identity
 from vitq.convert import to_integer
+from vitq.models import adapter_for
 from vitq.recipes import load_recipe, names, parse
+from vitq.workdir import WorkDir
 
 from vitq_kernels import backend
 
@@ -150,11 +154,56 @@ def test_damaged_units_are_refused(tmp_path):
         (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "expected a float batch"),
         (torch.zeros(0, 3, 16, 16), "expected a float batch"),
         (torch.full((1, 3, 16, 16), torch.nan), "has NaN or Inf"),
+        (torch.zeros(2, 3, 32, 32), r"\(2, 3, 32, 32\), expected \[B, 3, 16, 16\]"),
+        (torch.zeros(2, 1, 16, 16), r"\(2, 1, 16, 16\), expected \[B, 3, 16, 16\]"),
     ],
 )
 def test_bad_images_are_refused(images, reason):
     with pytest.raises(ValueError, match=reason):
         calibrate(minmax.vit(), images, parse(MINMAX))
+
+
+def test_what_images_may_be_like():
+    assert adapter_for(minmax.vit(depth=1)).input_shape() == (3, 16, 16)
+    assert adapter_for(minmax.vit(depth=1, dynamic_img_size=True)).input_shape() == (3, None, None)
+    with torch.device("meta"):
+        assert adapter_for(timm.create_model("vit_tiny_r_s16_p8_224")).input_shape() is None
+        assert adapter_for(timm.create_model("point_mae_primitives")).input_shape() == (None, 3)
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray])
+def test_images_that_are_no_tensor_are_refused(kind):
+    with pytest.raises(TypeError, match=r"images is (list|ndarray), expected a torch\.Tensor"):
+        calibrate(minmax.vit(), kind(torch.zeros(2, 3, 16, 16)), parse(MINMAX))
+
+
+def test_an_integer_model_is_refused():
+    model = minmax.vit(depth=1)
+    integer = to_integer(model, calibrate(model, minmax.images(model, 2), parse(MINMAX)).state)
+    with pytest.raises(ValueError, match="is a VisionTransformer of integer modules, expected a float model"):
+        calibrate(integer, minmax.images(model, 2), parse(MINMAX))
+
+
+def test_one_work_dir_takes_one_calibration_at_a_time(tmp_path):
+    model = minmax.vit(depth=1)
+    images = minmax.images(model, 2)
+    calibrate(model, images, parse(MINMAX), work_dir=tmp_path)
+    # A lock is of an open file: it excludes this process, too.
+    other = WorkDir(tmp_path, identity(model, images, parse(MINMAX), 0)).locked()
+    with other, pytest.raises(ValueError, match=f"work_dir is '{tmp_path}', into which another process calibrates"):
+        calibrate(model, images, parse(MINMAX), work_dir=tmp_path)
+    calibrate(model, images, parse(MINMAX), work_dir=tmp_path)
+
+
+def test_patches_that_leave_a_margin_stay_float():
+    model = minmax.vit(img_size=17)
+    images = minmax.images(model, 2)
+    done = calibrate(model, images, parse(MINMAX))
+    assert "patch_embed.proj" not in done.state.linears()
+    integer = to_integer(model, done.state)
+    assert "reads 17x17 pixels, no multiple of its patches of 4x4" in integer.vitq_report.floating["patch_embed"]
+    with torch.no_grad(), backend("ref"):
+        assert torch.equal(integer(images), done.sim(images))
 
 
 def test_the_float_model_is_left_alone():

@@ -174,6 +174,10 @@ class Family(ABC):
     def attention_bias(self, site: AttentionSite) -> Tensor | None:
         """[H, N, N] float32 additive scores of ``site`` (relative position), or None."""
 
+    def input_shape(self) -> tuple[int | None, ...] | None:
+        """(C, H, W) of an image, (N, C) of a cloud that the model takes, None for what may be anything."""
+        return None
+
     def output(self, y: Any) -> Tensor:
         """The one tensor of what ``model`` returns that methods compare and predictions are read from."""
         return y

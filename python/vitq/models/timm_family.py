@@ -148,10 +148,21 @@ class TimmFamily(BlockFamily):
 
     def _patch_embed(self, path: str) -> Iterator[LinearSite]:
         embed = self.model.get_submodule(path)
-        if isinstance(embed, PatchEmbed):
+        size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+        if isinstance(embed, PatchEmbed) and size and any(s % p for s, p in zip(size, patch)):
+            reads, step = "x".join(map(str, size)), "x".join(map(str, patch))
+            self._refuse(path, f"reads {reads} pixels, no multiple of its patches of {step}: stays float")
+        elif isinstance(embed, PatchEmbed):
             yield from self._patches(f"{path}.proj")
         else:
             self._refuse(path, f"is a {type(embed).__name__}, expected a PatchEmbed: stays float")
+
+    def input_shape(self) -> tuple[int | None, ...] | None:
+        embed = getattr(self.model, "patch_embed", None)
+        if not isinstance(embed, PatchEmbed):
+            return None
+        fixed = embed.img_size is not None and embed.strict_img_size
+        return embed.proj.in_channels, *(embed.img_size if fixed else (None, None))
 
     def _heads(self, *paths: str) -> Iterator[LinearSite]:
         for path in paths:

@@ -21,6 +21,9 @@ class PointFamily(TimmViT):
     def _rewritten(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from ()
 
+    def input_shape(self) -> tuple[int | None, ...]:
+        return None, self.model.vitq_data["input_size"][-1]
+
     def _linears(self, *paths: str) -> Iterator[LinearSite]:
         for path in paths:
             for name, module in self.model.get_submodule(path).named_modules(prefix=path):
