@@ -26,8 +26,10 @@ from vitq_kernels.formats import AttentionState, FocusSpec, LinearState, LowRank
 from vitq_kernels.packing import pack_bits, table_indices, unpack_bits
 
 from .convert import check_state, to_integer
+from .devices import checked
 from .files import naming, save_tensors, temporary_beside
 from .models import adapter_for
+from .sources import REFUSALS
 from .state import ModelState, SiteState
 
 FORMAT, VERSION = "vitq", 1
@@ -265,8 +267,9 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu", backend: s
 
     Args:     backend: pin every integer module to this back end; None takes the device's best.
     Returns:  the timm model with integer modules; ``vitq_config`` is the Config, ``vitq_report`` the ConversionReport.
-    Raises:   CheckpointError with what is wrong; ValueError if no back end serves the device.
+    Raises:   CheckpointError with what is wrong; ValueError for a device that is not there or no back end serves.
     """
+    device = checked(device)
     state, config = load_state(path)
     model = build_float(Path(path), config)
     try:
@@ -285,7 +288,7 @@ def build_float(path: Path, config: Config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             return timm.create_model(config.architecture, pretrained=False, **config.kwargs).eval()
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        except REFUSALS as error:
             raise CheckpointError(f"{path}: {config.architecture} refuses {config.kwargs}: {error}") from error
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+
+#: What the constructors of models raise at arguments that do not fit, and what a lack of their weights does.
+REFUSALS = (TypeError, ValueError, RuntimeError, OSError, AssertionError, ArithmeticError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ def load_float(source: ModelSource) -> nn.Module:
         raise ValueError(f"model is {source.name!r}, expected an architecture of timm{hint}")
     local = source.weights is not None
     torch.manual_seed(source.seed)
+    pretrained = source.pretrained and not local
     try:
-        model = timm.create_model(source.name, pretrained=source.pretrained and not local, **source.kwargs)
-    except TypeError as error:
-        raise ValueError(f"model arguments {source.kwargs} do not fit {source.name}: {error}") from error
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model = timm.create_model(source.name, pretrained=pretrained, **source.kwargs)
+    except REFUSALS as error:
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        if not (pretrained and isinstance(error, OSError | RuntimeError)):
+            raise ValueError(f"model arguments {source.kwargs} do not fit {source.name}: {reason}") from error
         raise ValueError(
             f"the pretrained weights of {source.name} cannot be had ({reason}); "
             "give weights=<file> or pretrained=False (--weights, --random-weights)"
@@ -82,6 +84,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             if isinstance(state.get(wrapper), dict):
                 state = state[wrapper]
         model.load_state_dict(state)
-    except (RuntimeError, ValueError, EOFError, OSError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # what a damaged file makes torch.load raise is of any kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"weights '{path}' do not fit the model: {reason}") from error

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from loopback import SIZE, SMALL, quantized, random_images
-from vitq import Engine
+from vitq import Engine, checkpoint
 from vitq.convert import to_integer
 from vitq.serving.engine import Closed, DeadlineExceeded, Overloaded, WorkerFailed
 
@@ -52,7 +52,7 @@ THREADS = """
 import sys, time
 from pathlib import Path
 import torch
-from vitq import Engine
+from vitq import Engine, checkpoint
 
 def count():
     return len(list(Path("/proc/self/task").iterdir()))
@@ -192,6 +192,27 @@ def test_what_cannot_be_answered_is_refused_at_once(engine, images, kind, messag
 def test_arguments_that_cannot_be(folders, arguments, message):
     with pytest.raises(ValueError, match=message):
         Engine(folders[0], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        ("faster_rcnn_shapes", "a Detector, which takes images and finds boxes"),
+        ("point_mae_primitives", "takes clouds"),
+    ],
+)
+def test_what_gives_no_logits_of_images_is_refused(name, takes):
+    with pytest.raises(ValueError, match=f"checkpoint is of .*{takes}, expected a model of images to class logits"):
+        Engine(timm.create_model(name).eval())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_device_that_is_not_there_is_refused(folders):
+    for do in (checkpoint.load, Engine):
+        with pytest.raises(ValueError, match="device is 'cuda', expected cpu or one of 0 CUDA devices"):
+            do(folders[0], device="cuda")
+        with pytest.raises(ValueError, match="device is 'tpu:x', expected cpu, cuda or"):
+            do(folders[0], device="tpu:x")
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine, references):

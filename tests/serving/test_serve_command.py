@@ -136,7 +136,8 @@ def test_tls_and_a_token(folders, references, tmp_path):
         (["--tls-cert", "x.pem"], "expected both or neither"),
         (["--token-file", "no-such-file"], "no-such-file"),
         (["--max-queue", "8"], "max_queue=8"),
-        (["--timeout", "0"], "answer_s is 0"),
+        (["--tls-cert", "no-such-file", "--tls-key", "x.pem"], "no-such-file"),
+        (["--tls-cert", __file__, "--tls-key", __file__], f"--tls-cert '{__file__}' and --tls-key '{__file__}' are no"),
         (["--max-replicas", "2"], "--max-replicas is given with --engine local"),
         (["--float"], "where its float model came from"),
     ],
@@ -147,6 +148,13 @@ def test_what_it_refuses_to_start_with(folders, capsys, argv, message):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+@pytest.mark.parametrize("argv", [["--backend", "tpu"], ["--tls-cert", __file__, "--tls-key", __file__]])
+def test_options_are_refused_before_anything_is_loaded(folders, capsys, monkeypatch, argv):
+    monkeypatch.setattr("vitq.serving.command.Engine", None)
+    assert main(["serve", folders[0], *argv, "--port", "0"]) == 2
+    assert argv[0] in capsys.readouterr().err
 
 
 def test_a_short_token_is_refused(folders, capsys, monkeypatch):

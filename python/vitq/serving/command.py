@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import socket
+import ssl
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
         raise ValueError(f"the token has {len(token)} characters, expected at least 16 printable ones of ASCII")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ValueError("one of --tls-cert and --tls-key is given, expected both or neither")
+    if args.tls_cert is not None:
+        _check_tls(args.tls_cert, args.tls_key)
     limits = _limits(args)
     listening = socket.create_server((args.host, args.port), backlog=1024)
     options = {"replicas": args.replicas, "max_delay": args.max_delay / 1e3, "max_queue": args.max_queue}
@@ -62,6 +65,16 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
     log_lines(args.log_level)
     tls = None if args.tls_cert is None else (args.tls_cert, args.tls_key)
     asyncio.run(listen(server, listening, args.checkpoint, tls))
+
+
+def _check_tls(certificate: str, key: str) -> None:
+    """Before the checkpoint is loaded. Raises: OSError, ValueError naming the file."""
+    for file in (certificate, key):
+        Path(file).read_bytes()
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise ValueError(f"--tls-cert '{certificate}' and --tls-key '{key}' are no PEM pair: {error}") from error
 
 
 def _limits(args: argparse.Namespace) -> Limits:

@@ -25,6 +25,8 @@ from vitq_kernels import graphs
 from .. import checkpoint as checkpoints
 from ..bench.environment import cores
 from ..checkpoint import DataConfig
+from ..data.coco import is_detector
+from ..devices import checked
 from ..models import state_data
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -177,7 +179,7 @@ class Engine:
             raise ValueError(f"buckets is {self.buckets} with max_queue={max_queue}, expected a queue that holds each")
         if not 0 <= max_delay < math.inf:
             raise ValueError(f"max_delay is {max_delay}, expected seconds, at least 0")
-        self.device, self.dtype, self.backend = torch.device(device), dtype, backend
+        self.device, self.dtype, self.backend = checked(device), dtype, backend
         self.max_batch, self.max_delay, self.max_queue = self.buckets[-1], max_delay, max_queue
         self.threads = threads or max(1, cores() // replicas)
         self.replicas, self.keep_threads = replicas, keep_threads
@@ -301,9 +303,11 @@ class Engine:
                 raise ValueError("checkpoint is a model in training mode, expected model.eval()")
             data = DataConfig(**state_data(checkpoint))
             name = checkpoint.pretrained_cfg.get("architecture", type(checkpoint).__name__)
+            _check_classifier(checkpoint, data)
             return checkpoint.to(self.device, self.dtype), data, (name, "", "")
         model = checkpoints.load(Path(checkpoint), self.device, self.backend).to(self.dtype)
         config = model.vitq_config
+        _check_classifier(model, config.data)
         return model, config.data, (config.architecture, config.recipe.get("name", ""), config.digest)
 
     def _prepare(self, model: nn.Module, data: DataConfig, about: Sequence[str], version: int) -> Served:
@@ -464,6 +468,14 @@ class Engine:
                     _fail(request, WorkerFailed(f"{ATTEMPTS} workers died with the request in their batch"))
             self._waiting = sum(len(request.images) for request in self._queue)
         self._done(batch)
+
+
+def _check_classifier(model: nn.Module, data: DataConfig) -> None:
+    """ValueError for a model that does not give logits of images."""
+    takes = "clouds" if len(data.input_size) != 3 else "images and finds boxes" if is_detector(model) else None
+    if takes is not None:
+        name = type(model).__name__
+        raise ValueError(f"checkpoint is of a {name}, which takes {takes}, expected a model of images to class logits")
 
 
 def check_images(images: Tensor, size: tuple[int, int, int], most: int) -> None:
