@@ -251,6 +251,15 @@ def folder(tmp_path_factory):
     return root
 
 
+def test_bundled_sets_are_of_models_with_as_many_classes():
+    model = vit_digits_patch4_32()
+    with pytest.raises(ValueError, match="the contours have 40 classes, the model tells 10 classes apart"):
+        load_data("contours", "test", model)
+    with pytest.raises(ValueError, match="the contours have 40 classes"):
+        load_calibration("contours", model, 4)
+    assert load_calibration("contours", vit_digits_patch4_32(num_classes=0), 4).shape == (4, 3, 32, 32)
+
+
 def test_folder_gives_the_very_tensors_of_the_digits(folder, model):
     images, labels = load_digits("test").tensors
     order = labels[:30].argsort(stable=True)

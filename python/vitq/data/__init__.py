@@ -96,7 +96,10 @@ def load_calibration(source: str | Path, model: nn.Module, n: int, *, seed: int 
 
 
 def _square_format(source: str, model: nn.Module) -> dict:
-    """The keyword arguments of `Bundled.load` for `model`."""
+    """The keyword arguments of `Bundled.load` for `model`, which has as many classes or none."""
+    known, classes = getattr(model, "num_classes", 0), BUNDLED[source].classes
+    if known not in (0, classes):
+        raise ValueError(f"the {source} have {classes} classes, the model tells {known} classes apart")
     config = data_config(model)
     channels, height, width = config["input_size"]
     if channels != 3 or height != width:

@@ -23,11 +23,13 @@ class Bundled:
     Attributes:
         name: as in `load_data`.
         counts: number of images by split; calibration draws from "train".
+        classes: number of them.
         images: (split, positions [N] int64) to pixels [N, 3, 32, 32] float32 in [0, 1] and labels [N] int64.
     """
 
     name: str
     counts: dict[str, int]
+    classes: int
     images: Callable[[str, Tensor], tuple[Tensor, Tensor]]
 
     def load(
@@ -85,7 +87,7 @@ class Bundled:
         """
         count = self.counts["train"]
         if not 1 <= n <= count:
-            raise ValueError(f"n must be between 1 and {count} (the training images), got {n}")
+            raise ValueError(f"n, the number of calibration images, must be between 1 and {count}, got {n}")
         generator = torch.Generator().manual_seed(seed)
         chosen, _ = self.images("train", torch.randperm(count, generator=generator)[:n])
         return _normalise(augment_fraction(chosen, augment, generator), size, mean, std)

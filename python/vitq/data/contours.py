@@ -89,7 +89,7 @@ def images(split: str, index: Tensor, limits: Nuisance | None = None) -> tuple[T
     return torch.cat(batches), index % CLASSES
 
 
-CONTOUR_SET = Bundled("contours", COUNTS, images)
+CONTOUR_SET = Bundled("contours", COUNTS, CLASSES, images)
 
 
 def _batch(split: str, index: Tensor, limits: Nuisance) -> Tensor:

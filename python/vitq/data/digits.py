@@ -41,7 +41,7 @@ def images(split: str, index: Tensor) -> tuple[Tensor, Tensor]:
     return pixels[index], labels[index]
 
 
-DIGITS = Bundled("digits", COUNTS, images)
+DIGITS = Bundled("digits", COUNTS, 10, images)
 load_digits, calibration_images = DIGITS.load, DIGITS.calibration
 
 
