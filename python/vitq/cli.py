@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import sys
 from typing import Any, NoReturn
@@ -27,6 +29,26 @@ def _key_value(text: str) -> tuple[str, Any]:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+
+
+def _milliseconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds, at least 0")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or len(text) > 5 or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, expected 0 to 65535")
     return int(text)
 
 
@@ -65,13 +87,22 @@ def parser() -> argparse.ArgumentParser:
 
     from . import commands as run
 
+    data = (
+        "an image folder, digits, contours; clouds or boxes: docs/tasks.md (default: that of a model shipped with vitq)"
+    )
     p = command("quantize", run.quantize, "Calibrate a float model; write, evaluate and time its integer form.")
     p.add_argument("model", help="timm architecture")
     p.add_argument("output", help="checkpoint folder to write")
     _model_arguments(p)
     p.add_argument("--recipe", default="vitq-w4a8", help="a shipped recipe (see vitq info) or a YAML file")
     p.add_argument(
-        "--set", dest="overrides", type=_key_value, action="append", default=[], metavar="K=V", help="override a field"
+        "--set",
+        dest="overrides",
+        type=_key_value,
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="override a field; JSON if nested",
     )
     p.add_argument(
         "--budget",
@@ -81,9 +112,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="K=V",
         help="of a mixed-precision recipe, as a fraction of float32: size=0.2, bitops=0.03, latency=0.6",
     )
-    p.add_argument(
-        "--data", default="digits", help="digits (default), contours, an image folder; clouds or boxes: docs/tasks.md"
-    )
+    p.add_argument("--data", help=data)
     p.add_argument("--images", type=_positive, help="calibration images (default: the recipe's)")
     p.add_argument("--eval-images", type=_positive, help="evaluate on so many test images (default: all)")
     p.add_argument("--no-eval", action="store_true", help="write the checkpoint only")
@@ -94,9 +123,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = command("eval", run.evaluate, "Top-1, agreement and SQNR of the float, simulated and integer model.")
     p.add_argument("checkpoint")
-    p.add_argument(
-        "--data", default="digits", help="digits (default), contours, an image folder; clouds or boxes: docs/tasks.md"
-    )
+    p.add_argument("--data", help=data)
     p.add_argument("--split", default="test", help="test (default), hard (digits, contours, primitives), train")
     p.add_argument("--modes", default="float,simulated,integer", help="which of them, comma-separated")
     p.add_argument("--backend", help="run the integer model on this back end (see vitq info)")
@@ -110,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--recipe", default="vitq-w4a8,vitq-w8a8", help="comma-separated; for a timm architecture")
     p.add_argument("--batch", type=_positives, default=[1, 8], metavar="B,B", help="batch sizes (default: 1,8)")
     p.add_argument("--bench-threads", type=_positives, metavar="T,T", help="thread counts (default: torch's choice)")
-    p.add_argument("--seconds", type=float, default=3.0, help="per model and setting (default: 3)")
+    p.add_argument("--seconds", type=_seconds, default=3.0, help="per model and setting (default: 3)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ... (in CUDA graphs, as it is served)")
     p.add_argument("--dtype", default="float32", help=f"of the images: {', '.join(run.DTYPES)} (default: float32)")
     p.add_argument(
@@ -138,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint")
     p.add_argument("--name", help="of the model in URLs (default: the checkpoint folder's)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    p.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    p.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     p.add_argument("--dtype", default="float32", help=f"of activations: {', '.join(run.DTYPES)} (default: float32)")
     p.add_argument("--backend", help="pin the integer modules to this back end (see vitq info)")
@@ -147,13 +174,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-replicas", type=_positive, help="with --engine ray: as many at most, by load")
     p.add_argument("--target", type=float, help="with --max-replicas: requests in progress for each (default: 32)")
     p.add_argument("--max-batch", type=_positive, default=32, help="images of a request and of a batch (default: 32)")
-    p.add_argument("--max-delay", type=float, default=1.0, metavar="MS", help="wait for company (default: 1 ms)")
+    p.add_argument(
+        "--max-delay", type=_milliseconds, default=1.0, metavar="MS", help="wait for company (default: 1 ms)"
+    )
     p.add_argument("--max-queue", type=_positive, default=256, help="images that may wait (default: 256)")
     p.add_argument("--max-pending", type=_positive, default=1024, help="requests in progress (default: 1024)")
     p.add_argument("--max-bytes", type=_positive, default=20, metavar="MIB", help="of a body (default: 20 MiB)")
-    p.add_argument("--max-pixels", type=_positive, default=50_000_000, help="of an image (default: 50 million)")
-    p.add_argument("--body-timeout", type=float, default=10.0, metavar="S", help="for a body to arrive (default: 10)")
-    p.add_argument("--timeout", type=float, default=30.0, metavar="S", help="for its answer (default: 30)")
+    p.add_argument(
+        "--max-pixels", type=_positive, default=50_000_000, help="of an image, resized too (default: 50 million)"
+    )
+    p.add_argument(
+        "--body-timeout", type=_seconds, default=10.0, metavar="S", help="for a body to arrive (default: 10)"
+    )
+    p.add_argument("--timeout", type=_seconds, default=30.0, metavar="S", help="for its answer (default: 30)")
     p.add_argument("--token-file", metavar="FILE", help="bearer token that requests need (or VITQ_TOKEN)")
     p.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
     p.add_argument("--tls-key", metavar="FILE", help="private key, PEM")
@@ -188,8 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _set_threads(args)
         args.run(args)
-    except KeyboardInterrupt:
-        print("vitq: interrupted; the same command resumes where it stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(("vitq: interrupted", *map(str, stop.args))), file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

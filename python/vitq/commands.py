@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from vitq_kernels import _native, backends
 from vitq_kernels.triton import host as triton_host
 from vitq_kernels.triton import warmup as warm
 
-from . import checkpoint, console, jobs, parallel, plots, qdq, recipes, tasks
+from . import checkpoint, console, devices, jobs, parallel, plots, qdq, recipes, tasks
 from . import export as exporting
 from . import report as reporting
 from .allocation.plot import draw_frontier, draw_packs
@@ -35,10 +36,11 @@ from .bench import profile as profiling
 from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
-from .data import load_data, splits
+from .data import BUNDLED, clouds, coco, load_data, splits
 from .data.coco import DetectionData
 from .detect import KINDS, as_tensor, precisions
 from .evaluate import agreement, sqnr_db, top1
+from .files import write_text
 from .models import adapter_for
 from .models import support as supported
 from .restore import to_simulated
@@ -46,6 +48,7 @@ from .sources import ModelSource, load_float
 
 MODES = ("float", "simulated", "integer")
 DTYPES = ("float32", "float16", "bfloat16")
+RESUMES = "the same command resumes where it stopped"
 FORMATS = (*exporting.FORMATS, "onnx", "triton")
 RUN_COLUMNS = {
     "split": "split",
@@ -114,8 +117,37 @@ def _refuse_existing(target: Path, args: argparse.Namespace) -> None:
 def _source(args: argparse.Namespace) -> ModelSource:
     if args.weights and args.random_weights:
         raise ValueError("--weights and --random-weights are both given, expected at most one")
-    kwargs = dict(args.model_arg)
-    return ModelSource(args.model, not args.random_weights, args.weights, args.outlier, kwargs)
+    # Absolute, so that vitq eval finds it from anywhere.
+    weights = args.weights and os.path.abspath(args.weights)
+    return ModelSource(args.model, not args.random_weights, weights, args.outlier, dict(args.model_arg))
+
+
+def _data(given: str | None, architecture: str) -> str:
+    """``--data``, by default what a model that ships with vitq was trained on."""
+    own = {task.source.name: task.data for task in tasks.TASKS.values()}
+    source = own.get(architecture) if given is None else given
+    if source is None:
+        raise ValueError(
+            f"--data is missing, expected the data of {architecture}: an image folder, or see docs/tasks.md"
+        )
+    known = source in BUNDLED or clouds.is_source(source) or coco.is_source(source)
+    if not known and not Path(source).is_dir():
+        raise ValueError(f"--data is {source!r}, expected an image folder, {', '.join(BUNDLED)}, or see docs/tasks.md")
+    return source
+
+
+def _check_backend(name: str | None) -> None:
+    if name is not None and name not in backends.NAMES:
+        raise ValueError(f"--backend is {name!r}, expected one of {', '.join(backends.NAMES)}")
+
+
+@contextmanager
+def _interruptible(then: str) -> Iterator[None]:
+    """``then``: what an interruption here leaves, for its message."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(then) from error
 
 
 @contextmanager
@@ -151,15 +183,17 @@ def quantize(args: argparse.Namespace) -> None:
         )
     target = Path(args.output)
     _refuse_existing(target, args)
+    # Before hours of calibration rather than after them.
+    checkpoint.check_target(target, args.force)
     source = _source(args)
     model = load_float(source)
-    # Before hours of calibration rather than after them.
     adapter_for(model)
-    splits = {} if args.no_eval else _splits(args.data, model, args.eval_images)
+    data = _data(args.data, source.name)
+    splits = {} if args.no_eval else _splits(data, model, args.eval_images)
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
-    with parallel.launched() as device, _progress() as progress:
+    with _interruptible(RESUMES), parallel.launched() as device, _progress() as progress:
         done = jobs.quantize(
-            model, source, recipe, args.data, seed=args.seed, work_dir=work, progress=progress, device=device
+            model, source, recipe, data, seed=args.seed, work_dir=work, progress=progress, device=device
         )
         if parallel.rank():
             return
@@ -168,7 +202,8 @@ def quantize(args: argparse.Namespace) -> None:
     if frontier is not None:
         # The other points, hundreds to thousands, are a file beside the checkpoint's own.
         metrics["frontier"] = frontier | {"points": [frontier["points"][frontier["picked"]]], "picked": 0}
-    checkpoint.save(target, replace(done.state, metrics=metrics), overwrite=args.force)
+    with _interruptible(RESUMES):
+        checkpoint.save(target, replace(done.state, metrics=metrics), overwrite=args.force)
     _write_allocation(out, target, frontier, metrics.get("packs"), f"{source.name}, {recipe.name}")
     reporting.write_evaluation(target, None)
     if not args.work_dir:
@@ -176,10 +211,11 @@ def quantize(args: argparse.Namespace) -> None:
     record: dict[str, Any] = {"checkpoint": str(target), "recipe": recipe.name, "calibration_s": done.seconds}
     out.print(f"{target}: {recipe.name}, calibrated in {done.seconds:.1f} s, {_reasons(done.integer)}")
     if splits:
-        for each in (model, done.calibrated.sim, done.integer):
-            each.to(device)
-        rows = jobs.evaluate(jobs.predict_splits(model, splits), done.calibrated.sim, done.integer, splits)
-        times = jobs.time_models({"float": model, "integer": done.integer}, [1], 1.0)
+        with _interruptible(f"the checkpoint is written: vitq eval {target} evaluates it"):
+            for each in (model, done.calibrated.sim, done.integer):
+                each.to(device)
+            rows = jobs.evaluate(jobs.predict_splits(model, splits), done.calibrated.sim, done.integer, splits)
+            times = jobs.time_models({"float": model, "integer": done.integer}, [1], 1.0)
         record["runs"] = jobs.summarize(recipe, done, model, checkpoint.disk_bytes(target), rows, times)
         reporting.write_evaluation(target, record["runs"])
         console.print_rows(out, f"{source.name}, {recipe.name}", record["runs"], _columns(record["runs"]))
@@ -206,7 +242,7 @@ def _write_allocation(
     data = folder / reporting.FRONTIER
     data.unlink(missing_ok=True)
     if frontier is not None:
-        data.write_text(json.dumps(frontier, indent=1) + "\n")
+        write_text(data, json.dumps(frontier, indent=1) + "\n")
     for name, draw, record in (("frontier.png", draw_frontier, frontier), ("packs.png", draw_packs, packs)):
         (folder / name).unlink(missing_ok=True)
         if record is not None and find_spec("matplotlib"):
@@ -225,10 +261,10 @@ def evaluate(args: argparse.Namespace) -> None:
     modes = args.modes.split(",")
     if unknown := [m for m in modes if m not in MODES]:
         raise ValueError(f"--modes has {unknown[0]!r}, expected a selection of {', '.join(MODES)}")
-    if args.backend is not None and args.backend not in backends.NAMES:
-        raise ValueError(f"--backend is {args.backend!r}, expected one of {', '.join(backends.NAMES)}")
+    _check_backend(args.backend)
     device = _device(args.device)
     state, config = checkpoint.load_state(args.checkpoint)
+    source = _data(args.data, config.architecture)
     skeleton = checkpoint.build_float(Path(args.checkpoint), config)
     build = {
         "float": lambda: load_float(_recorded_source(config)),
@@ -236,7 +272,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "integer": lambda: to_integer(skeleton, state, args.backend),
     }
     models = {mode: build[mode]().to(device) for mode in modes}
-    data = load_data(args.data, args.split, skeleton, args.limit)
+    data = load_data(source, args.split, skeleton, args.limit)
     outputs: dict[str, jobs.Prediction] = {}
     # The simulated model, too, takes its float stages from the back end.
     pin = contextlib.nullcontext() if args.backend is None else backends.backend(args.backend)
@@ -254,7 +290,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "agreement_simulated": "= simulated",
     }
     columns = {name: title for name, title in columns.items() if name in rows[0]}
-    console.print_rows(out, f"{args.checkpoint} on {args.data}/{args.split}, {len(data)} images", rows, columns)
+    console.print_rows(out, f"{args.checkpoint} on {source}/{args.split}, {len(data)} images", rows, columns)
     _emit(args, {"checkpoint": args.checkpoint, "split": args.split, "images": len(data), "rows": rows})
 
 
@@ -284,6 +320,8 @@ def bench(args: argparse.Namespace) -> None:
     dtype, device = _dtype(args.dtype), _device(args.device)
     if args.profile and device.type != "cpu":
         raise ValueError(f"--profile is given with --device {args.device}, expected cpu: it measures a processor")
+    if not Path(args.model).exists() and os.sep in args.model:
+        raise ValueError(f"model is {args.model!r}, where nothing is; expected a checkpoint folder, or an architecture")
     if Path(args.model).exists():
         state, config = checkpoint.load_state(args.model)
         model = checkpoint.build_float(Path(args.model), config)
@@ -353,13 +391,9 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device is {name!r}, expected cpu, cuda or cuda:<index>") from error
-    count = torch.cuda.device_count()
-    if device.type != "cpu" and (device.type != "cuda" or (device.index or 0) >= count):
-        raise ValueError(f"--device is {name!r}, expected cpu or one of {count} CUDA devices")
+    device = devices.checked(name, "--device")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}, expected cpu, cuda or cuda:<index>")
     return device
 
 
@@ -446,7 +480,7 @@ def report(args: argparse.Namespace) -> None:
     figures = reporting.collect(Path(args.checkpoint))
     page = reporting.render(figures)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    write_text(target, page)
     out.print(f"{target}: {target.stat().st_size / 1e3:.0f} kB")
     _emit(args, {"output": str(target), "page_bytes": target.stat().st_size, "figures": figures})
 
@@ -493,6 +527,7 @@ def recorded_source(path: str) -> ModelSource:
 
 def serve(args: argparse.Namespace) -> None:
     dtype, device = _dtype(args.dtype), _device(args.device)
+    _check_backend(args.backend)
     try:
         from .serving import command
 
@@ -531,7 +566,7 @@ def _demo_of_task(args: argparse.Namespace) -> None:
             rows += tasks.run(task, task.recipe(name), output / name, floating, progress, args.limit)
     summary = {"task": task.name, "environment": environment(), "rows": rows}
     output.mkdir(parents=True, exist_ok=True)
-    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     console.print_rows(out, task.name, rows, {k: v for k, v in tasks.COLUMNS.items() if k != "task"})
     out.print(f"figures: {output / 'summary.json'}")
     _emit(args, summary)

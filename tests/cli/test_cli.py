@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from vitq import checkpoint, demo
 from vitq.cli import main
 from vitq.models.digits_vit import NAME
+from vitq.sources import ModelSource, load_float
 
 from vitq_kernels.triton import warmup
 
@@ -171,16 +173,43 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--budget", "size=1"], "no step of recipe minmax-w4a4"),
         (["quantize", NAME, "OUT", "--recipe", "pmq-mixed", "--budget", "weight=1"], "budget.weight is no field"),
         (["quantize", NAME, "OUT", "--recipe", "adalog"], "recipe adalog exists in simulation only: its levels are"),
-        (["quantize", NAME, "OUT", "--data", "/nowhere"], "/nowhere"),
+        (["quantize", NAME, "OUT", "--recipe", "vitq-w4a"], "did you mean vitq-w4a8 or vitq-w4a4"),
+        (["quantize", NAME, "OUT", "--recipe", "minmx-w4a4"], "-static or -dynamic; did you mean minmax"),
+        (["quantize", NAME, "OUT", "--data", "/nowhere"], "--data is '/nowhere', expected an image folder"),
+        (
+            ["quantize", NAME, "OUT", "--data", "contours", "--no-eval"],
+            "the contours have 40 classes, the model tells 10",
+        ),
+        (
+            ["quantize", "deit_tiny_patch16_224", "OUT", "--random-weights"],
+            "--data is missing, expected the data of deit_",
+        ),
+        (["quantize", NAME, "FILE", "--force"], "is a file, expected a folder"),
+        (["quantize", NAME, "FOREIGN", "--force"], "is not of a vitq checkpoint, expected one: it is not overwritten"),
         (["quantize", NAME, "OUT", "--images", "0"], "'0' is not a positive whole number"),
         (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--images", "100000"], "between 1 and 1097"),
         (["quantize", NAME, "OUT", "--weights", "/nowhere.pth"], "weights is '/nowhere.pth', expected a file"),
         (["quantize", NAME, "OUT", "--weights", "x", "--random-weights"], "both given"),
         (["quantize", NAME, "OUT", "--model-arg", "colour=3"], "do not fit"),
+        (
+            ["quantize", NAME, "OUT", "--random-weights", "--model-arg", "embed_dim=100"],
+            "{'embed_dim': 100} do not fit",
+        ),
+        (["quantize", NAME, "OUT", "--random-weights", "--model-arg", "patch_size=0"], "ZeroDivisionError"),
+        (["quantize", NAME, "OUT", "--random-weights", "--model-arg", "num_heads=0"], "{'num_heads': 0} do not fit"),
+        (["quantize", NAME, "OUT", "--random-weights", "--model-arg", "embed_dim=-3"], "{'embed_dim': -3} do not fit"),
         (["quantize", "resnet18", "OUT", "--random-weights"], "expected one of VisionTransformer"),
         (["quantize", "vit_tiny_patch16_224", "OUT"], "pretrained weights of vit_tiny_patch16_224 cannot be had"),
         (["eval", "/nowhere"], "/nowhere: no such folder"),
-        (["bench", "/nowhere"], "model is '/nowhere'"),
+        (["bench", "/nowhere"], "model is '/nowhere', where nothing is; expected a checkpoint folder"),
+        (["bench", "FOREIGN"], "is not of a vitq checkpoint"),
+        (["bench", NAME, "--seconds", "-1"], "--seconds: '-1' is no number of seconds above 0"),
+        (["bench", NAME, "--seconds", "nan"], "--seconds: 'nan' is no number of seconds above 0"),
+        (["serve", "/nowhere", "--port", "99999"], "--port: '99999' is no port, expected 0 to 65535"),
+        (["serve", "/nowhere", "--timeout", "inf"], "--timeout: 'inf' is no number of seconds above 0"),
+        (["serve", "/nowhere", "--body-timeout", "nan"], "--body-timeout: 'nan' is no number of seconds above 0"),
+        (["serve", "/nowhere", "--max-delay", "-1"], "--max-delay: '-1' is no number of milliseconds"),
+        (["serve", "/nowhere", "--backend", "tpu"], "--backend is 'tpu', expected one of"),
         (["bench", NAME, "--batch", "1,x"], "'x' is not a positive whole number"),
         (["bench", NAME, "--device", "cuda:9"], "--device is 'cuda:9', expected cpu or one of"),
         (["bench", NAME, "--dtype", "int8"], "--dtype has 'int8', expected one of float32, "),
@@ -209,7 +238,11 @@ def test_bad_input_is_one_line(argv, said, capsys, tmp_path, monkeypatch):
     # Where there is a network there is none here, nor a cache: pretrained weights cannot be had.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    argv = [str(tmp_path / "out") if a == "OUT" else a for a in argv]
+    places = {"OUT": tmp_path / "out", "FILE": tmp_path / "file", "FOREIGN": tmp_path / "foreign"}
+    places["FILE"].write_text("precious")
+    places["FOREIGN"].mkdir()
+    (places["FOREIGN"] / "config.json").write_text("{}")
+    argv = [str(places.get(a, a)) for a in argv]
     assert said in failure(capsys, *argv)
     assert not (tmp_path / "out").exists()
 
@@ -298,8 +331,50 @@ def test_weights_that_do_not_fit(capsys, tmp_path):
     file = tmp_path / "w.pth"
     torch.save({"other": torch.zeros(3)}, file)
     assert "do not fit the model" in failure(capsys, "quantize", NAME, str(tmp_path / "o"), "--weights", str(file))
-    file.write_bytes(b"not a state dict")
-    assert "do not fit the model" in failure(capsys, "quantize", NAME, str(tmp_path / "o"), "--weights", str(file))
+    for junk in (b"not a state dict", b"\x80\x02}q\x00(X", bytes(100), b"M" * 50):
+        file.write_bytes(junk)
+        assert "do not fit the model" in failure(capsys, "quantize", NAME, str(tmp_path / "o"), "--weights", str(file))
+
+
+def test_local_weights_are_found_from_anywhere(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(load_float(ModelSource(NAME)).state_dict(), "w.pth")
+    argv = ["quantize", NAME, "o", "--weights", "w.pth", "--recipe", "minmax-w4a4", "--images", "4", "--no-eval"]
+    figures(capsys, *argv)
+    assert checkpoint.read_config("o").source["weights"] == str(tmp_path / "w.pth")
+
+
+def test_an_interruption_says_what_is_left(tmp_path, capsys, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "c"
+    argv = ["quantize", NAME, str(out), "--recipe", "minmax-w4a4", "--images", "4", "--eval-images", "4"]
+    said = {}
+    for where in ("quantize", "evaluate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"vitq.jobs.{where}", stop)
+            assert main(argv) == 130
+        said[where] = capsys.readouterr().err
+    assert "vitq: interrupted; the same command resumes where it stopped" in said["quantize"]
+    assert f"vitq: interrupted; the checkpoint is written: vitq eval {out} evaluates it" in said["evaluate"]
+    monkeypatch.setattr("vitq.checkpoint.load", stop)
+    assert main(["info", str(out)]) == 130
+    assert capsys.readouterr().err == "vitq: interrupted\n"
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(quantized, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    page.write_text("the old page")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        said = failure(capsys, "report", str(quantized), "-o", str(page), "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in said
+    assert "page.html" in said
+    assert page.read_text() == "the old page"
 
 
 def test_process_exit_code_and_streams():

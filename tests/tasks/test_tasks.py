@@ -82,16 +82,16 @@ def test_demo_of_a_task(tmp_path, capsys):
 @pytest.mark.parametrize("model", ["point_mae_primitives", "point_mae_parts"])
 def test_command_line_on_clouds(model, tmp_path, capsys):
     out = str(tmp_path / "c")
-    quantize = ["quantize", model, out, "--recipe", "minmax-w8a8", "--data", "primitives"]
+    quantize = ["quantize", model, out, "--recipe", "minmax-w8a8"]
     assert main([*quantize, "--images", "4", "--eval-images", "4", "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [run["split"] for run in runs] == ["test", "hard"]
     assert all(run["logit_difference_simulated_integer"] == 0 for run in runs)
-    assert main(["eval", out, "--data", "primitives", "--split", "hard", "--limit", "4", "--json"]) == 0
+    assert main(["eval", out, "--split", "hard", "--limit", "4", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows[2]["agreement_simulated"] == 1.0
     assert rows[0]["top1"] > 50
-    assert main(["quantize", model, out, "--force", "--recipe", "minmax-w8a8", "--no-eval"]) == 2
+    assert main(["quantize", model, out, "--force", "--recipe", "minmax-w8a8", "--no-eval", "--data", "digits"]) == 2
     assert "data is 'digits', expected primitives" in capsys.readouterr().err
 
 
@@ -117,5 +117,5 @@ def test_command_line_on_shapes(tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", out, "--output", str(tmp_path / "m.pt2")]) == 2
     assert "regions and boxes depend on the image" in capsys.readouterr().err
-    assert main([*quantize[:3], "--force", "--recipe", "minmax-w8a8", "--no-eval"]) == 2
+    assert main([*quantize[:3], "--force", "--recipe", "minmax-w8a8", "--no-eval", "--data", "digits"]) == 2
     assert "data is 'digits', expected shapes or coco:<folder>" in capsys.readouterr().err

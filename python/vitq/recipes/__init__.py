@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -234,7 +235,13 @@ def _candidate(name: str, folder: Path | None = None) -> Path | None:
 def _find(name: str, folder: Path | None = None) -> Path:
     path = _candidate(name, folder)
     if path is None:
-        raise ValueError(f"recipe is {name!r}, expected a YAML file or one of {', '.join(names())}")
+        stem = re.sub(r"(-w[0-9]+a[0-9]+)?(-static|-dynamic)?$", "", name)
+        near = dict.fromkeys(difflib.get_close_matches(stem, names(), 2) + difflib.get_close_matches(name, names(), 2))
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"recipe is {name!r}, expected a YAML file or one of {', '.join(names())}; to a name may be appended "
+            f"-w<W>a<A> (2 to 8 bits), then -static or -dynamic{hint}"
+        )
     return path
 
 
