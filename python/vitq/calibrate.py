@@ -16,6 +16,7 @@ from vitq_kernels.nn import QModule
 
 from . import parallel
 from .data.clouds import is_cloud_model
+from .devices import checked
 from .models import Family, adapter_for, state_data
 from .propagation import IMAGES, propagation
 from .recipes import Recipe, load_recipe
@@ -80,8 +81,8 @@ def calibrate(
 
     Raises:
         TypeError: a model of no known family, images that are no tensor.
-        ValueError: images that are no finite batch of the model's, a model without a layer to quantize, a bad recipe, a
-            work_dir of another calibration, or one that another process calibrates into.
+        ValueError: images that are no finite batch of the model's, a device that is not there, a model without a layer
+            to quantize, a bad recipe, a work_dir of another calibration, or one that another process calibrates into.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if not isinstance(images, Tensor):
@@ -98,7 +99,7 @@ def calibrate(
     _check_size(family, images)
     if not family.linears():
         raise ValueError(f"model is a {type(model).__name__} without a layer that can be quantized, expected some")
-    device = next(model.parameters()).device if device is None else torch.device(device)
+    device = next(model.parameters()).device if device is None else checked(device)
     sim = SimModel(family).to(device)
     kept = work_dir is not None and parallel.rank() == 0
     work = WorkDir(work_dir, identity(model, images, recipe, seed)) if kept else None

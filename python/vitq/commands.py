@@ -189,6 +189,8 @@ def quantize(args: argparse.Namespace) -> None:
     model = load_float(source)
     adapter_for(model)
     data = _data(args.data, source.name)
+    if args.images and data in BUNDLED and args.images > (most := BUNDLED[data].counts["train"]):
+        raise ValueError(f"--images is {args.images}, expected 1 to {most}, the training images of the {data}")
     splits = {} if args.no_eval else _splits(data, model, args.eval_images)
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
     with _interruptible(RESUMES), parallel.launched() as device, _progress() as progress:

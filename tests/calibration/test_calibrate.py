@@ -177,6 +177,11 @@ def test_images_that_are_no_tensor_are_refused(kind):
         calibrate(minmax.vit(), kind(torch.zeros(2, 3, 16, 16)), parse(MINMAX))
 
 
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device is 'cuda:99', expected cpu or one of"):
+        calibrate(minmax.vit(depth=1), torch.zeros(2, 3, 16, 16), parse(MINMAX), device="cuda:99")
+
+
 def test_an_integer_model_is_refused():
     model = minmax.vit(depth=1)
     integer = to_integer(model, calibrate(model, minmax.images(model, 2), parse(MINMAX)).state)

@@ -187,7 +187,10 @@ def test_demo_writes_summary_and_picture(tmp_path):
         (["quantize", NAME, "FILE", "--force"], "is a file, expected a folder"),
         (["quantize", NAME, "FOREIGN", "--force"], "is not of a vitq checkpoint, expected one: it is not overwritten"),
         (["quantize", NAME, "OUT", "--images", "0"], "'0' is not a positive whole number"),
-        (["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--images", "100000"], "between 1 and 1097"),
+        (
+            ["quantize", NAME, "OUT", "--recipe", "minmax-w4a4", "--images", "100000"],
+            "--images is 100000, expected 1 to 1097",
+        ),
         (["quantize", NAME, "OUT", "--weights", "/nowhere.pth"], "weights is '/nowhere.pth', expected a file"),
         (["quantize", NAME, "OUT", "--weights", "x", "--random-weights"], "both given"),
         (["quantize", NAME, "OUT", "--model-arg", "colour=3"], "do not fit"),

@@ -87,7 +87,7 @@ class Bundled:
         """
         count = self.counts["train"]
         if not 1 <= n <= count:
-            raise ValueError(f"n, the number of calibration images, must be between 1 and {count}, got {n}")
+            raise ValueError(f"n must be between 1 and {count} (the training images), got {n}")
         generator = torch.Generator().manual_seed(seed)
         chosen, _ = self.images("train", torch.randperm(count, generator=generator)[:n])
         return _normalise(augment_fraction(chosen, augment, generator), size, mean, std)
