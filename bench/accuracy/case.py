@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from vitq import checkpoint, jobs, parallel
-from vitq.data import load_data, splits
+from vitq.data import load_data, refuse_leak, splits
 from vitq.recipes import Recipe, parse
 from vitq.simulate import SimModel
 from vitq.sources import ModelSource, load_float
@@ -101,6 +101,7 @@ def run(case: Case) -> list[dict[str, Any]]:
     torch.set_num_threads(case.threads)
     source, recipe = ModelSource(**case.source), parse(case.recipe)
     model = load_float(source)
+    refuse_leak(case.data, model)
     data = {name: load_data(case.data, name, model, case.limit) for name in splits(case.data)}
     with parallel.launched() as device:
         done = jobs.quantize(model, source, recipe, case.data, seed=case.seed, device=device)

@@ -36,7 +36,7 @@ from .bench import profile as profiling
 from .bench.environment import environment
 from .bench.latency import threads
 from .convert import to_integer
-from .data import BUNDLED, clouds, coco, load_data, splits
+from .data import BUNDLED, clouds, coco, load_data, refuse_leak, splits
 from .data.coco import DetectionData
 from .detect import KINDS, as_tensor, precisions
 from .evaluate import agreement, sqnr_db, top1
@@ -191,6 +191,8 @@ def quantize(args: argparse.Namespace) -> None:
     data = _data(args.data, source.name)
     if args.images and data in BUNDLED and args.images > (most := BUNDLED[data].counts["train"]):
         raise ValueError(f"--images is {args.images}, expected 1 to {most}, the training images of the {data}")
+    if not args.no_eval:
+        refuse_leak(data, model)
     splits = {} if args.no_eval else _splits(data, model, args.eval_images)
     work = Path(args.work_dir) if args.work_dir else target.with_name(target.name + ".work")
     with _interruptible(RESUMES), parallel.launched() as device, _progress() as progress:

@@ -18,6 +18,7 @@ from vitq.data import (
     load_data,
     load_digits,
     load_folder,
+    refuse_leak,
 )
 from vitq.data.bundled import SIZE
 from vitq.data.digits import HARD, split_indices
@@ -274,6 +275,19 @@ def test_layouts(folder, model):
     # Class folders directly under the root serve both splits.
     assert len(load_folder(folder / "val", "test", model)) == 30
     assert len(load_folder(folder / "val", "train", model)) == 30
+
+
+def test_images_for_both_splits_are_refused(folder, tmp_path, model):
+    """Class folders, or two names of one folder, would be calibrated with and evaluated on."""
+    refuse_leak(folder, model)
+    refuse_leak("digits", model)
+    (tmp_path / "train").symlink_to(folder / "val")
+    (tmp_path / "val").symlink_to(folder / "val")
+    for root in (folder / "val", tmp_path):
+        with pytest.raises(
+            ValueError, match=f"data is '{root}', whose images .* expected '{root}/train' and .*--no-eval"
+        ):
+            refuse_leak(str(root), model)
 
 
 def test_a_class_named_train_is_not_a_split(tmp_path):

@@ -221,6 +221,18 @@ def test_kept_codes_stay_and_learned_rounding_is_kept():
     assert any(not torch.equal(s, start[p]) for p, s in scales(c).items())
 
 
+def test_learned_rounding_is_kept_in_every_pass():
+    """The first pass itself ends the learned rounding; 8-bit codes would follow a scale that moves by a tenth."""
+    c = calibration(minmax.vit(), bits={"weights": 8})
+    learned = c.sim.linears["blocks.1.attn.proj"]
+    learned.quant.learn_rounding(learned.effective_weight())
+    learned.quant.alpha.data.copy_(torch.randn(learned.shape, generator=torch.Generator().manual_seed(0)))
+    before, start = learned.codes().clone(), learned.quant.scale.detach().clone()
+    refine(c, passes=3, epsilon=0.1, relative=True)
+    assert not torch.equal(learned.quant.scale, start)
+    assert torch.equal(learned.codes(), before)
+
+
 def test_the_number_of_evaluations(monkeypatch):
     c, seen = calibration(minmax.vit(depth=3)), []
     whole = Suffixes.logits

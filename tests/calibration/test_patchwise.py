@@ -455,6 +455,22 @@ def test_bad_recipes(options, fields, reason):
         calibrated(minmax.vit(), options, **fields)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"compensate": ["closed_form"]},
+        {"compensate": ["erq"]},
+        {"reconstruct": [{"method": "blocks", "iterations": 2}]},
+        {"refine": ["bias_correction"]},
+        {"refine": [{"method": "evolution", "passes": 1}]},
+    ],
+)
+def test_what_runs_blocks_alone_is_refused(step):
+    """No block before hands one its bits, so that the loss would be another model's."""
+    with pytest.raises(ValueError, match=r"token_bits of 'blocks\.0\.attn' is set, expected none for 2\."):
+        calibrated(minmax.vit(), **step)
+
+
 def test_the_recipe_on_whole_models():
     for name in ("vit", "swin"):
         model = MODELS[name]()

@@ -11,7 +11,7 @@ from . import clouds, coco
 from .bundled import augment_fraction, draw
 from .contours import CONTOUR_SET
 from .digits import DIGITS, calibration_images, load_digits
-from .folder import data_config, evaluation_transform, load_folder
+from .folder import data_config, evaluation_transform, load_folder, refuse_shared
 
 __all__ = [
     "BUNDLED",
@@ -22,6 +22,7 @@ __all__ = [
     "load_data",
     "load_digits",
     "load_folder",
+    "refuse_leak",
     "splits",
 ]
 
@@ -36,6 +37,12 @@ def splits(source: str | Path) -> tuple[str, ...]:
     if coco.is_source(source):
         return coco.splits(source)
     return tuple(name for name in BUNDLED[source].counts if name != "train") if source in BUNDLED else ("test",)
+
+
+def refuse_leak(source: str | Path, model: nn.Module) -> None:
+    """Raises: ValueError if `source` is an image folder that calibration and evaluation would take the same images of."""
+    if source not in BUNDLED and not clouds.is_cloud_model(model) and not coco.is_detector(model):
+        refuse_shared(source)
 
 
 def load_data(source: str | Path, split: str, model: nn.Module, limit: int | None = None, *, seed: int = 0) -> Dataset:

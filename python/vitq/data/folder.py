@@ -42,7 +42,7 @@ def load_folder(root: str | Path, split: str, model: nn.Module) -> ImageFolder:
     """The images of one split as (image [C, H, W] float32, label) pairs, preprocessed as `model` expects.
 
     `root` holds either `train/` and `val/` (or `test/`) with one folder per class in each, or the class
-    folders themselves, which then serve every split: name different roots to train and to test in that case.
+    folders themselves, which then serve every split (`refuse_shared` is for those who need both of one root).
 
     Args:
         root: the folder.
@@ -68,6 +68,16 @@ def load_folder(root: str | Path, split: str, model: nn.Module) -> ImageFolder:
     if split == "test" and classes != len(images.classes):
         raise ValueError(f"'{folder}' has {len(images.classes)} class folders, the model tells {classes} classes apart")
     return images
+
+
+def refuse_shared(root: str | Path) -> None:
+    """Raises: ValueError for a folder whose training images are those to test: figures on them would say nothing."""
+    root = Path(root)
+    if root.is_dir() and _split_folder(root, "train").resolve() == _split_folder(root, "test").resolve():
+        raise ValueError(
+            f"data is '{root}', whose images would be calibrated with and evaluated on, expected '{root / 'train'}' and "
+            f"'{root / 'val'}' (or '{root / 'test'}') with a folder per class in each, or --no-eval"
+        )
 
 
 def read_image(path: str) -> Image.Image:

@@ -166,6 +166,15 @@ class Calibration:
         wanted = self.ranks.get(path, low_rank.rank) if wanted is None else wanted
         return kernel_rank(wanted, *self.sim.linears[path].shape)
 
+    def refuse_token_bits(self) -> None:
+        """Raises: ValueError if tokens have bits of their own: a block alone, to which none are handed, has other ones."""
+        deciding = [path for path, attention in self.sim.attentions.items() if attention.token_bits is not None]
+        if deciding:
+            raise ValueError(
+                f"token_bits of {deciding[0]!r} is set, expected none for {self.step or 'a step'}, which runs blocks "
+                "alone: allocate.patchwise goes with no other step that does"
+            )
+
     def batches(self, x: Tensor) -> tuple[Tensor, ...]:
         """Inputs [B, ...] of a unit in the recipe's batches."""
         return x.split(self.batch)
@@ -185,7 +194,10 @@ class Calibration:
         """Units in execution order with what enters them in the reference and in the quantized prefix.
 
         Whatever the consumer changes in a unit before it asks for the next one is in the next one's input.
+
+        Raises: ValueError if tokens have bits of their own, which blocks hand to each other.
         """
+        self.refuse_token_bits()
         units = self.sim.sequence if units is None else units
         previous: tuple[str, Tensor, Tensor] | None = None
         successors = self.successors()

@@ -53,6 +53,7 @@ def erq(calibration: Calibration, options: ErqOptions) -> None:
         raise ValueError(f"low_rank.kind is {recipe.low_rank.kind!r}, expected 'none' with compensate.erq")
     if recipe.weight_levels != "uniform":
         raise ValueError(f"weight_levels is {recipe.weight_levels!r}, expected 'uniform': ERQ rounds up or down")
+    calibration.refuse_token_bits()
     seen = calibration.observations()
     for index, (path, linear) in enumerate(calibration.sim.linears.items()):
         calibration.progress(calibration.step, index, len(calibration.sim.linears))

@@ -18,7 +18,7 @@ loss that the previous one ended with, so a pass costs cycles·blocks evaluation
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import takewhile
 from operator import itemgetter
 from typing import Literal
@@ -70,6 +70,7 @@ class EvolutionOptions(Options):
 @method("refine", "evolution")
 def evolution(calibration: Calibration, options: EvolutionOptions) -> None:
     sim, images = calibration.sim, calibration.images
+    calibration.refuse_token_bits()
     if len(images) < 2:
         raise ValueError(f"images holds {len(images)}, expected at least 2: the loss contrasts images with each other")
     roles = ("qkv", "proj", "fc1", "fc2") if options.mlp else ("qkv", "proj")
@@ -78,6 +79,8 @@ def evolution(calibration: Calibration, options: EvolutionOptions) -> None:
         raise ValueError(f"no {' or '.join(roles)} layer of a block is quantized, expected a finished calibration")
     # Neither transforms nor compensation have touched the family's own model.
     target = _logits(SimModel(sim.family).to(images.device), calibration)
+    # Before the first pass: holding a layer's codes ends its learned rounding.
+    kept = {linear for linear in sim.linears.values() if options.codes == "kept" or linear.quant.alpha is not None}
     passes = calibration.iterations(options.passes)
     known: float | None = None
     for index in range(passes):
@@ -95,7 +98,7 @@ def evolution(calibration: Calibration, options: EvolutionOptions) -> None:
             if known is None:
                 known = loss()
             generator = calibration.generator(index, unit.path)
-            known = refine(linears, loss, known, options, generator)
+            known = refine(linears, kept, loss, known, options, generator)
             if calibration.work is not None:
                 calibration.work.keep(step, unit.path, sim, {})
     calibration.progress(calibration.step, passes * len(blocks), passes * len(blocks))
@@ -172,6 +175,7 @@ def _pass_through(x: Tensor, *args: object, **kwargs: object) -> Tensor:
 
 def refine(
     linears: list[SimLinear],
+    kept: Collection[SimLinear],
     loss: Callable[[], float],
     known: float,
     options: EvolutionOptions,
@@ -179,10 +183,10 @@ def refine(
 ) -> float:
     """Evolve the weight scales of ``linears`` and leave the best there.
 
-    Args: loss: of the model as it now is; known: what it is at the start.
+    Args: kept: layers that keep their codes; loss: of the model as it now is; known: what it is at the start.
     Returns: the loss of what is left, at most ``known``.
     """
-    held = [_hold(linear) if options.codes == "kept" or linear.quant.alpha is not None else None for linear in linears]
+    held = [_hold(linear) if linear in kept else None for linear in linears]
     widths = [options.epsilon or default_epsilon(linear.quant.spec.bits) for linear in linears]
 
     def mutate(parent: Scales) -> Scales:
