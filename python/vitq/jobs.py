@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from vitq_kernels.formats import TokenBits
 
 from .bench.latency import compare_models, tensor_bytes
 from .calibrate import CalibratedModel, calibrate
@@ -21,6 +24,7 @@ from .detect import compare, detect
 from .evaluate import Comparison, predict
 from .models import state_data
 from .models.detection.rcnn import Found
+from .quantizers import SimBlocks, SimLinear
 from .recipes import Recipe
 from .simulate import SimModel
 from .sources import ModelSource
@@ -89,16 +93,33 @@ def quantize(
 def average_bits(sim: SimModel) -> tuple[float, float]:
     """Bits per weight and per activation of the quantized linear layers, averaged over weights and over in-features.
 
-    Layers with float inputs count 16 bits for those.
+    Layers with float inputs count 16 bits for those, layers with token-wise bits the mean over the patches.
     """
+    ruled = _token_bits(sim)
     weights = bits_w = inputs = bits_a = 0
     for linear in sim.linears.values():
         if linear.quant.spec is not None:
             n, k = linear.shape
             quantizer = linear.act.spec if linear.simulated is None else linear.simulated
             weights, bits_w = weights + n * k, bits_w + n * k * linear.quant.spec.bits
-            inputs, bits_a = inputs + k, bits_a + k * (16 if quantizer is None else quantizer.bits)
+            bits = 16 if quantizer is None else quantizer.bits
+            if (own := ruled.get(linear)) is not None:
+                bits = own.share * bits + (1.0 - own.share) * min(bits, own.low)
+            inputs, bits_a = inputs + k, bits_a + k * bits
     return bits_w / max(weights, 1), bits_a / max(inputs, 1)
+
+
+def _token_bits(sim: SimModel) -> dict[SimLinear, TokenBits]:
+    """Layers whose inputs have token-wise bits: those behind the attention that decides, and the next block's qkv."""
+    out: dict[SimLinear, TokenBits] = {}
+    for attention in sim.attentions.values():
+        if attention.token_bits is not None:
+            out |= dict.fromkeys((attention.proj, *(attention.mlp or ())), attention.token_bits)
+    for run in (module for module in sim.model.modules() if isinstance(module, SimBlocks)):
+        for before, attention in pairwise(run.attentions):
+            if before is not None and attention is not None and before.token_bits is not None:
+                out[attention.qkv] = before.token_bits
+    return out
 
 
 def predict_splits(model: nn.Module, splits: dict[str, Dataset], batch_size: int = 64) -> dict[str, Prediction]:

@@ -35,7 +35,7 @@ class Histogram:
         index = ((x - low) / width).long().clamp_(0, bins - 1)
         weights = x.new_zeros(*x.shape[:-1], bins).scatter_add_(-1, index, torch.ones_like(x))
         centres = low + width * (torch.arange(bins, dtype=x.dtype, device=x.device) + 0.5)
-        # The outermost bins keep the exact extremes, so that min-max ranges are what min-max observers report.
+        # The outermost bins keep the exact extremes of x: a min-max range is theirs, x itself often being a sample.
         centres[..., :1], centres[..., -1:] = low, high
         return cls(centres, weights)
 

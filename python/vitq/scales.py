@@ -23,6 +23,8 @@ SAMPLE = 1 << 19
 class Search(BaseModel):
     """How a static range is found: ``minmax``, ``percentile``, or ``mse``: the least Σ|x − Q(x)|^norm.
 
+    Of activations all of them see a sample: rows that :func:`observe` kept, of these about SAMPLE values. Hence
+    ``minmax`` spans the sample's extremes, and the rarest values of all images may lie outside.
     ``margin`` widens what was found: images unlike those of calibration reach beyond it.
     """
 
@@ -40,7 +42,7 @@ class Search(BaseModel):
 
 
 def _sample(x: Tensor) -> Tensor:
-    """About SAMPLE values of the last dimension, evenly drawn."""
+    """About SAMPLE values of the last dimension, or more, evenly drawn."""
     return x[..., :: even_stride(x.shape[-1], SAMPLE)]
 
 

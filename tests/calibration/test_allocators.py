@@ -19,7 +19,7 @@ from vitq.models import adapter_for
 from vitq.observers import InputStats
 from vitq.recipes import load_recipe, parse
 from vitq.simulate import SimModel
-from vitq.stages import Calibration, find
+from vitq.stages import Calibration, bits, find
 from vitq.stages.bits import Allocation, Choice
 from vitq.stages.fisher import _errors
 from vitq.stages.greedy import lower
@@ -236,6 +236,14 @@ def test_greed_by_hand():
     assert lower([a, b], [2]) is None
 
 
+def test_greed_passes_over_what_saves_nothing():
+    """Of 4, 6, 7 and 8 bits the upper three share one time; a noisy one of a is even slower."""
+    a = Component("a", (9.0, 3.0, 2.0, 0.0), ((1,), (4,), (5,), (4,)))
+    b = Component("b", (7.0, 1.0, 1.0, 1.0), ((2,), (4,), (4,), (4,)))
+    assert [lower([a, b], [limit]) for limit in (8, 7, 6, 5, 3)] == [[3, 3], [0, 3], [0, 3], [0, 3], [0, 0]]
+    assert lower([a, b], [2]) is None
+
+
 @st.composite
 def ladders(draw):
     count = draw(st.integers(1, 3))
@@ -337,6 +345,25 @@ def test_updates_lower_the_measured_error():
     with torch.no_grad():
         assert distance(model(x), done.sim(x), "l2") == pytest.approx(history[-1], rel=1e-4)
         assert distance(model(x), plain.sim(x), "l2") == pytest.approx(start, rel=1e-4)
+
+
+def by_layout(layer, states, batch, seconds):
+    """Times of ``latency`` without a clock: 4 bits and fewer take half of what more take, float twice that."""
+    return [layer.k * (1 if state.weight.bits <= 4 else 2) for state in states], 4 * layer.k
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_latency_is_measured_where_it_is_budgeted(name, monkeypatch):
+    monkeypatch.setattr(bits, "latency", by_layout)
+    model = minmax.vit()
+    x = minmax.images(model, 4)
+    options = {"method": name, "bits": [3, 4, 6, 8], **QUICK, **METHODS[name]}
+    record = calibrate(model, x, parse(BASE | {"allocate": [options | {"budget": {"latency": 0.4}}]})).state.metrics
+    record = record["allocation"]
+    assert 0.25 < record["latency"] <= 0.4
+    assert {own[0] > 4 for own in record["bits"].values()} == {False, True}
+    with pytest.raises(ValueError, match=r"budget is latency=0\.2, expected at least latency=0\.25"):
+        calibrate(model, x, parse(BASE | {"allocate": [options | {"budget": {"latency": 0.2}}]}))
 
 
 def test_what_is_refused():

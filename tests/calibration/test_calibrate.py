@@ -280,6 +280,25 @@ def test_bits_appended_to_a_name():
         load_recipe("minmax-w9a4")
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pmq-mixed-w4a4", r"expected pmq-mixed: .*budget does \(--budget bitops="),
+        ("pmq-mixed-w8a8-dynamic", r"expected pmq-mixed: .*--budget bitops="),
+        ("vitq-latency-w8a8", "--budget latency="),
+        ("pack-ptq-mixed-w3a3", r"expected pack-ptq-mixed: .*one triple, set all of them \(--set 'bits="),
+    ],
+)
+def test_bits_that_would_decide_nothing_are_refused(name, reason):
+    with pytest.raises(ValueError, match=f"recipe is '{name}', {reason}"):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize("name", ["pmq-mixed-w6a6", "pack-ptq-mixed-w4a4", "vitq-latency-w4a4", "vitq-mixed-w3a3"])
+def test_bits_that_are_the_recipes_or_its_budgets_are_taken(name):
+    assert load_recipe(name).name == name
+
+
 def test_recipe_files(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: aiqvit-w4a4\nsummary: mine\nbits: {weights: 3}\n")

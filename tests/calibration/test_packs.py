@@ -15,6 +15,7 @@ from torch.nn.functional import kl_div, log_softmax
 from vitq.calibrate import calibrate
 from vitq.losses import UnitLoss
 from vitq.models import adapter_for
+from vitq.observers import weight_scale
 from vitq.recipes import parse
 from vitq.simulate import SimModel, inputs_of
 from vitq.stages import Calibration, find, packs
@@ -88,6 +89,29 @@ def test_a_block_that_loses_nothing_scores_zero():
     sums = _Sums()
     sums.add(torch.zeros(2), torch.ones(2, 3), torch.zeros(2, 3))
     assert sums.score(True).curvature == sums.score(True).sensitivity == 0.0
+
+
+def test_from_a_hessian_to_scores_to_packs():
+    """Four blocks behind which the loss is ½·h_b·‖d‖² with h = 5, 2, 3, 7: S is h·(1 − 2/elements), packs follow it."""
+    rng, h, omegas = np.random.default_rng(2), (5.0, 2.0, 3.0, 7.0), []
+    curvatures = []
+    for curvature, size in zip(h, (0.1, 0.4, 0.2, 0.3)):
+        d = torch.from_numpy(size * rng.normal(size=(50, 6)))
+        sums = _Sums()
+        for part in d.split(20):
+            sums.add(0.5 * curvature * part.square().sum(1), curvature * part, part)
+        score = sums.score(True)
+        assert score.curvature == pytest.approx(curvature * (1 - 2 / d.numel()))
+        assert score.sensitivity == pytest.approx(score.curvature * float(d.abs().mean()))
+        curvatures.append(score.curvature)
+        omegas.append(score.sensitivity)
+    # From the end: the least of all is block 1; before it only block 0 is left.
+    assert pack(curvatures) == [(0, 1), (1, 4)]
+    assert pack(curvatures, cap=2) == [(0, 1), (1, 2), (2, 4)]
+    of_packs = [sum(omegas[a:b]) / (b - a) for a, b in pack(curvatures, cap=2)]
+    costs = [[(b,) for b in (3, 4, 6)]] * 3
+    # One pack may be raised: that of the greatest h·E|d|, the last by 1.2 to 0.8 and 0.5.
+    assert greedy(of_packs, (3, 4, 6), costs, [14]) == [4, 4, 6]
 
 
 @pytest.mark.parametrize("build", [minmax.vit, minmax.swin])
@@ -269,6 +293,26 @@ def test_bits_reach_every_operand_of_a_pack(precision):
     assert state.metrics["average_element_bits"] <= ROOM["average"]
 
 
+@pytest.mark.parametrize("importance", [None, "input", "none"])
+def test_weights_of_other_bits_count_what_the_option_says(importance):
+    """Against the same search on the layer's own weight; the default is the inputs' power, and is not written down."""
+    c = calibration(minmax.vit(depth=3))
+    given = {} if importance is None else {"weight_importance": importance}
+    step(c, "allocate", "packs", cap=1, precision="greedy", **ROOM, **given)
+    (path,) = (p["blocks"][0]["path"] for p in c.metrics["packs"] if p["bits"] == 6)
+    linear, rows = c.sim.linears[f"{path}.mlp.fc1"], c.observations().inputs[f"{path}.mlp.fc1"].rows
+    wanted = {"none": None, "input": rows.square().mean(0)}
+    found = {
+        name
+        for name, counts in wanted.items()
+        if torch.equal(linear.quant.scale, weight_scale(linear.weight, linear.quant.spec, counts, "mse", 2.0, 50))
+    }
+    assert found == {importance or "input"}
+    plain = find("allocate", "packs").options(**given).model_dump(mode="json")
+    assert plain.get("weight_importance") == ("none" if importance == "none" else None)
+    assert plain["operands"]["method"] == "minmax"
+
+
 @pytest.mark.parametrize("precision", ["greedy", "optimal"])
 @pytest.mark.parametrize("budget", [{"size": 0.19}, {"bitops": 0.023}, {"size": 0.19, "bitops": 0.023}])
 def test_packs_within_a_budget(precision, budget):
@@ -305,6 +349,13 @@ def test_packs_within_a_latency():
 
 def test_what_mixed_precision_refuses():
     options = {"precision": "greedy", **ROOM}
+    c = calibration(minmax.vit())
+    step(c, "initialise", "log_levels", softmax="sqrt2")
+    with pytest.raises(
+        ValueError, match=r"softmax of 'blocks\.0\.attn' has a LogLevels, expected a focusing quantizer"
+    ):
+        step(c, "allocate", "packs", **options)
+    step(c, "allocate", "packs")  # at one width they have theirs
     with pytest.raises(ValueError, match="expected one width"):
         step(calibration(minmax.vit(), bits={"weights": 4, "activations": 8}), "allocate", "packs", **options)
     five = dict.fromkeys(("weights", "activations", "operands", "softmax"), 5)

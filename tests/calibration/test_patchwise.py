@@ -19,6 +19,7 @@ from vitq.allocation.costs import layers_of
 from vitq.calibrate import calibrate
 from vitq.convert import to_integer
 from vitq.export import to_program
+from vitq.jobs import average_bits
 from vitq.models import adapter_for, state_data
 from vitq.recipes import load_recipe, parse
 from vitq.restore import to_simulated
@@ -366,6 +367,18 @@ def test_costs_by_hand():
     full = 6 * macs * 8 * 16 + 17 * 17 * 32 * 2 * 64
     assert metrics["bitops_undecided"] == pytest.approx(full / floating, rel=1e-9)
     assert metrics["blocks"] == {f"blocks.{i}.attn": {"share": 0.3, "low": 3} for i in range(2)}
+
+
+def test_average_bits_count_those_of_the_patches():
+    """Half of the patches at 4 instead of 8 bits, but for the first block's qkv and the layers outside blocks."""
+    result = calibrated(minmax.vit(depth=2), {"shares": 0.5, "low": 4})
+    ruled, own = 32 + 2 * (32 + 32 + 64), 32 + 48 + 32
+    weights, activations = average_bits(result.sim)
+    assert activations == pytest.approx((6 * ruled + 8 * own) / (ruled + own))
+    assert 6 < weights < 7
+    for attention in result.sim.attentions.values():
+        attention.token_bits = None
+    assert average_bits(result.sim) == (weights, 8)
 
 
 def test_swin_costs_count_slots_and_tokens():

@@ -198,6 +198,15 @@ def test_the_tables_of_the_same_method_are_deployable(build):
     assert linear.act.table is not None
 
 
+@pytest.mark.parametrize("step", [LOG, LOG | {"tables": True}, {"method": "twin_uniform", "softmax": False}])
+def test_ranges_after_gelu_need_static_activations(step):
+    """Scales per token would put the method's own quantizer aside without a word."""
+    model = minmax.vit()
+    recipe = parse(SMALL | {"activations": "dynamic", "initialise": ["scales", step]})
+    with pytest.raises(ValueError, match=f"activations is 'dynamic', expected 'static' for {step['method']} with gelu"):
+        calibrate(model, minmax.images(model, 4), recipe)
+
+
 def test_evaluation_without_an_integer_model():
     source = ModelSource("vit_digits_patch4_32")
     model = load_float(source)

@@ -7,16 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vitq import scales
 from vitq.calibrate import calibrate
+from vitq.losses import UnitLoss
 from vitq.models import adapter_for
 from vitq.observers import thinned
 from vitq.quantizers import SimLinear
 from vitq.recipes import parse
 from vitq.simulate import SimModel
-from vitq.stages import Calibration, find
+from vitq.stages import Calibration, find, rank_search, reconstruct
 from vitq.stages.rank_search import RankMixture, candidates
 from vitq.stages.reconstruct import easy_fraction, losses
 
 from vitq_kernels.formats import FocusSpec, QuantSpec
+from vitq_kernels.ops.learning.ref import rectified_sigmoid
 
 SCALES = {"method": "scales"}
 
@@ -122,6 +124,79 @@ def test_reconstruction_lowers_every_blocks_loss(options, learning):
     assert after[0] < 0.97 * before[0]
     assert after[-1] < before[-1]
     assert not any(p.requires_grad for p in c.sim.parameters() if p.grad is None and p.dim() > 1)
+
+
+class Seen(UnitLoss):
+    """Notes the images of every step of learning, and of the judgement after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.judged = [], []
+
+    def __call__(self, error, images):
+        if torch.is_grad_enabled():
+            self.steps.append(set(images.tolist()))
+            self.judged.clear()
+        else:
+            self.judged += images.tolist()
+        return super().__call__(error, images)
+
+
+#: So small that no loss changes.
+FROZEN = {"lr_branch": 0.0, "lr_scale": 0.0, "lr_focus": 0.0, "lr_bias": 1e-12}
+
+
+def reconstructed(n: int, spread: float = 0.0, **options) -> tuple[Seen, torch.Tensor]:
+    """What learning the first block met, and how hard the images were [n]: from nothing to ``spread``, in no order."""
+    c = calibration(minmax.vit(), {"bits": {"weights": 3}}, n)
+    step(c, "initialise", "scales")
+    unit, x_ref, x_sim = next(iter(c.walk(c.sim.family.blocks())))
+    start = c.run(c.sim if spread else c.reference, unit, x_sim)
+    hard = spread * torch.randperm(n, generator=torch.Generator().manual_seed(1)) / n
+    target = start + hard.reshape(-1, 1, 1)
+    seen = Seen()
+    reconstruct.reconstruct(c, unit, x_ref, x_sim, target, find("reconstruct", "blocks").options(**options), seen)
+    return seen, hard
+
+
+def test_learning_starts_with_the_easiest_images_and_never_sees_the_judges():
+    steps, learned = 60, 24
+    seen, hard = reconstructed(32, 1.0, iterations=steps, batch=3, curriculum=0.25, holdout=0.25, **FROZEN)
+    judges = set(seen.judged)
+    assert (len(seen.steps), len(judges)) == (steps, 8)
+    assert len(seen.judged) == 16  # the end and the start
+    easiest = sorted(set(range(32)) - judges, key=hard.tolist().__getitem__)
+    for t, drawn in enumerate(seen.steps):
+        assert len(drawn) == 3
+        assert drawn <= set(easiest[: round(learned * (0.25 + 0.75 * t / steps))]), t
+    assert set().union(*seen.steps) - set(easiest[:12])
+    everywhere, _ = reconstructed(32, 1.0, iterations=8, batch=3, curriculum=1.0, holdout=0.25, **FROZEN)
+    assert not all(drawn <= set(easiest[:8]) for drawn in everywhere.steps)
+
+
+def test_roundings_are_decided_while_beta_falls(monkeypatch):
+    """The regulariser alone: from h(α) anywhere to its ends; with the other sign all of them would go to one half."""
+    betas, ends = [], []
+    penalty, finish = reconstruct._rounding_penalty, reconstruct._Learner.finish
+
+    def noted(linears, beta):
+        betas.append(beta)
+        return penalty(linears, beta)
+
+    def decided(learner):
+        h = torch.cat([rectified_sigmoid(l.quant.alpha.detach())[0].flatten() for l in learner.linears])
+        ends.append(float(((h < 0.02) | (h > 0.98)).float().mean()))
+        finish(learner)
+
+    monkeypatch.setattr(reconstruct, "_rounding_penalty", noted)
+    monkeypatch.setattr(reconstruct._Learner, "finish", decided)
+    options = FROZEN | {"lr_bias": 0.0, "lr_rounding": 0.1, "batch": 4, "rounding_warmup": 0.2, "curriculum": 1.0}
+    for weight in (0.0, 1000.0):
+        reconstructed(8, iterations=100, rounding_weight=weight, **options)
+    assert ends[0] < 0.6
+    assert ends[1] > 0.7
+    assert len(betas) == 160
+    assert betas[80:] == pytest.approx([20 - 18 * (t / 100 - 0.2) / 0.8 for t in range(20, 100)])
 
 
 def test_reconstruction_never_keeps_what_is_worse():
@@ -240,6 +315,34 @@ def test_rank_search_picks_the_planted_rank():
     search = {"candidates": (0, 16, 32, 48), "iterations": 60, "batch": 8, "drop": 0.0, "lr_alpha": 0.1}
     step(c, "allocate", "rank_search", cost_weight=1e-6, **search)
     assert c.ranks == dict.fromkeys(c.interior(), 16)
+
+
+def test_rank_search_learns_branches_and_ranks_from_different_images(monkeypatch):
+    """Steps alternate between the branches and α, each with a half of the images of its own."""
+    c = calibration(minmax.vit(), BASE, 8)
+    step(c, "initialise", "scales")
+    unit, _, x = next(iter(c.walk(c.sim.family.blocks())))
+    module, drawn, moved = c.sim.model.get_submodule(unit.path), [], []
+    adam = rank_search.adam
+
+    def noted(groups):
+        optimizer, own = adam(groups), len(moved)
+        moved.append([])
+        optimizer.register_step_pre_hook(lambda *_: moved[own].append(len(drawn)))
+        return optimizer
+
+    monkeypatch.setattr(rank_search, "adam", noted)
+    target = c.run(c.reference, unit, x)
+    handle = module.register_forward_pre_hook(
+        lambda _, inputs: drawn.append({i for row in inputs[0] for i in range(8) if torch.equal(row, x[i])})
+    )
+    options = find("allocate", "rank_search").options(candidates=(0, 16), batch=3)
+    rank_search.search(c, unit, x, target, options, 12)
+    handle.remove()
+    assert moved == [list(range(1, 25, 2)), list(range(2, 25, 2))]
+    branches, ranks = (set().union(*drawn[i::2]) for i in (0, 1))
+    assert (len(branches), len(ranks)) == (4, 4)
+    assert not branches & ranks
 
 
 def test_rank_mixture():

@@ -40,7 +40,7 @@ def splits(source: str | Path) -> tuple[str, ...]:
 
 
 def refuse_leak(source: str | Path, model: nn.Module) -> None:
-    """Raises: ValueError if `source` is an image folder that calibration and evaluation would take the same images of."""
+    """Raises: ValueError if `source` is an image folder whose images would both calibrate and test."""
     if source not in BUNDLED and not clouds.is_cloud_model(model) and not coco.is_detector(model):
         refuse_shared(source)
 

@@ -75,8 +75,8 @@ def refuse_shared(root: str | Path) -> None:
     root = Path(root)
     if root.is_dir() and _split_folder(root, "train").resolve() == _split_folder(root, "test").resolve():
         raise ValueError(
-            f"data is '{root}', whose images would be calibrated with and evaluated on, expected '{root / 'train'}' and "
-            f"'{root / 'val'}' (or '{root / 'test'}') with a folder per class in each, or --no-eval"
+            f"data is '{root}', whose images would be calibrated with and evaluated on, expected '{root / 'train'}' "
+            f"and '{root / 'val'}' (or '{root / 'test'}') with a folder per class in each, or --no-eval"
         )
 
 

@@ -257,7 +257,8 @@ def load_recipe(name: str | Path, *, fast: bool = False, **overrides: Any) -> Re
     A file may name another recipe as ``extends`` and give only what differs. ``-dynamic`` replaces the static ranges of
     activations and attention operands by scales per token.
 
-    Raises: ValueError in one line for an unknown recipe, a file that is no YAML, or a field that does not fit.
+    Raises: ValueError in one line for an unknown recipe, a file that is no YAML, a field that does not fit, or bits
+    appended to the name of one whose allocation has a budget, or widths, of its own.
     """
     stem, form, suffixes = str(name), {}, ""
     if not Path(stem).is_file():
@@ -271,4 +272,12 @@ def load_recipe(name: str | Path, *, fast: bool = False, **overrides: Any) -> Re
     data = {"name": path.stem + suffixes, **_merged(_read(path), _merged(form, overrides))}
     if fast:
         data["effort"] = data.get("fast_effort", 1.0)
-    return parse(data, f"recipe {data['name']}")
+    recipe = parse(data, f"recipe {data['name']}")
+    if "bits" in form:
+        own = Bits(**_read(path).get("bits", {}))
+        reason = next((reason for *_, options in recipe.steps() if (reason := options.own_bits)), None)
+        if reason and (own.weights, own.activations) != (form["bits"]["weights"], form["bits"]["activations"]):
+            raise ValueError(
+                f"recipe is {str(name)!r}, expected {stem}: bits do not decide what its layers get, {reason}"
+            )
+    return recipe

@@ -54,6 +54,11 @@ class Options(BaseModel):
         """Why a model that the method made cannot become integer; None if it can."""
         return None
 
+    @property
+    def own_bits(self) -> str | None:
+        """What decides the bits of layers in place of the recipe's ``bits``, and how to set it; None if those do."""
+        return None
+
 
 @dataclass(frozen=True)
 class Method:
@@ -167,8 +172,8 @@ class Calibration:
         return kernel_rank(wanted, *self.sim.linears[path].shape)
 
     def refuse_token_bits(self) -> None:
-        """Raises: ValueError if tokens have bits of their own: a block alone, to which none are handed, has other ones."""
-        deciding = [path for path, attention in self.sim.attentions.items() if attention.token_bits is not None]
+        """Raises: ValueError if tokens have bits of their own: a block run alone is handed none, and has others."""
+        deciding = [path for path, a in self.sim.attentions.items() if a.token_bits is not None]
         if deciding:
             raise ValueError(
                 f"token_bits of {deciding[0]!r} is set, expected none for {self.step or 'a step'}, which runs blocks "

@@ -85,6 +85,10 @@ class BitsOptions(Options):
             raise ValueError(f"bits is {value}, expected bit-widths in [2, 8]")
         return tuple(sorted(set(value)))
 
+    @property
+    def own_bits(self) -> str | None:
+        return None if self.budget is None else f"its budget does (--budget {self.budget.axes[0]}=...)"
+
     def choices(self, act_bits: int) -> list[Choice]:
         """Candidate bits of a layer; ``act_bits`` are the recipe's."""
         if self.activation_bits == "free":
@@ -148,8 +152,8 @@ class Allocation:
     Attributes:
         choices: candidates of every component.
         layers: path -> Layer with the recipe's branch, in execution order.
-        costs: axis -> ``float``, what the float components cost, and ``layers``: path -> cost of each choice. A method
-            that budgets latency measures it.
+        costs: axis -> ``float``, what the float components cost, and ``layers``: path -> cost of each choice. Latency
+            is there once it was measured.
     """
 
     def __init__(self, calibration: Calibration, options: BitsOptions) -> None:
@@ -173,8 +177,10 @@ class Allocation:
         return layer if choice.rank is None else replace(layer, rank=self.calibration.rank(path, choice.rank))
 
     def limits(self) -> dict[str, Fraction]:
-        """Axis -> what may be spent on it."""
+        """Axis -> what may be spent on it; measures the latency that is budgeted, unless that was done before."""
         budget = self.options.budget
+        if budget is not None and budget.latency is not None and "latency" not in self.costs:
+            self.measure(self.calibration.reference.twin())
         if budget is None:
             bits = self.calibration.recipe.bits.weights
             return {"size": Fraction(sum(layer.size(bits) for layer in self.layers.values()))}
@@ -213,7 +219,7 @@ class Allocation:
         )
         return ValueError(f"budget is {said}, expected at least {wanted}")
 
-    def measure(self, probe: SimModel, batch: int, seconds: float) -> None:
+    def measure(self, probe: SimModel, batch: int = 8, seconds: float = 0.5) -> None:
         """Add latency to the costs: nanoseconds per call of ``batch`` images; layers of one shape share a measurement.
 
         Args: probe: a float model, which is left as it is; seconds: per measurement.

@@ -2,8 +2,9 @@
 
 MPTQ-ViT (arXiv 2401.14895): greedy mixed precision that weighs the model's performance against its compression [P].
 Reconstructed [R]: all layers start at the most bits; while the budget is exceeded, the layer whose next lower
-candidate loses least error of the logits per cost saved takes it. Errors are those of each layer quantized alone, as
-in ``allocate.pareto``, whose exact optimum bounds what greed can reach.
+candidate loses least error of the logits per cost saved takes it; candidates that save nothing (several share one
+time) are passed over. Errors are those of each layer quantized alone, as in ``allocate.pareto``, whose exact optimum
+bounds what greed can reach.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def greedy(calibration: Calibration, options: GreedyOptions) -> None:
     components = allocation.components(omega)
     chosen = lower(components, [int(limit) for limit in allocation.limits().values()])
     if chosen is None:
-        raise allocation.too_small([sum(c.costs[0][a] for c in components) for a in range(len(allocation.limits()))])
+        axes = range(len(allocation.limits()))
+        raise allocation.too_small([sum(min(cost[a] for cost in c.costs) for c in components) for a in axes])
     chosen = dict(zip(omega, chosen))
     allocation.give(chosen)
     allocation.note(chosen, sensitivity=omega)
@@ -41,7 +43,7 @@ def lower(components: Sequence[Component], limits: Sequence[int]) -> list[int] |
     Each step: the least (error gained)/(cost saved), the first of equals; a cost counts as a fraction of its limit, and
     only where that is exceeded.
 
-    Args: components: choices by rising cost.
+    Args: components: choices by rising bits; one that costs no less than where a component is, is passed over.
     """
     at = [len(c.errors) - 1 for c in components]
     while True:
@@ -49,13 +51,14 @@ def lower(components: Sequence[Component], limits: Sequence[int]) -> list[int] |
         over = [a for a, limit in enumerate(limits) if spent[a] > limit]
         if not over:
             return at
-
-        def price(i: int, over: list[int] = over) -> float:
-            c, j = components[i], at[i]
-            saved = sum((c.costs[j][a] - c.costs[j - 1][a]) / max(limits[a], 1) for a in over)
-            return (c.errors[j - 1] - c.errors[j]) / saved
-
-        candidates = [i for i, j in enumerate(at) if j > 0]
-        if not candidates:
+        steps: dict[int, tuple[float, int]] = {}
+        for i, (c, now) in enumerate(zip(components, at)):
+            for j in reversed(range(now)):
+                saved = sum((c.costs[now][a] - c.costs[j][a]) / max(limits[a], 1) for a in over)
+                if saved > 0:
+                    steps[i] = (c.errors[j] - c.errors[now]) / saved, j
+                    break
+        if not steps:
             return None
-        at[min(candidates, key=price)] -= 1
+        best = min(steps, key=lambda i: steps[i][0])
+        at[best] = steps[best][1]

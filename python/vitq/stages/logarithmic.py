@@ -60,8 +60,10 @@ class LogOptions(Options):
 
 @method("initialise", "log_levels")
 def log_levels(calibration: Calibration, options: LogOptions) -> None:
-    """After ``initialise.scales``."""
+    """After ``initialise.scales``. Raises: ValueError for ``gelu`` with scales per token: its levels have one scale."""
     sim, recipe = calibration.sim, calibration.recipe
+    if options.gelu is not None and recipe.activations == "dynamic":
+        raise ValueError(f"activations is 'dynamic', expected 'static' for log_levels with gelu {options.gelu!r}")
     if options.softmax is not None:
         for path, attention in sim.attentions.items():
             qkv, mask = calibration.observations().qkv[path], calibration.attention_mask(path)

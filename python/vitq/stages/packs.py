@@ -27,10 +27,10 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
 from ..allocation.frontier import Component, pareto_frontier
@@ -56,6 +56,7 @@ class PackOptions(Options):
         budget: what may be spent instead, as fractions of what the blocks' linear layers cost in float32.
         latency_batch, latency_seconds: as in allocate.pareto, for a budget of latency.
         weights, activations, operands: range searches of what gets other bits than the recipe's.
+        weight_importance: as in allocate's other methods, for those weights.
     """
 
     normalise: bool = True
@@ -69,6 +70,20 @@ class PackOptions(Options):
     weights: Search = Search()
     activations: Search = Search()
     operands: Search = Search(method="minmax")
+    weight_importance: Literal["input", "none"] = "input"
+
+    @model_serializer(mode="wrap")
+    def _plain(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the default weight_importance: such a recipe reads as before there was a choice."""
+        return {k: v for k, v in plain(self).items() if (k, v) != ("weight_importance", "input")}
+
+    @property
+    def own_bits(self) -> str | None:
+        if self.precision == "uniform":
+            return None
+        return (
+            "packs and boundary take widths of one triple, set all of them (--set 'bits={...}', boundary the highest)"
+        )
 
     @field_validator("candidates")
     @classmethod
@@ -132,8 +147,16 @@ def packs(calibration: Calibration, options: PackOptions) -> None:
 
 
 def _candidates(calibration: Calibration, options: PackOptions) -> tuple[int, int, int]:
-    """Raises: ValueError for a recipe without one mid bit-width, or one that the candidates do not fit."""
+    """Raises: ValueError for a recipe without one mid bit-width, or one that the candidates do not fit, and for
+    probabilities whose quantizer has its bits once and for all."""
     bits = calibration.recipe.bits
+    for path, attention in calibration.sim.attentions.items():
+        if attention.simulated is not None:
+            kind = type(attention.simulated).__name__
+            raise ValueError(
+                f"the softmax of {path!r} has a {kind}, expected a focusing quantizer with precision "
+                f"{options.precision!r}: packs take probabilities to other bits, too"
+            )
     mid = {bits.weights, bits.activations, bits.operands, bits.softmax}
     if len(mid) > 1:
         raise ValueError(
@@ -187,7 +210,7 @@ def _on_budget(
     calibration: Calibration, options: PackOptions, triple: tuple[int, int, int], sizes: dict[str, int], choose: Choose
 ) -> list[int]:
     """Bits per pack within size, BitOps or latency, notes what they cost."""
-    searches = {"weights": options.weights, "activations": options.activations, "weight_importance": "none"}
+    searches = {name: getattr(options, name) for name in ("weights", "activations", "weight_importance")}
     allocation = Allocation(calibration, BitsOptions(budget=options.budget, bits=triple, **searches))
     if options.budget.latency is not None:
         allocation.measure(calibration.reference.twin(), options.latency_batch, options.latency_seconds)
@@ -330,9 +353,9 @@ def optimal(omegas: list[float], candidates: tuple[int, ...], costs: Costs, limi
 
 def _set_bits(calibration: Calibration, options: PackOptions, block: BlockSite, bits: int) -> None:
     """Quantize everything of a block anew at ``bits``."""
-    sim = calibration.sim
+    sim, searches = calibration.sim, (options.weights, options.activations, options.weight_importance)
     for path, linear in sim.linears_of(block).items():
-        set_bits(calibration, linear, path, Choice(bits, bits), options.weights, options.activations)
+        set_bits(calibration, linear, path, Choice(bits, bits), *searches)
     attention = sim.attention_of(block)
     if attention is not None:
         operand = replace(calibration.recipe.operand_spec(), bits=bits)

@@ -57,15 +57,22 @@ class TwinOptions(Options):
 
 @method("initialise", "twin_uniform")
 def twin_uniform(calibration: Calibration, options: TwinOptions) -> None:
-    """After ``initialise.scales``, whose formats it keeps and whose scales it searches anew."""
+    """After ``initialise.scales``, whose formats it keeps and whose scales it searches anew.
+
+    Raises: ValueError for twin ranges after GELU with scales per token: the ranges are static.
+    """
     sim, recipe = calibration.sim, calibration.recipe
+    if options.gelu != "uniform" and recipe.activations == "dynamic":
+        raise ValueError(
+            f"activations is 'dynamic', expected 'static' for twin_uniform with gelu {options.gelu!r}, not 'uniform'"
+        )
     batches = calibration.batches(calibration.images[: options.images])
     gradients = output_gradients(calibration.reference, batches, sim.linears, calibration.generator("labels"))
     after_gelu = {block.mlp.fc2.path for block in sim.family.blocks() if block.mlp is not None}
     for index, (path, (x, g)) in enumerate(gradients.items()):
         calibration.progress(calibration.step, index, len(gradients))
         x, g = thinned(x, options.rows), thinned(g, options.rows)
-        twin = path in after_gelu and options.gelu != "uniform" and recipe.activations == "static"
+        twin = path in after_gelu and options.gelu != "uniform"
         _search(sim.linears[path], x, g.square(), options, twin)
     if options.softmax and not options.tables:
         for path, attention in sim.attentions.items():
