@@ -4,7 +4,8 @@ MPTQ-ViT (arXiv 2401.14895): greedy mixed precision that weighs the model's perf
 Reconstructed [R]: all layers start at the most bits; while the budget is exceeded, the layer whose next lower
 candidate loses least error of the logits per cost saved takes it; candidates that save nothing (several share one
 time) are passed over. Errors are those of each layer quantized alone, as in ``allocate.pareto``, whose exact optimum
-bounds what greed can reach.
+bounds what greed can reach. A layer's scales at its bits are searched anew by
+squared error, whatever stage found the old ones.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 the images, α on the other; the rank is argmax α.  [R] first-order alternation, one branch step per α step, branches
 start from the whitened SVD of the weight's rounding error, ranks are multiples of 16 that layer and kernels can use,
 and the price of a rank can enter α's loss: cost_weight · Σ_r softmax(α)_r · r·(K + N)/(K·N), the branch's work in units
-of the layer's.
+of the layer's. Deviations: the branch reads x, not x̂; every ``low_rank.kind`` is searched as if it were ``error``; what
+is left when candidates are dropped is not scaled up.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ class BlockOptions(Options):
             rest of QDrop); of probabilities where the focus is affine.
         holdout: share of the images that are not learned from but decide, unit by unit, whether what was learned
             replaces the start. 0 decides on the images learned from.
-        rounding_weight: of AdaRound's regulariser, with β from 20 to 2 after ``rounding_warmup`` of the steps.
+        rounding_weight: of AdaRound's regulariser, with β from 20 to 2 after ``rounding_warmup`` of the steps. In
+            units of the mean squared error it counts rounding_weight/batch; Pack-PTQ's code sums errors over tokens,
+            beside which its own is tokens/batch times as weak.
     """
 
     unit: Literal["block", "pack"] = "block"

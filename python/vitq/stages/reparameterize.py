@@ -2,8 +2,9 @@
 
 RepQ-ViT (Li et al. 2023): a LayerNorm's output channel c with range centre m_c and half width h_c is mapped to
 (x_c − m_c)/r_c, r_c = (h_c / h̄)^strength; γ and β absorb it, and the next layer takes W·diag(r) and bias + W·m. With
-``strength`` 1 every channel has the same range, as in the paper; below 1 part of the spread stays with the activations
-instead of moving into the weight's columns (as SmoothQuant does).
+``strength`` 1 every channel has the same range, as in the paper (there, of the arithmetic mean of the widths and about
+the mean zero point; here h̄ is their geometric mean and the centre 0); below 1 part of the spread stays with the
+activations instead of moving into the weight's columns (as SmoothQuant does).
 """
 
 from __future__ import annotations
