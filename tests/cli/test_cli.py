@@ -330,6 +330,17 @@ def test_bad_image_folder(quantized, capsys, tmp_path):
     assert "a.png" in failure(capsys, "eval", str(quantized), "--data", str(tmp_path), "--modes", "integer")
 
 
+def test_one_folder_does_not_both_calibrate_and_test(capsys, tmp_path):
+    for name in map(str, range(10)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (25 * int(name), 9, 9)).save(tmp_path / "data" / name / "a.png")
+    argv = ["quantize", NAME, str(tmp_path / "c"), "--data", str(tmp_path / "data"), "--recipe", "minmax-w4a4"]
+    assert "data/train' and" in failure(capsys, *argv)
+    assert not (tmp_path / "c").exists()
+    figures(capsys, *argv, "--images", "4", "--no-eval")
+    assert main(["eval", str(tmp_path / "c"), "--data", str(tmp_path / "data"), "--modes", "integer"]) == 0
+
+
 def test_weights_that_do_not_fit(capsys, tmp_path):
     file = tmp_path / "w.pth"
     torch.save({"other": torch.zeros(3)}, file)
