@@ -347,7 +347,7 @@ def test_calibration_from_either_source(folder, model):
 
 def test_digits_follow_the_models_input():
     with torch.device("meta"):
-        model = timm.create_model("vit_tiny_patch16_224")
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
     image, _ = load_data("digits", "test", model, limit=3)[0]
     assert image.shape == (3, 224, 224)
 
