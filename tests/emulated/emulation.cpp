@@ -74,7 +74,8 @@ void divergence() {
   expect(says(launch<Divergent>(1, 1, 0, nullptr, {}), "lanes of one warp diverge"), "a lane elsewhere");
   const char* message = launch<Early>(1, 1, 0, nullptr, {});
   expect(says(message, "waits forever at sync"), "a thread that left");
-  expect(launch<Copies<true>>(0, 0, 512, nullptr, {}) == nullptr, "a launch after failed ones");
+  alignas(16) uint32_t from[128] = {}, to[32];
+  expect(launch<Copies<true>>(1, 1, 512, nullptr, {from, to}) == nullptr, "a launch after failed ones");
 }
 
 template <bool kSyncs>
