@@ -186,8 +186,8 @@ void focused_softmax_of(const FocusedSoftmaxArgs& a) {
         sums += n >= kLanes ? e : masked((I)(attention::lane_index() < set(static_cast<int32_t>(n))), e);
       }
       const float total = sum(sums);
-      const F unit =
-          set(a.row_anchor ? 1.0f + (total - total) : 1.0f / total);  // NaN anywhere is NaN everywhere
+      // NaN anywhere is NaN everywhere.
+      const F unit = set(a.row_anchor ? 1.0f + (total - total) : 1.0f / total);
       for (int64_t j = 0; j < a.columns; j += kLanes) {
         const int64_t i = r * a.columns + j, n = a.columns - j;
         const F p = load_upto(u + j, n) * unit;

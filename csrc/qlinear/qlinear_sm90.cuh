@@ -20,9 +20,9 @@
 //
 // Roofline: DeiT-B's fc1 of 32 images, M 6304, K 768, N 3072: 29.7 Gop, 15 µs of the H200's 1979 TOPS; 26.6
 // MB of operands and codes, 6 µs of its memory. L2 limits: a stage of 256x128 loads 48 KiB for 1024 cycles of
-// products, of 128x128 32 KiB for 512. The epilogue of a tile
-// is 64 passes of a warp over two rows, of 110 instructions (a bias, to 16 bits) to 300 (GELU, codes): as
-// long as 4 to 10 stages.
+// products, of 128x128 32 KiB for 512. Estimated: the
+// epilogue of a tile, 64 passes of a warp over two rows, takes as long as 4 (a bias, to 16 bits) to 10 stages
+// (GELU, codes).
 #pragma once
 
 #include "common/gpu/ptx_sm90.cuh"

@@ -1,7 +1,10 @@
 """The Triton back end without a GPU: dispatch, tables, the PTX that decodes 4-bit weights, and the interpreted run."""
 
+import contextlib
 import subprocess
 import sys
+import threading
+import unittest.mock
 from pathlib import Path
 
 import interpreter
@@ -122,6 +125,24 @@ def test_counters_of_a_stream_are_shared(no_counters):
     many = host.counters(5000, CPU)
     assert many.tolist() == [0] * 5000
     assert host.counters(7, CPU).data_ptr() == many.data_ptr()
+
+
+def test_counters_are_not_made_by_a_thread_that_prepares_a_graph(no_counters, monkeypatch):
+    """Its allocations are the graph's: torch.compile refuses one that is left behind."""
+    zeros, made_by = torch.zeros, []
+
+    def recorded(n, dtype, device):
+        made_by.append(threading.get_ident())
+        return zeros(n, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", recorded)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", unittest.mock.MagicMock())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    monkeypatch.setattr(host, "_capturing", lambda device: False)
+    assert host.counters(7, torch.device("cuda", 0)).tolist() == [0] * 7
+    assert len(made_by) == 2  # the stream's own, and the reserve
+    assert threading.get_ident() not in made_by
 
 
 def test_every_capture_has_counters_of_its_own(no_counters, monkeypatch):

@@ -351,45 +351,25 @@ def _rounding_penalty(
         tl.store(out + row, tl.sum(total, 1), mask=row < N)
 
 
+def _quantizer(scale, zero_point, qmin, qmax, row_qmax, lut) -> tuple:
+    return scale.contiguous(), zero_point, float(qmin), float(qmax), host.dense(row_qmax), host.dense(lut)
+
+
 def fake_quantize(x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last) -> Tensor:
-    x, scale, row_qmax = x.contiguous(), scale.contiguous(), host.dense(row_qmax)
+    x, quantizer = x.contiguous(), _quantizer(scale, zero_point, qmin, qmax, row_qmax, lut)
     y = torch.empty_like(x)
-    arguments = (
-        x,
-        scale,
-        zero_point,
-        float(qmin),
-        float(qmax),
-        row_qmax,
-        host.dense(lut),
-        y,
-        *x.shape,
-        scale.numel(),
-        *_draw(key, last),
-    )
-    _launch(_fake_quantize, arguments, x)
+    _launch(_fake_quantize, (x, *quantizer, y, *x.shape, scale.numel(), *_draw(key, last)), x)
     return y
 
 
 def fake_quantize_backward(
     grad, x, scale, zero_point, qmin, qmax, row_qmax, lut, key, last
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, x, scale, row_qmax = grad.contiguous(), x.contiguous(), scale.contiguous(), host.dense(row_qmax)
+    grad, x = grad.contiguous(), x.contiguous()
+    quantizer = _quantizer(scale, zero_point, qmin, qmax, row_qmax, lut)
     out = torch.empty_like(x), x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
-    arguments = (
-        grad,
-        x,
-        scale,
-        zero_point,
-        float(qmin),
-        float(qmax),
-        row_qmax,
-        host.dense(lut),
-        *out,
-        *x.shape,
-        scale.numel(),
-    )
-    _launch(_fake_quantize_backward, (*arguments, *_draw(key, last)), x)
+    arguments = (grad, x, *quantizer, *out, *x.shape, scale.numel(), *_draw(key, last))
+    _launch(_fake_quantize_backward, arguments, x)
     return out
 
 
