@@ -20,8 +20,8 @@
 
 namespace vitq::glue {
 
-// The device of `x` for the length of a call, its current stream, its number of processors and its compute
-// capability (80 is 8.0).
+// The device of `x` for the length of a call, its index, current stream and number of processors, and its
+// compute capability (80 is 8.0).
 class Launcher {
  public:
 #if defined(VITQ_EMULATED)
@@ -33,19 +33,27 @@ class Launcher {
     processors = setting("VITQ_EMULATED_PROCESSORS", 4);
     capability = setting("VITQ_EMULATED_CAPABILITY", 80);
   }
+  bool captured() const { return false; }
 #else
   explicit Launcher(const Tensor& x) : guard_(x.get_device_index()) {
+    device = x.get_device_index();
     void* found = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &found));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &found));
     stream = static_cast<gpu::Stream>(found);
-    const auto attribute = [&x](cudaDeviceAttr which) {
+    const auto attribute = [this](cudaDeviceAttr which) {
       int value = 0;
-      cudaDeviceGetAttribute(&value, which, x.get_device_index());
+      cudaDeviceGetAttribute(&value, which, device);
       return value;
     };
     processors = attribute(cudaDevAttrMultiProcessorCount);
     capability =
         10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  }
+
+  // Whether the stream's launches go to a graph, for all that is known.
+  bool captured() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
   }
 
  private:
@@ -64,7 +72,7 @@ class Launcher {
   }
 
   gpu::Stream stream{};
-  int processors = 1, capability = 80;
+  int device = 0, processors = 1, capability = 80;
 };
 
 // `x`, or a copy of it if it does not start at a multiple of `bytes`, as many as a kernel reads of it at

@@ -36,6 +36,7 @@ struct LinearParams {
   int rank_down;
   float* shares;       // [column tiles, M, rank_down]: each column tile's part of the next layer's t
   int32_t* partial;    // of split K: [tiles, splits, threads, accumulators]
+  int arrivals;        // the first of [tiles] of g_arrivals, or −1 and
   unsigned* counters;  // [tiles], 0 before and after
 };
 

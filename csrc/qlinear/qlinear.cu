@@ -1,4 +1,5 @@
 // vitq_cuda::qlinear, qlinear_quantize, qlinear_norm_quantize and qlinear_weight_only.
+#include "common/gpu/arrivals.cuh"
 #include "gpu_glue.h"
 #include "qlinear/qlinear_sm80.cuh"
 #include "qlinear/qlinear_sm90.cuh"
@@ -30,6 +31,12 @@ int64_t splits_of(int64_t tiles, int64_t steps, int processors) {
   return std::max<int64_t>(1, std::min({spare, steps / 4, int64_t{8}}));
 }
 
+// Kept from call to call, as the counters are.
+gpu::Arrivals& arrivals() {
+  static gpu::Arrivals all;
+  return all;
+}
+
 // x [M, K] by weight [N, weight_row bytes] to out [M, N]: a block for each tile and share of K. partial:
 // [tiles, splits, threads, accumulators] int32, counters [tiles]: see gather() of the kernel.
 template <class Kernel>
@@ -39,10 +46,13 @@ void start(const Launcher& launcher, gpu::LinearParams& p) {
   std::optional<Tensor> partial, counters;
   if (splits > 1) {
     partial = new_tensor({tiles, splits, Kernel::kThreads, Kernel::kAccumulators}, ScalarType::Int);
-    counters = new_tensor({tiles}, ScalarType::Int);
-    torch::stable::zero_(*counters);
     p.partial = static_cast<int32_t*>(partial->mutable_data_ptr());
-    p.counters = static_cast<unsigned*>(counters->mutable_data_ptr());
+    p.arrivals = arrivals().take(launcher.device, launcher.stream, launcher.captured(), static_cast<int>(tiles));
+    if (p.arrivals < 0) {
+      counters = new_tensor({tiles}, ScalarType::Int);
+      torch::stable::zero_(*counters);
+      p.counters = static_cast<unsigned*>(counters->mutable_data_ptr());
+    }
   }
   launcher.run<Kernel>("qlinear", tiles, splits, Kernel::kShared, p);
 }

@@ -16,6 +16,7 @@
 // room for: tests/kernels/test_cuda_build.py.
 #pragma once
 
+#include "common/gpu/arrivals.cuh"
 #include "qlinear/epilogue.cuh"
 #include "qlinear/nibbles.cuh"
 
@@ -241,7 +242,10 @@ struct QLinear {
     for (int e = 0; e < kAccumulators; ++e) mine[e * kThreads] = (&acc[0][0][0])[e];
     auto* before = reinterpret_cast<unsigned*>(shared());
     sync();
-    if (thread() == 0) *before = count_arrival(p.counters + tile, static_cast<unsigned>(blocks_y() - 1));
+    if (thread() == 0) {
+      unsigned* counters = p.arrivals < 0 ? p.counters : g_arrivals + p.arrivals;
+      *before = count_arrival(counters + tile, static_cast<unsigned>(blocks_y() - 1));
+    }
     sync();
     const bool last = *before == static_cast<unsigned>(blocks_y() - 1);
     sync();

@@ -2,10 +2,12 @@
 // what fails.
 #include "common/gpu/emulation.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <string>
 
+#include "common/gpu/arrivals.cuh"
 #include "common/gpu/ptx.cuh"
 
 using namespace vitq::gpu;
@@ -50,6 +52,27 @@ void asynchronous_copies() {
   expect(says(launch<Copies<true>>(1, 1, 512, nullptr, {from + 1, to}), "misaligned"),
          "a copy of 16 bytes from 4");
   expect(says(launch<Copies<true>>(0, 1, 512, nullptr, {from, to}), "no blocks"), "a launch of nothing");
+}
+
+void counters_of_arrivals() {
+  Arrivals all;
+  int streams[2];
+  Stream one = static_cast<Stream>(&streams[0]), two = static_cast<Stream>(&streams[1]);
+  const int a = all.take(0, one, false, 66);
+  expect(a >= 0 && all.take(0, one, false, 3) == a, "launches on one stream share their counters");
+  const int b = all.take(0, two, false, 66), c = all.take(0, one, true, 66), d = all.take(0, one, true, 66);
+  int firsts[4] = {a, b, c, d};
+  std::sort(firsts, firsts + 4);
+  for (int i = 0; i < 3; ++i) expect(firsts[i + 1] - firsts[i] >= 66, "streams and captures do not");
+  expect(all.take(1, one, true, 66) == 0, "each device has counters of its own");
+  const int e = all.take(0, one, false, 1000);
+  expect(e >= 1000 || e > d, "a launch of more tiles gets more");
+  expect(all.take(0, one, false, 66) == e, "and those are the stream's");
+  expect(all.take(0, one, true, kArrivals) == -1, "none where there are not so many left");
+  int taken = 0;
+  while (all.take(1, one, true, 1 << 16) >= 0) ++taken;
+  expect(taken == 15, "as many captures as there is room for");
+  expect(all.take(1, one, false, 8) >= 0, "a stream still finds some");
 }
 
 struct Divergent {
@@ -151,6 +174,7 @@ void sixteen_bits() {
 
 int main() {
   asynchronous_copies();
+  counters_of_arrivals();
   divergence();
   expect(wrong_neighbours<true>() == 0, "neighbours behind a barrier");
   expect(wrong_neighbours<false>() > 0, "neighbours without a barrier");
