@@ -13,8 +13,9 @@
 // V goes to shared memory as it is. A transposed load of 16-bit elements hands a lane its keys for two
 // neighbouring d; a byte permutation of two such words tells these apart: even d are columns of one tile of
 // the second product, odd d of the next, and a lane ends up with four d side by side. K and V lie in slabs of
-// kSlab bytes of d, their 16-byte pieces swapped (`place`) so that neither these loads nor those of K (8 or
-// 16 bytes a lane, as in qlinear_sm80.cuh) meet in a bank.
+// kSlab bytes of d, their 16-byte pieces swapped (`place`) so that neither these loads nor those of K meet in
+// a bank. Of K a lane reads 8 or 16 bytes at once and takes them for its fragments: the order of d in a
+// product is ours, too, as long as Q has the same.
 //
 // Products are accumulated on the bits of 1.5·2^23, which makes them floats without a conversion (they stay
 // below 2^22 for d <= 128); codes leave a float addition of that number as bytes.

@@ -47,7 +47,8 @@ void start(const Launcher& launcher, gpu::LinearParams& p) {
   if (splits > 1) {
     partial = new_tensor({tiles, splits, Kernel::kThreads, Kernel::kAccumulators}, ScalarType::Int);
     p.partial = static_cast<int32_t*>(partial->mutable_data_ptr());
-    p.arrivals = arrivals().take(launcher.device, launcher.stream, launcher.captured(), static_cast<int>(tiles));
+    p.arrivals =
+        arrivals().take(launcher.device, launcher.stream, launcher.captured(), static_cast<int>(tiles));
     if (p.arrivals < 0) {
       counters = new_tensor({tiles}, ScalarType::Int);
       torch::stable::zero_(*counters);

@@ -1,11 +1,9 @@
 // The integer linear layer for tensor cores of sm_80 and later, by mma.sync.
 //
 // Both operands lie in shared memory as they lie in global memory, in slabs of 64 consecutive bytes of K, a
-// row after the other. A lane reads 16 bytes of a row at once: the order of k inside a dot product is ours to
-// choose, as long as both operands choose alike, and so the 4 lanes of a row take 16 consecutive bytes each
-// where the instruction's own fragment would have four times 4. That needs no ldmatrix, no swizzle and no
-// packing of the weight: 8 lanes read two whole rows, 128 bytes, one of every bank. The two nibbles of a byte
-// of `int4_k64x2` are 64 codes apart, which makes them the same place of the two slabs of a tile.
+// row after the other, but for the order of a row's pieces of 16 bytes: see place(). ldmatrix then loads
+// fragments as mma.sync takes them, from all banks at once, and the weight needs no packing. The two nibbles
+// of a byte of `int4_k64x2` are 64 codes apart, which makes them the same place of the two slabs of a tile.
 //
 //   s8        int8 weights [N, K]
 //   w4        int4 weights, shifted into the high nibbles of int8: products come 16 times too large, exactly
@@ -68,16 +66,33 @@ struct QLinear {
  private:
   // ---- the product ----
 
-  // Where row `row` of slab `slab` lies, in bytes: rows of the second slab are swapped in pairs, so that the
-  // 8 lanes that copy 128 bytes of one row write to all banks.
-  static VITQ_DEVICE int place(int row, int slab, int rows) { return (slab * rows + (row ^ slab)) * kSlab; }
+  // Where 16 bytes of K are, of the 8 that a row has in a tile: in bytes.
+  //
+  // 8 rows of one slab lie in all banks, as ldmatrix reads them: two rows are 128 bytes, and what follows two
+  // rows further is exchanged with its neighbours. Rows of the second slab are swapped in pairs, so that the
+  // 8 lanes that copy one row write to all banks, too.
+  static constexpr VITQ_HOST_DEVICE int place(int row, int piece, int rows) {
+    const int slab = piece / 4;
+    return (slab * rows + (row ^ slab)) * kSlab + (piece % 4 ^ row / 2 % 4) * 16;
+  }
+  static constexpr bool in_all_banks() {
+    for (int i = 0; i < 8; ++i) {
+      int rows = 0, pieces = 0;
+      for (int j = 0; j < 8; ++j) {
+        rows |= 1 << place(j, i, kBlockN) / 16 % 8;
+        pieces |= 1 << place(i, j, kBlockN) / 16 % 8;
+      }
+      if (rows != 255 || pieces != 255) return false;
+    }
+    return true;
+  }
 
   // What a thread copies in every step: 16 bytes of each of kRows rows of an operand, kStride rows apart.
   template <int kRows, int kRowPieces, bool kWhole>
   struct Copies {
     static constexpr int kStride = kThreads / kRowPieces, kCount = kRows / kStride;
-    // Even: of all of the thread's rows the same are swapped by place().
-    static_assert(kThreads % kRowPieces == 0 && kRows % kStride == 0 && kStride % 2 == 0);
+    // By 8: place() treats all of the thread's rows alike.
+    static_assert(kThreads % kRowPieces == 0 && kRows % kStride == 0 && kStride % 8 == 0);
     const char* from[kCount];
     int to, at;
 
@@ -85,7 +100,7 @@ struct QLinear {
     VITQ_DEVICE Copies(const void* data, int64_t pitch, int first_row, int rows) {
       const int row = thread() / kRowPieces, piece = thread() % kRowPieces;
       at = piece * 16;
-      to = place(row, piece / 4, kRows) + piece % 4 * 16;
+      to = place(row, piece, kRows);
       VITQ_UNROLL
       for (int j = 0; j < kCount; ++j) {
         const int r = first_row + row + j * kStride < rows ? first_row + row + j * kStride : rows - 1;
@@ -153,28 +168,36 @@ struct QLinear {
     sync();
   }
 
-  static VITQ_DEVICE Words4 words(const char* from) { return *reinterpret_cast<const Words4*>(from); }
+  // Where this lane's row of a fragment begins: of x, [16, 32] from row `row` on; of the weight, [8, 64].
+  static VITQ_DEVICE int place_x(int row, int slab, int step) {
+    return place(row + lane() % 16, slab * 4 + step * 2 + lane() / 16, kBlockM);
+  }
+  static VITQ_DEVICE int place_w(int row, int slab) {
+    return place(row + lane() % 8, slab * 4 + lane() / 8, kBlockN);
+  }
 
   static VITQ_DEVICE void multiply_stage(const Params& p, const char* stage, Accumulators& acc) {
-    const int group = lane() / 4, column = lane() % 4;
-    const int row0 = warp() / kWarpsN * (kBlockM / kWarpsM) + group;
-    const char* x = stage + column * 16;
-    const char* w = stage + kBytesX + column * 16;
-    const int n0 = warp() % kWarpsN * (kBlockN / kWarpsN) + group;
+    static_assert(in_all_banks());
+    const int row0 = warp() / kWarpsN * (kBlockM / kWarpsM), n0 = warp() % kWarpsN * (kBlockN / kWarpsN);
+    const char* w = stage + kBytesX;
     if constexpr (kProduct == Product::s4) {
       Words4 b[kTilesN];
       VITQ_UNROLL
       for (int j = 0; j < kTilesN; ++j) {
-        b[j] = words(w + (n0 + j * 8) * kSlab);
+        load_matrices(b[j].w, w + place_w(n0, 0) + j * 8 * kSlab);
         VITQ_UNROLL
         for (int e = 0; e < 4; ++e) b[j].w[e] ^= 0x88888888u;  // code + 8 to two's complement
       }
       VITQ_UNROLL
       for (int i = 0; i < kTilesM; ++i) {
-        const Words4 low = nibbles(x, row0 + i * 16), high = nibbles(x, row0 + i * 16 + 8);
         VITQ_UNROLL
         for (int s = 0; s < 2; ++s) {
-          const uint32_t a[4] = {low.w[2 * s], high.w[2 * s], low.w[2 * s + 1], high.w[2 * s + 1]};
+          // Codes of both slabs in [−8, 7] as nibbles, the first slab's in the low ones.
+          uint32_t a[4], high[4];
+          load_matrices(a, stage + place_x(row0, 0, s) + i * 16 * kSlab);
+          load_matrices(high, stage + place_x(row0, 1, s) + i * 16 * kSlab);
+          VITQ_UNROLL
+          for (int e = 0; e < 4; ++e) a[e] = (a[e] & 0x0f0f0f0fu) | (high[e] << 4 & 0xf0f0f0f0u);
           VITQ_UNROLL
           for (int j = 0; j < kTilesN; ++j) mma_s4(acc[i][j], a, b[j].w[2 * s], b[j].w[2 * s + 1]);
         }
@@ -185,34 +208,21 @@ struct QLinear {
         Words4 b[kTilesN];
         VITQ_UNROLL
         for (int j = 0; j < kTilesN; ++j) {
-          if constexpr (kProduct == Product::s8) {
-            b[j] = words(w + place(n0 + j * 8, slab, kBlockN));
-          } else {
-            b[j] = widened(p, words(w + (n0 + j * 8) * kSlab), slab);
-          }
+          load_matrices(b[j].w, w + place_w(n0, kNibbles ? 0 : slab) + j * 8 * kSlab);
+          if constexpr (kNibbles) b[j] = widened(p, b[j], slab);
         }
         VITQ_UNROLL
         for (int i = 0; i < kTilesM; ++i) {
-          const Words4 low = words(x + place(row0 + i * 16, slab, kBlockM));
-          const Words4 high = words(x + place(row0 + i * 16 + 8, slab, kBlockM));
           VITQ_UNROLL
           for (int s = 0; s < 2; ++s) {
-            const uint32_t a[4] = {low.w[2 * s], high.w[2 * s], low.w[2 * s + 1], high.w[2 * s + 1]};
+            uint32_t a[4];
+            load_matrices(a, stage + place_x(row0, slab, s) + i * 16 * kSlab);
             VITQ_UNROLL
             for (int j = 0; j < kTilesN; ++j) mma_s8(acc[i][j], a, b[j].w[2 * s], b[j].w[2 * s + 1]);
           }
         }
       }
     }
-  }
-
-  // Codes of both slabs of a row in [−8, 7] as nibbles, the first slab's in the low ones.
-  static VITQ_DEVICE Words4 nibbles(const char* x, int row) {
-    const Words4 low = words(x + place(row, 0, kBlockM)), high = words(x + place(row, 1, kBlockM));
-    Words4 out;
-    VITQ_UNROLL
-    for (int e = 0; e < 4; ++e) out.w[e] = (low.w[e] & 0x0f0f0f0fu) | (high.w[e] << 4 & 0xf0f0f0f0u);
-    return out;
   }
 
   // The nibbles of one slab as int8.

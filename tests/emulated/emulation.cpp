@@ -54,6 +54,49 @@ void asynchronous_copies() {
   expect(says(launch<Copies<true>>(0, 1, 512, nullptr, {from, to}), "no blocks"), "a launch of nothing");
 }
 
+template <bool kTransposed>
+struct Matrices {
+  struct Params {
+    uint32_t (*out)[4];
+    int shift;
+  };
+  static constexpr int kThreads = 32, kBlocksPerSm = 1;
+  static void run(const Params& p) {
+    auto* bytes = reinterpret_cast<uint8_t*>(shared());
+    for (int i = 0; i < 16; ++i)
+      bytes[thread() * 16 + i] = static_cast<uint8_t>(thread() * 8 + i / 2 + i % 2 * 100);
+    sync_warp();
+    const char* row = shared() + thread() * 16 + p.shift;
+    kTransposed ? load_transposed(p.out[thread()], row) : load_matrices(p.out[thread()], row);
+  }
+};
+
+// The manual: thread t holds elements 2·(t % 4) and the next of row t / 4 of each matrix, transposed or not.
+void matrices() {
+  uint32_t out[32][4];
+  const auto element = [](int matrix, int row, int column) {
+    const int low = ((8 * matrix + row) * 8 + column) & 255;
+    return static_cast<uint32_t>(low | ((low + 100) & 255) << 8);
+  };
+  expect(launch<Matrices<false>>(1, 1, 512, nullptr, {out, 0}) == nullptr, "ldmatrix");
+  for (int t = 0; t < 32; ++t) {
+    for (int m = 0; m < 4; ++m) {
+      const int row = t / 4, column = 2 * (t % 4);
+      expect(out[t][m] == (element(m, row, column) | element(m, row, column + 1) << 16), "ldmatrix as it is");
+    }
+  }
+  expect(launch<Matrices<true>>(1, 1, 512, nullptr, {out, 0}) == nullptr, "ldmatrix.trans");
+  for (int t = 0; t < 32; ++t) {
+    for (int m = 0; m < 4; ++m) {
+      const int row = t / 4, column = 2 * (t % 4);
+      expect(out[t][m] == (element(m, column, row) | element(m, column + 1, row) << 16),
+             "ldmatrix transposed");
+    }
+  }
+  expect(says(launch<Matrices<false>>(1, 1, 512, nullptr, {out, 4}), "misaligned"),
+         "ldmatrix from 4 bytes on");
+}
+
 void counters_of_arrivals() {
   Arrivals all;
   int streams[2];
@@ -174,6 +217,7 @@ void sixteen_bits() {
 
 int main() {
   asynchronous_copies();
+  matrices();
   counters_of_arrivals();
   divergence();
   expect(wrong_neighbours<true>() == 0, "neighbours behind a barrier");

@@ -61,6 +61,17 @@ def test_nothing_spills(architecture):
             assert int(found["REG"]) <= 208, kernel
 
 
+def _step(sass: str) -> list[str]:
+    """The instructions of the smallest loop around a product."""
+    code = [(int(at, 16), line) for at, line in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
+    products = [at for at, line in code if "IMMA" in line]
+    jumps = [(int(to[1], 16), at) for at, line in code if (to := re.search(r"BRA.* 0x([0-9a-f]+)", line))]
+    start, end = min(
+        ((to, at) for to, at in jumps if any(to <= x <= at for x in products)), key=lambda loop: loop[1] - loop[0]
+    )
+    return [line for at, line in code if start <= at <= end]
+
+
 def test_products_are_those_of_the_tensor_cores():
     """As many instructions as a stage of 128 codes of K has tiles; 4-bit codes take half as many."""
     sass = _dump("-sass", "sm_80")
@@ -73,8 +84,13 @@ def test_products_are_those_of_the_tensor_cores():
         wide, count = ("IMMA.16864.S4.S4", 2) if product == S4 else ("IMMA.16832.S8.S8", 4)
         assert found == [wide] * (count * tiles), key
         assert ("LDGSTS" in text) == (aligned or product != S8), "asynchronous copies"
-        assert "LDS.128" in text
-        assert "LDSM" not in text
+        loads = 2 * (columns // across // 8) + 4 * (rows // down // 16)
+        assert loads - columns // across // 8 <= text.count("LDSM.16.M88.4") <= loads
+        step = _step(text)
+        assert sum(wide in line for line in step) == len(found)
+        # Loads, products and what widens the weight: addresses and fragments take next to nothing.
+        if aligned and product != W4_TABLE:
+            assert len(step) <= 2 * len(found) + (80 if product == S8 else 190), key
 
 
 def test_hopper_multiplies_by_warpgroups():

@@ -307,6 +307,10 @@ void group_wait(int newest_left) {
   });
 }
 
+void expect_row(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) fail("misaligned address of ldmatrix");
+}
+
 void copy_async(void* to, const void* from, int bytes, int valid) {
   const auto place = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
   if (place % static_cast<uintptr_t>(bytes) != 0) return fail("misaligned address of an asynchronous copy");

@@ -3,9 +3,9 @@
 //
 // What is checked while it runs: that all threads of a warp reach the same warp-wide operation and all
 // threads of a block the same barriers (else the launch fails and says where they wait); that shared memory
-// is written before it is read (it starts out poisoned); that an asynchronous copy is aligned and waited for
-// (its destination is poisoned until then). Which of the runnable threads goes on is drawn at random from
-// VITQ_EMULATION_SEED, so that a missing barrier shows.
+// is written before it is read (it starts out poisoned); that what ldmatrix reads is aligned; that an
+// asynchronous copy is, and is waited for (its destination is poisoned until then). Which of the runnable
+// threads goes on is drawn at random from VITQ_EMULATION_SEED, so that a missing barrier shows.
 //
 // Of sm_90: a bulk copy lands when somebody waits for it, in any order among those awaited; wgmma reads its
 // operands when it is waited for. Both see a second image of shared memory, which ordinary writes reach at a
@@ -32,6 +32,9 @@ void sync_some(int id, int threads);
 // One operation of a whole warp: `all` gets the 32 lanes' `argument`s once every lane has come, on behalf of
 // all. `what` names it: lanes that meet must name the same.
 void together(const char* what, void* argument, void (*all)(void* const* arguments));
+
+// The launch fails if `p` is not a multiple of 16 bytes: a row of ldmatrix.
+void expect_row(const void* p);
 
 // cp.async, cp.async.commit_group, cp.async.wait_group n of the current thread.
 void copy_async(void* to, const void* from, int bytes, int valid);

@@ -137,7 +137,8 @@ struct Matrices {
   const void* row;
 };
 
-inline void load_matrices(void* const* lanes) {
+template <bool kTransposed>
+void load_matrices(void* const* lanes) {
   static uint16_t m[4][8][8];
   for (int lane = 0; lane < 32; ++lane) {
     std::memcpy(m[lane / 8][lane % 8], static_cast<const Matrices*>(lanes[lane])->row, 16);
@@ -145,7 +146,11 @@ inline void load_matrices(void* const* lanes) {
   for (int lane = 0; lane < 32; ++lane) {
     uint32_t* out = static_cast<const Matrices*>(lanes[lane])->out;
     const int n = lane / 4, c = lane % 4;
-    for (int i = 0; i < 4; ++i) out[i] = m[i][2 * c][n] | static_cast<uint32_t>(m[i][2 * c + 1][n]) << 16;
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t low = kTransposed ? m[i][2 * c][n] : m[i][n][2 * c];
+      const uint16_t high = kTransposed ? m[i][2 * c + 1][n] : m[i][n][2 * c + 1];
+      out[i] = low | static_cast<uint32_t>(high) << 16;
+    }
   }
 }
 

@@ -73,6 +73,14 @@ VITQ_DEVICE void mma_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
   }
 }
 
+// Four matrices [8, 16 bytes] in shared memory: lane 8i + r names row r of matrix i (16 bytes, aligned), and
+// of each matrix i lane 4r + c receives 4 bytes of row r from byte 4c on.
+VITQ_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
 // Four 8x8 matrices of 16 bits in shared memory, transposed: lane 8i + r names row r of matrix i (16 bytes,
 // aligned), and of each matrix i lane 4n + c receives rows 2c and 2c + 1 of column n.
 VITQ_DEVICE void load_transposed(uint32_t (&out)[4], const void* row) {
@@ -196,9 +204,15 @@ void mma_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulated::together("mma m16n8k16", &call, emulated::multiply_floats<widen>);
 }
 
-inline void load_transposed(uint32_t (&out)[4], const void* row) {
+inline void load_matrices(uint32_t (&out)[4], const void* row) {
+  emulated::expect_row(row);
   emulated::Matrices call{out, row};
-  emulated::together("ldmatrix x4 trans", &call, emulated::load_matrices);
+  emulated::together("ldmatrix x4", &call, emulated::load_matrices<false>);
+}
+inline void load_transposed(uint32_t (&out)[4], const void* row) {
+  emulated::expect_row(row);
+  emulated::Matrices call{out, row};
+  emulated::together("ldmatrix x4 trans", &call, emulated::load_matrices<true>);
 }
 
 template <class T>
