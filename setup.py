@@ -3,8 +3,9 @@
 ``VITQ_BUILD_NATIVE=auto|0|1``: auto builds the C++ back end wherever there is a C++ compiler, and otherwise installs
 the plain-torch ``ref`` back end with a message; 1 insists on it; 0 leaves it out. A compile error is never hidden.
 ``VITQ_BUILD_CUDA=auto|0|1``: auto builds the GPU kernels wherever there is nvcc (``CUDACXX``, ``CUDA_HOME``, the PATH)
-and the installed torch is one for CUDA; 1 insists on it. A GPU is not needed. ``TORCH_CUDA_ARCH_LIST`` ("8.0;8.9+PTX")
-says for which architectures, default "8.0+PTX;9.0a": the PTX runs on all later ones, 9.0a adds kernels of Hopper's own.
+and the installed torch is one for CUDA, of nvcc's major version or later; 1 insists on it. A GPU is not needed.
+``TORCH_CUDA_ARCH_LIST`` ("8.0;8.9+PTX") says for which architectures, default "8.0+PTX;9.0a": the PTX runs on all later
+ones, 9.0a adds kernels of Hopper's own.
 Rebuild in place after a change to csrc/: ``python setup.py build_ext --inplace``.
 """
 
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -60,6 +62,16 @@ def nvcc() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
+def nvcc_major() -> int:
+    """Of which CUDA the compiler is."""
+    said = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)\.", said)
+    if match is None:
+        raise SystemExit(f"{nvcc()} --version says {said!r}, expected 'release' and a version")
+    return int(match[1])
+
+
+@cache
 def cuda() -> bool:
     """Whether the GPU kernels are built."""
     want = switch("VITQ_BUILD_CUDA")
@@ -72,6 +84,12 @@ def cuda() -> bool:
         problem = "nvcc was not found (CUDACXX, CUDA_HOME, the PATH)"
     elif torch.version.cuda is None:
         problem = f"torch {torch.__version__} is built without CUDA"
+    elif want == "auto" and nvcc_major() > int(torch.version.cuda.split(".")[0]):
+        # They carry nvcc's runtime, which refuses a driver that knows no more than torch needs.
+        problem = (
+            f"nvcc is of CUDA {nvcc_major()}, torch of {torch.version.cuda} (VITQ_BUILD_CUDA=1 builds for drivers of "
+            f"CUDA {nvcc_major()}; CUDACXX names another nvcc)"
+        )
     if problem and want == "1":
         raise SystemExit(f"VITQ_BUILD_CUDA is 1, but {problem}")
     if problem:

@@ -146,6 +146,25 @@ def test_bad_build_switches(environment, message):
     assert message in done.stderr
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_a_compiler_of_a_later_cuda_is_not_taken_unasked(tmp_path):
+    """Its runtime refuses the drivers that torch's still takes: every call would fail where Triton could serve."""
+    nvcc = tmp_path / "nvcc"
+    code = "import runpy, sys; sys.argv = ['setup.py', '--name']; print(runpy.run_path('setup.py')['cuda']())"
+
+    def built(version, switch):
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
+        nvcc.chmod(0o755)
+        env = {**os.environ, "CUDACXX": str(nvcc), "VITQ_BUILD_CUDA": switch}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+
+    later = built("99.1", "auto")
+    assert later.stdout.splitlines()[-1] == "False"
+    assert f"nvcc is of CUDA 99, torch of {torch.version.cuda} (VITQ_BUILD_CUDA=1 builds for drivers" in later.stderr
+    assert built("99.1", "1").stdout.splitlines()[-1] == "True"
+    assert built(torch.version.cuda, "auto").stdout.splitlines()[-1] == "True"
+
+
 def test_without_the_library_the_reference_serves(tmp_path):
     """A copy of the package without its binaries: status says why, quantize runs, cpu is refused with the reason."""
     shutil.copytree(
