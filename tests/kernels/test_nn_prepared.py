@@ -4,9 +4,11 @@ import copy
 import io
 import pickle
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vitq_kernels as vk
@@ -149,6 +151,33 @@ def test_load_state_dict(assign):
     x, model, other = sample(2, 9, 16), block(), block(seed=4)
     assert not torch.equal(model(x), other(x))
     model.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(model(x), other(x))
+
+
+def test_the_state_of_other_parameters_is_refused():
+    """Zero points, intervals and layouts are no tensors: what is calibrated under others must not be taken for ours."""
+    ours, theirs = attention_state(), attention_state(seed=4)
+    cases = {
+        "zero_point=3, expected zero_point=5": replace(ours, qkv=replace(ours.qkv, act_zero_point=5)),
+        "softmax_scale=0.35, expected softmax_scale=0.5": replace(ours, softmax_scale=0.5),
+        "b2=1.0, .*expected .*b2=0.5": replace(ours, focus=replace(ours.focus, b2=0.5)),
+    }
+    for message, own in cases.items():
+        layer = QAttention.from_state(own, norm=norm(16))
+        scale = layer.qkv.input.scale.clone()
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(QAttention.from_state(theirs, norm=norm(16)).state_dict())
+        assert torch.equal(layer.qkv.input.scale, scale)
+    packed, flat = QLinear.from_state(state(8, 128)), QLinear.from_state(state(8, 128), backend="ref")
+    if packed.layout != flat.layout:
+        with pytest.raises(RuntimeError, match=f"layout={packed.layout}, expected layout={flat.layout}"):
+            flat.load_state_dict(packed.state_dict())
+
+
+def test_a_state_dict_is_tensors_only(tmp_path):
+    x, model, other = sample(2, 9, 16), block(), block(seed=4)
+    save_file(other.state_dict(), tmp_path / "block.safetensors")
+    model.load_state_dict(load_file(tmp_path / "block.safetensors"))
     assert torch.equal(model(x), other(x))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,13 +12,13 @@ from ..ops._schema import Epilogue
 from ..ops.qattention import PreparedAttention, focus_levels
 from ..ops.qattention.ref import scattered
 from ..ops.quantize import run_quantize
-from .base import QModule, Quantizer
+from .base import Coded, Quantizer
 from .linear import QLinear
 from .token_bits import RowBits, decide, received
 from .window import Window, WindowMap
 
 
-class QAttention(QModule):
+class QAttention(Coded):
     """y = γ·proj(focus(softmax(q·kᵀ·s + bias))·v) + residual with q, k, v = stage(qkv(norm(x))), in integers.
 
     Notation: B images (or windows), H heads, N tokens, d head_dim.
@@ -89,6 +90,9 @@ class QAttention(QModule):
             self.bias,
             self.token_bits,
         )
+
+    def meaning(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("heads", "softmax_scale", "operand_spec", "focus", "token_bits")}
 
     def prepare(self) -> tuple[PreparedAttention, QLinear, Quantizer, WindowMap | None, QLinear]:
         layer = PreparedAttention(self.focus, self.softmax_scale, self.bias, self.levels, self.levels.device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -116,7 +118,38 @@ class QModule(nn.Module):
         """Bring packed buffers into the layout of this module's device and back end."""
 
 
-class Quantizer(QModule):
+class Coded(QModule):
+    """A module whose buffers are codes and scales of parameters that are no tensors: zero points, layouts, intervals.
+
+    A ``state_dict`` says which it belongs to (``_extra_state``, text as uint8: safetensors can hold it), and one of
+    others is refused, as tensors of other shapes are; :func:`vitq.save` and :func:`vitq.load` carry them along.
+    """
+
+    def meaning(self) -> dict[str, Any]:
+        """What the buffers mean something under, by name."""
+        raise NotImplementedError
+
+    def _described(self) -> str:
+        return "\n".join(f"{name}={value}" for name, value in self.meaning().items())
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(list(self._described().encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: it is this module's own, or the whole of the state is refused."""
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        theirs, own = state_dict.get(f"{prefix}_extra_state"), self._described()
+        if theirs is not None and bytes(theirs.tolist()).decode() != own:
+            pairs = itertools.zip_longest(bytes(theirs.tolist()).decode().splitlines(), own.splitlines())
+            differing = ", ".join(f"{a}, expected {b}" for a, b in pairs if a != b)
+            whose = prefix.removesuffix(".") or "this module"
+            errors.append(f"the state of {whose} has {differing}; vitq.save and vitq.load keep models whole")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+class Quantizer(Coded):
     """A quantizing epilogue as a module: ``ActQuant`` with its tensors as buffers.
 
     Args: quant: the parameters; ``row_qmax`` belongs to a call, not to a module, and must be None.
@@ -150,6 +183,9 @@ class Quantizer(QModule):
             subspace=self.subspace,
         )
         return Epilogue(quant)
+
+    def meaning(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("qmin", "qmax", "zero_point", "groups", "subspace")}
 
     def at(self, bits: RowBits | None) -> Epilogue:
         """The prepared epilogue, with token-wise ``bits`` one of this call."""

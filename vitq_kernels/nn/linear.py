@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..ops.layer_norm_quantize import run_layer_norm_quantize
 from ..ops.qlinear import PreparedLinear
 from ..ops.quantize import run_quantize
 from ..packing import pack_weight, unpack_weight
-from .base import QModule, Quantizer, choose_layout
+from .base import Coded, QModule, Quantizer, choose_layout
 from .token_bits import RowBits
 
 
@@ -24,7 +25,7 @@ def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
     return (own["weight"], own["bias"]) if len(own) == 2 else (norm.weight, norm.bias)
 
 
-class QLinear(QModule):
+class QLinear(Coded):
     """y = γ·act(Linear(norm(x))) + residual in integers: a drop-in for ``nn.Linear``, and more where a block can fuse.
 
     Notation: N out features, K in features, R rank.
@@ -98,6 +99,9 @@ class QLinear(QModule):
             self.weight_spec.table,
             self.weight_lut,
         )
+
+    def meaning(self) -> dict[str, Any]:
+        return {"layout": self.layout, "weight": self.weight_spec, "act": self.act_spec, "lora": self.lora}
 
     def prepare(self) -> tuple[nn.LayerNorm | None, Quantizer | None, PreparedLinear]:
         layer = PreparedLinear(self.packed, self.weight_scale, self.bias, self.lora_up, self.layer_scale)
