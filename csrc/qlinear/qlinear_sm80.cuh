@@ -152,6 +152,11 @@ struct QLinear {
       if (first + s < last) copy_stage(p, x, w, first + s, memory + s * kStage);
       commit_copies();
     }
+    Words4 table{};
+    if constexpr (kProduct == Product::w4_table) {
+      VITQ_UNROLL
+      for (int i = 0; i < 4; ++i) table.w[i] = reinterpret_cast<const uint32_t*>(p.lut)[i];
+    }
     int slot = 0;
     VITQ_UNROLL_ONCE
     for (int step = first; step < last; ++step) {
@@ -161,7 +166,7 @@ struct QLinear {
       const int next = step + kStages - 1;
       if (next < last) copy_stage(p, x, w, next, memory + (slot + kStages - 1) % kStages * kStage);
       commit_copies();
-      multiply_stage(p, memory + slot * kStage, acc);
+      multiply_stage(table, memory + slot * kStage, acc);
       slot = slot + 1 == kStages ? 0 : slot + 1;
     }
     wait_copies<0>();
@@ -176,7 +181,7 @@ struct QLinear {
     return place(row + lane() % 8, slab * 4 + lane() / 8, kBlockN);
   }
 
-  static VITQ_DEVICE void multiply_stage(const Params& p, const char* stage, Accumulators& acc) {
+  static VITQ_DEVICE void multiply_stage(const Words4& table, const char* stage, Accumulators& acc) {
     static_assert(in_all_banks());
     const int row0 = warp() / kWarpsN * (kBlockM / kWarpsM), n0 = warp() % kWarpsN * (kBlockN / kWarpsN);
     const char* w = stage + kBytesX;
@@ -197,19 +202,19 @@ struct QLinear {
           load_matrices(a, stage + place_x(row0, 0, s) + i * 16 * kSlab);
           load_matrices(high, stage + place_x(row0, 1, s) + i * 16 * kSlab);
           VITQ_UNROLL
-          for (int e = 0; e < 4; ++e) a[e] = (a[e] & 0x0f0f0f0fu) | (high[e] << 4 & 0xf0f0f0f0u);
+          for (int e = 0; e < 4; ++e) a[e] = chosen_bits(0x0f0f0f0fu, a[e], high[e] << 4);
           VITQ_UNROLL
           for (int j = 0; j < kTilesN; ++j) mma_s4(acc[i][j], a, b[j].w[2 * s], b[j].w[2 * s + 1]);
         }
       }
     } else {
+      Words4 b[2][kTilesN];
       VITQ_UNROLL
       for (int slab = 0; slab < 2; ++slab) {
-        Words4 b[kTilesN];
         VITQ_UNROLL
         for (int j = 0; j < kTilesN; ++j) {
-          load_matrices(b[j].w, w + place_w(n0, kNibbles ? 0 : slab) + j * 8 * kSlab);
-          if constexpr (kNibbles) b[j] = widened(p, b[j], slab);
+          if (slab == 0 || !kNibbles) load_matrices(b[slab][j].w, w + place_w(n0, slab) + j * 8 * kSlab);
+          if (slab == 0 && kNibbles) widen(table, b[0][j], b[1][j]);
         }
         VITQ_UNROLL
         for (int i = 0; i < kTilesM; ++i) {
@@ -218,25 +223,26 @@ struct QLinear {
             uint32_t a[4];
             load_matrices(a, stage + place_x(row0, slab, s) + i * 16 * kSlab);
             VITQ_UNROLL
-            for (int j = 0; j < kTilesN; ++j) mma_s8(acc[i][j], a, b[j].w[2 * s], b[j].w[2 * s + 1]);
+            for (int j = 0; j < kTilesN; ++j)
+              mma_s8(acc[i][j], a, b[slab][j].w[2 * s], b[slab][j].w[2 * s + 1]);
           }
         }
       }
     }
   }
 
-  // The nibbles of one slab as int8.
-  static VITQ_DEVICE Words4 widened(const Params& p, Words4 packed, int slab) {
+  // Bytes of nibbles to the int8 of both slabs.
+  static VITQ_DEVICE void widen(const Words4& table, Words4& packed, Words4& second) {
     VITQ_UNROLL
     for (int e = 0; e < 4; ++e) {
-      const uint32_t w = packed.w[e];
       if constexpr (kProduct == Product::w4) {
-        packed.w[e] = ((slab ? w : w << 4) & 0xf0f0f0f0u) ^ 0x80808080u;
+        const uint32_t w = packed.w[e];
+        packed.w[e] = high_nibbles(w << 4);
+        second.w[e] = high_nibbles(w);
       } else {
-        packed.w[e] = levels(reinterpret_cast<const uint32_t*>(p.lut), slab ? w >> 4 : w);
+        levels(table.w, packed.w[e], packed.w[e], second.w[e]);
       }
     }
-    return packed;
   }
 
   // ---- split K ----

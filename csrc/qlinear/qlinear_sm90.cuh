@@ -346,7 +346,7 @@ struct QLinearSm90 {
   // The low nibbles of 4 bytes as int8.
   static VITQ_DEVICE uint32_t widened(const uint32_t (&table)[4], uint32_t w) {
     if constexpr (kProduct == Product::w4_table) return levels(table, w);
-    return (w << 4 & 0xf0f0f0f0u) ^ 0x80808080u;
+    return high_nibbles(w << 4);
   }
 
   // Sums to float32: thread's rows n of the transpose, of which w_scale is, and columns m, of which x_scale

@@ -251,7 +251,10 @@ def emulate(ptx: str, operands: dict[str, int]) -> tuple[int, int]:
         "or.b32": lambda a, b: a | b,
         "xor.b32": lambda a, b: a ^ b,
         "shr.u32": lambda a, b: a >> b,
-        "sub.u32": lambda a, b: (a - b) % (1 << 32),
+        "shl.b32": lambda a, b: (a << b) % (1 << 32),
+        "lop3.b32": lambda a, b, c, table: sum(
+            (table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32)
+        ),
         # The selector's upper half is ignored.
         "prmt.b32": lambda a, b, c: prmt(a, b, c & 0xFFFF),
     }
@@ -273,8 +276,8 @@ def test_ptx_unpacks_nibbles(data):
     from vitq_kernels.triton import device
 
     low, high = emulate(device.UNPACK.value, {"$2": int.from_bytes(data, "little")})
-    assert signed_bytes(low) == [(b & 15) - 8 for b in data]
-    assert signed_bytes(high) == [(b >> 4) - 8 for b in data]
+    assert signed_bytes(low) == [16 * ((b & 15) - 8) for b in data]
+    assert signed_bytes(high) == [16 * ((b >> 4) - 8) for b in data]
 
 
 @given(st.binary(min_size=4, max_size=4), st.lists(st.integers(-128, 127), min_size=16, max_size=16))
@@ -291,12 +294,14 @@ def test_ptx_decodes_a_table(data, table):
 def test_emulation_finds_a_planted_bug():
     from vitq_kernels.triton import device
 
-    for wrong in (device.UNPACK.value.replace("0x08080808", "0x08080807"), device.UNPACK.value.replace(", 4;", ", 3;")):
+    right = [16 * code for code in (-5, -6, -7, -8, 4, 5, 6, 7)]
+    for old, new in (("0x80808080", "0x80808081"), (", 4;", ", 3;"), ("0x6a", "0x6b")):
+        wrong = device.UNPACK.value.replace(old, new)
         assert wrong != device.UNPACK.value
         low, high = emulate(wrong, {"$2": 0xF0E1D2C3})
-        assert signed_bytes(low) + signed_bytes(high) != [-5, -6, -7, -8, 4, 5, 6, 7]
+        assert signed_bytes(low) + signed_bytes(high) != right
     low, high = emulate(device.UNPACK.value, {"$2": 0xF0E1D2C3})
-    assert signed_bytes(low) + signed_bytes(high) == [-5, -6, -7, -8, 4, 5, 6, 7]
+    assert signed_bytes(low) + signed_bytes(high) == right
 
 
 def test_short_tables_fill_the_sixteen_entries_that_the_kernel_reads():

@@ -95,6 +95,19 @@ VITQ_DEVICE T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
+// Bits of `x` where the mask has ones, of `y` where it has zeros.
+VITQ_DEVICE uint32_t chosen_bits(uint32_t mask, uint32_t x, uint32_t y) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(out) : "r"(mask), "r"(x), "r"(y));
+  return out;
+}
+// (x & mask) ^ flip.
+VITQ_DEVICE uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(x), "r"(mask), "r"(flip));
+  return out;
+}
+
 // Byte i of the result is byte (selector >> 4i) & 7 of b:a.
 VITQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
@@ -222,6 +235,8 @@ T shuffle_xor(T value, int lanes) {
   return value;
 }
 
+inline uint32_t chosen_bits(uint32_t mask, uint32_t x, uint32_t y) { return (x & mask) | (y & ~mask); }
+inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) { return (x & mask) ^ flip; }
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
   uint32_t out = 0;

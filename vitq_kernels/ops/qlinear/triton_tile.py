@@ -67,6 +67,11 @@ def accumulate(
             acc = _dot(second, _like(high, second), acc, SWAP)
             x += BLOCK_K
             weight += half
+        if w_lut is None:  # codes were 16 times as large
+            if acc.dtype == tl.int32:
+                acc = acc >> 4
+            else:
+                acc *= 0.0625
     else:
         col = tl.arange(0, BLOCK_K)
         x += x_row[:, None] + col[None, :]
