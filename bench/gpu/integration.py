@@ -82,6 +82,22 @@ def _graph(machine: Machine, model: nn.Module, images: Tensor) -> None:
         _same(expected, graph.outputs, "CUDA graph")
 
 
+def _graph_beside(machine: Machine, model: nn.Module, images: Tensor) -> None:
+    """A graph replayed while the same kernels run outside of it: what blocks count and leave to each other is apart."""
+    want = model(images)
+    graph, other = machine.capture(lambda: model(images)), torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    results = []
+    for _ in range(ROUNDS):
+        with torch.cuda.stream(other):
+            graph.replay()
+        results.append(model(images))
+    machine.synchronize()
+    _same(want, graph.outputs, "CUDA graph beside eager calls")
+    for result in results:
+        _same(want, result, "eager beside a CUDA graph")
+
+
 def _buckets(machine: Machine, model: nn.Module, images: Tensor) -> None:
     from vitq_kernels import graphs
 
@@ -117,6 +133,7 @@ CHECKS: dict[str, tuple[Callable[[Machine, nn.Module, Tensor], None], bool]] = {
     "the same bits in every call": (_repeat, False),
     "two streams at once": (_streams, True),
     "CUDA graph equals eager": (_graph, True),
+    "CUDA graph beside eager calls": (_graph_beside, True),
     "vitq_kernels.graphs equals eager": (_buckets, True),
     "vitq bench times it": (_timed, True),
     "torch.compile(fullgraph=True) equals eager": (_compile, True),
