@@ -13,7 +13,7 @@
 ``tune``         the tables of ``vitq_kernels/tuning``, from the configurations of ``candidates``
 ``warm``         compiles ahead, beside the tests, what will be timed
 
-Runs from a checkout, installed or not, with torch, triton, timm and pytest alone.
+Runs from a checkout, installed or not, with torch, triton, timm, pytest and hypothesis; a calibration needs pydantic.
 """
 
 from .. import PATHS, RESULTS, ROOT, environment  # noqa: F401

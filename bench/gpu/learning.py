@@ -9,9 +9,7 @@ from typing import Any
 import test_learning as oracle
 import torch
 from torch import Tensor
-from vitq.recipes import load_recipe, parse
 
-from bench.calibration_cost import FLOPS_PER_SECOND, measure
 from vitq_kernels.formats import FocusSpec
 from vitq_kernels.ops import learning
 from vitq_kernels.testing import assert_within
@@ -19,12 +17,11 @@ from vitq_kernels.testing import assert_within
 from .machine import Machine
 from .ops import Variant, named, time_variants
 from .roofline import Work
-from .shapes import learned
+from .shapes import PRECISIONS, learned
 
 RECIPE = "aiqvit-w4a4"
 FOCUS = FocusSpec(4, 0.01, 0.3)
 OURS = "ours"
-PRECISIONS = tuple(FLOPS_PER_SECOND)
 
 
 def quantizer(machine: Machine, m: int, k: int) -> dict[str, Variant]:
@@ -113,6 +110,11 @@ def rows(machine: Machine) -> Iterator[dict[str, Any]]:
 def steps(machine: Machine) -> Iterator[dict[str, Any]]:
     """A row per precision of learning: milliseconds of a step by method, measured and as ``bench.calibration_cost``
     estimates them, and the minutes that a ViT-S of 12 blocks takes."""
+    # Recipes need pydantic, which nothing else of the check does.
+    from vitq.recipes import load_recipe, parse
+
+    from bench.calibration_cost import measure
+
     for precision in PRECISIONS:
         recipe = load_recipe(RECIPE).plain() | {"learning": precision}
         architecture, lengths, images, kwargs = "vit_small_patch16_224", (1, 33), 48, {}

@@ -23,7 +23,7 @@ from vitq_kernels.ops._schema import Epilogue
 from vitq_kernels.ops.qlinear import PreparedLinear
 
 from . import roofline, shapes
-from .goals import ALONE, WHOLE
+from .goals import ALONE, SUFFIX, WHOLE
 from .machine import Machine
 from .roofline import Work
 from .shapes import RANK
@@ -52,9 +52,6 @@ class Variant:
 
     def run_once(self) -> Any:
         return self.run(self.inputs)
-
-
-SUFFIX = {"triton": "", "cuda": " cuda"}
 
 
 def served(machine: Machine) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 WIDTHS = {"ViT-S": 384, "ViT-B": 768, "ViT-L": 1024}
 TOKENS = (197, 1576, 6304, 12608)
 RANK = 32
+PRECISIONS = ("float32", "bfloat16")
+"""Of what calibration learns with."""
 
 MODELS = {
     "ViT-B": "vit_base_patch16_224",
