@@ -1,18 +1,20 @@
-"""Verifies, then times, everything that needs a GPU: one command, at most eight minutes, no network.
+"""Verifies, then times, everything that needs a GPU: one command, eight minutes, no network.
 
     python -m bench.gpu.check [--minutes 8] [--output bench/results] [--only tests ops ...] [--keep-going]
     python -m bench.gpu.check --dry-run           # the same code on tiny shapes in Triton's interpreter: no GPU needed
 
 Stops at the first wrong result with its coordinates. Each step has a share of the time; what does not fit is left out
-and listed. Exit code: 0 all checks passed, 1 something is wrong, 2 nothing is wrong but a check did not finish.
-Writes <output>/<gpu>.json and .md (<gpu>.wrong.json if something is wrong; <gpu>.partial.json after each step, until
-then); bench/update_docs.py makes the tables of docs/gpu.md from the first.
+and listed; what still runs after 1.15 times the time is ended, with a traceback. Exit code: 0 all checks passed, 1
+something is wrong, 2 nothing is wrong but a check did not finish. Writes <output>/<gpu>.json and .md (<gpu>.wrong.json
+if something is wrong; <gpu>.partial.json after each row, until then), with --only into build/gpu-check unless told
+otherwise; bench/update_docs.py makes the tables of docs/gpu.md from the first.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import faulthandler
 import importlib.util
 import itertools
 import json
@@ -32,12 +34,17 @@ from . import RESULTS, ROOT, environment, report
 
 TIMED_RESERVE = 0.5
 """Share of the time that is kept for timing, whatever the checks would take."""
+LATE = 1.15
+"""Share of the time after which a run is ended wherever it is: a kernel that never returns would keep it for ever."""
+FIRST_MODEL = 60.0
+"""Seconds that a model is taken to need as long as none was timed."""
 
 
 class Check:
     """One run: what was found, what was left out, how much time there is.
 
-    Attributes: machine; record: what is written; wrong, incomplete: what failed, and what did not finish.
+    Attributes: machine; record: what is written; wrong, incomplete: what failed, and what did not finish; step: the
+    current one; stop: set when processes in the background are to end.
     """
 
     def __init__(self, machine, seconds: float, keep_going: bool = False, folder: Path | None = None) -> None:
@@ -46,7 +53,7 @@ class Check:
         self.seconds = seconds
         self.wrong: list[str] = []
         self.incomplete: list[str] = []
-        self.warming = None
+        self.warming, self.step, self.stop = None, "start", threading.Event()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.record: dict[str, Any] = {"date": now, "dry_run": machine.dry, "environment": machine.environment()}
         self.record |= {"checks": {}, "left_out": [], "step_seconds": {}}
@@ -75,6 +82,22 @@ class Check:
     def say(self, line: str) -> None:
         print(f"[{self.elapsed:5.0f} s] {line}", flush=True)
 
+    @property
+    def over(self) -> bool:
+        """Whether a wrong result was the last."""
+        return bool(self.wrong) and not self.keep_going
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Does ``work``, a step or a part of one; what it raises is wrong."""
+        try:
+            work()
+        except Exception as error:
+            # What is expected here is a wrong result; anything else is as wrong, and needs its traceback.
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+            self.wrong.append(f"{self.step}: {error or type(error).__name__}")
+            self.say(f"WRONG in {self.wrong[-1]}")
+
     def checked(self, name: str, outcome: str) -> None:
         self.record["checks"][name] = outcome
         if outcome.startswith("out of time"):
@@ -94,6 +117,7 @@ class Check:
         for row in rows:
             table.append(row)
             self.say(describe(row))
+            self.save("partial.json")
             if len(table) < expected and time.monotonic() > deadline:
                 self.leave_out(f"{key}: {len(table)} of {expected} rows fit in {seconds:.0f} s")
                 return
@@ -142,7 +166,7 @@ def tests(check: Check) -> None:
     """The test files and the sanitizer in processes of their own, whole models meanwhile in this one."""
     from . import integration, models, sanitize, suite
 
-    machine, stop = check.machine, threading.Event()
+    machine, stop = check.machine, check.stop
     seconds = check.left(1.0, TIMED_RESERVE)
     with ThreadPoolExecutor(2) as pool:
         background = [
@@ -192,7 +216,10 @@ def ops(check: Check) -> None:
              "rows": (ops.rows, shapes.rows, 0.06)}  # fmt: skip
     with backend("triton"):
         for key, (rows, cases, share) in parts.items():
-            check.rows(key, rows(machine), check.left(share), len(cases(machine.dry)), figures)
+            expected = len(cases(machine.dry))
+            check.attempt(lambda: check.rows(key, rows(machine), check.left(share), expected, figures))  # noqa: B023
+            if check.over:
+                return
 
 
 def calibration(check: Check) -> None:
@@ -210,7 +237,9 @@ def calibration(check: Check) -> None:
     machine = check.machine
     _know_ceilings(check)
     cases = sum(map(len, shapes.learned(machine.dry).values()))
-    check.rows("learning", learning.rows(machine), check.left(0.04), cases, figures)
+    check.attempt(lambda: check.rows("learning", learning.rows(machine), check.left(0.04), cases, figures))
+    if check.over:
+        return
     if importlib.util.find_spec("pydantic") is None:
         check.leave_out("calibration: pydantic, which reads recipes, is not installed")
         return
@@ -228,18 +257,25 @@ def models(check: Check) -> None:
 
     plan = models.plan(check.machine.dry)
     table = check.record.setdefault("models", [])
-    longest = 0.0
-    for i, (name, architecture, kwargs, batches) in enumerate(plan):
+    longest = 0.0 if check.machine.dry else FIRST_MODEL
+
+    def timed(name: str, architecture: str, kwargs: dict, batches: tuple[int, ...]) -> None:
+        for row in models.timed(check.machine, name, architecture, kwargs, batches):
+            table.append(row)
+            check.say(figures(row))
+            check.save("partial.json")
+            for what in row["missing"]:
+                check.say(f"MISSING: {what}")
+
+    for i, planned in enumerate(plan):
         if check.left() <= longest:
             rest = "; ".join(f"{n} at batch {', '.join(map(str, b))}" for n, _, _, b in plan[i:])
             check.leave_out(f"models: {rest}")
             return
         start = time.monotonic()
-        for row in models.timed(check.machine, name, architecture, kwargs, batches):
-            table.append(row)
-            check.say(figures(row))
-            for what in row["missing"]:
-                check.say(f"MISSING: {what}")
+        check.attempt(lambda: timed(*planned))  # noqa: B023
+        if check.over:
+            return
         torch.compiler.reset()
         longest = max(longest, time.monotonic() - start)
 
@@ -258,25 +294,37 @@ def run(check: Check, names: list[str]) -> int:
     """The named steps in order; the exit code."""
     try:
         for name in names:
-            start = time.monotonic()
+            start, check.step = time.monotonic(), name
             check.say(f"--- {name}")
-            try:
-                STEPS[name](check)
-            except Exception as error:
-                # What is expected here is a wrong result; anything else is as wrong, and needs its traceback.
-                if not isinstance(error, AssertionError):
-                    traceback.print_exc()
-                check.wrong.append(f"{name}: {error or type(error).__name__}")
-                check.say(f"WRONG in {check.wrong[-1]}")
-                if not check.keep_going:
-                    break
+            check.attempt(lambda: STEPS[name](check))  # noqa: B023
+            if check.over:
+                break
             check.record["step_seconds"][name] = round(time.monotonic() - start, 1)
             check.save("partial.json")
     finally:
         if check.warming is not None:
             check.warming.stop()
+    return concluded(check)
+
+
+def concluded(check: Check) -> int:
+    """The exit code, after the last words of the record."""
     check.record["wrong"], check.record["seconds"] = check.wrong, round(check.elapsed, 1)
     return 1 if check.wrong else 2 if check.incomplete else 0
+
+
+def end_late(check: Check) -> None:
+    """Ends this process, whose other thread may be waiting for a GPU that never answers; <gpu>.partial.json stays."""
+    check.incomplete.append(f"{check.step}: ended after {check.elapsed:.0f} s, in it or hanging")
+    faulthandler.dump_traceback()
+    check.stop.set()
+    if check.warming is not None:
+        check.warming.stop()
+    time.sleep(1.0)  # until the tests' processes are killed
+    code = concluded(check)
+    check.save("partial.json")
+    print(summary(check, code), flush=True)
+    os._exit(code)
 
 
 def summary(check: Check, code: int) -> str:
@@ -294,7 +342,7 @@ def summary(check: Check, code: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--output", type=Path, help="default bench/results; a dry run writes nothing by default")
+    parser.add_argument("--output", type=Path, help="default: see above; a dry run writes nothing by default")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="steps to run")
     parser.add_argument("--keep-going", action="store_true", help="go on after a wrong result (and still exit with 1)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
@@ -314,10 +362,16 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.dry_run and args.output is not None and args.output.resolve() == RESULTS:
         parser.error(f"--output is {args.output}, expected another folder: times of a dry run mean nothing")
-    check = Check(machine, 60 * args.minutes, args.keep_going, args.output or (None if args.dry_run else RESULTS))
+    # A part of the steps does not replace the results of all.
+    folder = RESULTS if len(args.only) == len(STEPS) else ROOT / "build" / "gpu-check"
+    check = Check(machine, 60 * args.minutes, args.keep_going, args.output or (None if args.dry_run else folder))
+    late = threading.Timer(LATE * check.seconds, end_late, [check])
+    late.daemon = True
+    late.start()
     check.say(", ".join(f"{k} {v}" for k, v in check.record["environment"].items()))
     with torch.no_grad():
         code = run(check, [name for name in STEPS if name in args.only])
+    late.cancel()
     check.save("wrong.json" if check.wrong else "json")
     if not check.wrong:
         check.save("md", report.markdown(check.record))

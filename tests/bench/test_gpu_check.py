@@ -123,6 +123,37 @@ sys.exit(check.main(["--dry-run", "--only", "calibration", "--output", sys.argv[
     assert len(json.loads((tmp_path / "interpreter.json").read_text())["learning"]) == 2
 
 
+HANG = """
+import os, sys, time
+os.environ["TRITON_INTERPRET"] = "1"
+from bench.gpu import check
+from vitq_kernels.ops.qlinear import triton as kernels
+kernels.qlinear = lambda *arguments: time.sleep(600)
+check.LATE = float(sys.argv[2])
+sys.exit(check.main(["--dry-run", "--minutes", "1", "--only", "ops", "--output", sys.argv[1]]))
+"""
+
+
+def test_a_kernel_that_never_returns_does_not_keep_the_run_or_what_it_found(tmp_path):
+    run = python("-c", HANG, str(tmp_path), "0.5")
+    assert run.returncode == 2, run.stdout[-4000:] + run.stderr[-4000:]
+    assert "not finished: ops: ended after" in run.stdout
+    assert "lambda" in run.stderr  # where it was
+    (path,) = tmp_path.iterdir()
+    assert path.name == "interpreter.partial.json"
+    assert len(json.loads(path.read_text())["attention"]) == 1
+
+
+def test_who_keeps_going_times_what_comes_after_a_wrong_kernel(tmp_path):
+    text = PLANT.replace('"ops",', '"ops", "--keep-going",')
+    run = python("-c", text, str(tmp_path))
+    assert run.returncode == 1, run.stdout[-4000:] + run.stderr[-4000:]
+    record = json.loads((tmp_path / "interpreter.wrong.json").read_text())
+    assert len(record["wrong"]) == 1
+    assert not record["products"]
+    assert len(record["rows"]) == 1
+
+
 def test_nothing_is_checked_without_a_gpu_or_into_the_results_of_one():
     if not torch.cuda.is_available():
         run = python("-m", "bench.gpu.check")
