@@ -24,10 +24,15 @@ from vitq_kernels.triton import host
 from . import ROOT
 from .roofline import Peaks
 
-MOST_SETS = 256
-"""Input sets that a small kernel rotates through at most."""
+MOST_SETS = 512
+"""Input sets that a small kernel rotates through at most; 256 of [197, 384] and their codes lie in 60 MB of cache."""
 COLD = 2.5
 """Bytes between two uses of one input set, in units of the second-level cache."""
+
+
+def sets_of(size: int, cache_bytes: int) -> int:
+    """How many copies of inputs of so many bytes push one another out of a cache."""
+    return min(max(math.ceil(COLD * cache_bytes / max(size, 1)), 1), MOST_SETS)
 
 
 @dataclass
@@ -76,9 +81,9 @@ class Machine:
         }
         if not self.dry:
             properties = torch.cuda.get_device_properties(self.device)
-            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"]
+            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
             found |= {
-                "driver, clock, power": _output(query),
+                "driver, most clock, power": _output(query),  # the clock of now is that of an idle GPU
                 "capability": f"{properties.major}.{properties.minor}",
                 "processors": properties.multi_processor_count,
                 "memory_gb": round(properties.total_memory / 1e9, 1),
@@ -120,13 +125,13 @@ class Machine:
         """Milliseconds of ``run(inputs)`` in a CUDA graph with a cold second-level cache.
 
         The graph holds one call for each of as many copies of ``inputs`` as it takes to push one out of the cache
-        before it comes round again; where that is a single one, the cache is overwritten between replays.
+        before it comes round again, and the cache is overwritten between replays.
 
         Args: sets: copies; None: what the size of the inputs asks for. seconds: about how long to replay.
         """
         if sets is None:
             size = sum(t.numel() * t.element_size() for t in inputs.values())
-            sets = 2 if self.dry else min(max(math.ceil(COLD * self.cache_bytes / max(size, 1)), 1), MOST_SETS)
+            sets = 2 if self.dry else sets_of(size, self.cache_bytes)
         copies = [inputs] + [{k: t.clone() for k, t in inputs.items()} for _ in range(sets - 1)]
         if self.dry:
             return Timing.of([_wall(run, copy) / sets for copy in copies for _ in range(2)])
@@ -148,12 +153,13 @@ class Machine:
         return graph
 
     def time_graph(self, graph: torch.cuda.CUDAGraph, seconds: float, calls: int) -> Timing:
-        """Milliseconds of one of ``calls`` equal parts of a graph; a graph of one part starts with a cold cache."""
+        """Milliseconds of one of ``calls`` equal parts of a graph, which starts with a cold cache."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
         def once() -> float:
-            if calls == 1:
-                self._flush.zero_()
+            # What makes the cache cold also keeps the GPU busy while the graph is launched: on an idle one that latency
+            # would lie between the events, and weigh most where there are few copies, those of the largest inputs.
+            self._flush.zero_()
             events[0].record()
             graph.replay()
             events[1].record()

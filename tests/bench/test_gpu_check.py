@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import update_docs
-from bench.gpu import RESULTS, ROOT, environment, goals, report, roofline, sanitize, suite
+from bench.gpu import RESULTS, ROOT, environment, goals, report, roofline, sanitize, shapes, suite
 from vitq_kernels import ActQuant, backend, backends, quantize
 from vitq_kernels.ops.quantize import ref
 from vitq_kernels.testing import offloaded
@@ -335,6 +335,18 @@ def test_one_slow_shape_misses_a_goal_of_the_worst():
     figures = {row["goal"]: row["met"] for row in report.goal_rows(record)}
     assert figures["product, rank 32, M = 197: never below"] == "no"
     assert figures["product, rank 32, M = 197: median"] == "yes"
+
+
+def test_inputs_are_cold_again_when_they_come_round():
+    """Of the smallest kernels that are timed, on an H200: the bytes of all copies do not fit into its cache."""
+    from bench.gpu.machine import sets_of
+
+    cache = 60 << 20
+    passes = [2 * m * k for m, k in shapes.rows(False)]
+    layers = [m * k + n * k // 2 for m, k, n in shapes.products(False)]
+    attentions = [3 * b * h * n * d for b, h, n, d, _ in shapes.attentions(False)]
+    for size in passes + layers + attentions:
+        assert size * sets_of(size, cache) > 1.15 * cache or size > cache, size
 
 
 def test_floors():
