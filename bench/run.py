@@ -7,7 +7,8 @@ benchmark, thread count and peer, pinned to as many cores as it has threads. Run
 ``python -m bench.update_docs``. ``--isa avx2`` holds everybody to AVX2, as a stand-in for a machine without VNNI.
 
 The file is written after every process; ``--resume`` runs what it still lacks. Each row is a ratio of one process, so
-that a run in parts loses nothing but the machine's mood in common.
+that a run in parts loses nothing but the machine's mood in common. With ``--quick`` or ``--only`` it is one in
+``build/bench``: a part does not replace the results of all.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
 TIMEOUT = 3600.0  # of one process
+PARTS = ROOT / "build" / "bench"
 PROFILED = "ViT-S/16 b1"
 
 
@@ -160,6 +162,7 @@ def resumed(target: Path, fresh: dict[str, Any], chosen: set[str]) -> tuple[dict
 
 
 def _write(target: Path, record: dict[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(_short(record), indent=1, allow_nan=False) + "\n")
     os.replace(partial, target)
@@ -174,7 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", help="comma-separated; 'none' for no one (default: all)")
     parser.add_argument("--isa", choices=["avx2"], help="hold everybody to it")
     parser.add_argument("--import", dest="modules", action="append", default=[], help="module with more of either kind")
-    parser.add_argument("--output", type=Path, help="default: bench/results/<machine>.json")
+    parser.add_argument(
+        "--output", type=Path, help="default: bench/results/<machine>.json, of a part build/bench/<machine>.json"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="run what an interrupted run's file lacks; same arguments"
     )
@@ -189,12 +194,17 @@ def main(argv: list[str] | None = None) -> int:
         chosen = selection(args.only, args.quick)
     except ValueError as error:
         parser.error(str(error))
+    if args.isa and args.isa == environment()["cpu_isa"] and "VITQ_CPU_ISA" not in os.environ:
+        print(f"nothing is timed: this machine has {args.isa} at best, and a run without --isa is one held to it")
+        return 0
     about = environment() | {"commit": commit(), "date": datetime.date.today().isoformat()}
     if args.isa:
         about["cpu_isa"] = args.isa
     del about["threads"]
     record: dict[str, Any] = {"environment": about, "quick": args.quick, "rows": [], "wrong": {}, "absent": {}}
     counts = [int(n) for n in args.threads.split(",")]
+    if left_out := [name for name in registry.peers if name not in peers]:
+        record["absent"] |= dict.fromkeys(left_out, "not asked for (--peers)")
     if lacking := [n for n in counts if n > cores()]:
         record["absent"] |= {f"{n} threads": f"{cores()} cores to run on" for n in lacking}
     plan = [
@@ -205,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if args.only is None:
         plan.append(["profile", counts[0], None])
-    target = args.output or RESULTS / f"{machine(about)}.json"
+    folder = PARTS if args.quick or args.only else RESULTS
+    target = args.output or folder / f"{machine(about)}.json"
     if args.resume:
         try:
             record, plan = resumed(target, record, set(chosen))

@@ -84,6 +84,7 @@ def test_whole_models_and_a_peer(tmp_path, monkeypatch):
     whole._folder.cache_clear()
     whole._states.cache_clear()
     monkeypatch.setattr(whole, "PACKAGED", "W4A8 static")
+    monkeypatch.setattr(whole, "TURN", 1e-9)
     row, packaged = harness.measure(model, "digits b2", 1, 0.0, rounds=2)
     assert packaged["ours"] == "W4A8 static, AOTInductor"
     assert packaged["ours_sqnr_db"] == pytest.approx(row["ours_sqnr_db"], abs=0.01)
@@ -94,13 +95,15 @@ def test_whole_models_and_a_peer(tmp_path, monkeypatch):
     assert row["ours_sqnr_db"] > 10
     assert row["ours_agreement"] > 0.8
     assert row["ours_mb"] < row["baseline_mb"] / 4
-    monkeypatch.setattr(whole, "PEER_TURN", 0.0)
     registry.peers["eager again"] = registry.Peer("eager again", lambda model, *_: model)
     try:
-        (beside,) = harness.measure(model, "digits b2", 1, 0.0, "eager again", rounds=2)
+        beside, ahead = harness.measure(model, "digits b2", 1, 0.0, "eager again", rounds=2)
+        turns = {model.prepare("digits b2", peer).turn for peer in (None, "eager again")}
     finally:
         del registry.peers["eager again"]
-    assert beside["baseline"] == "eager again"
+    assert turns == {1e-9}  # figures with and without a peer are taken alike
+    assert beside["baseline"] == ahead["baseline"] == "eager again"
+    assert ahead["ours"] == packaged["ours"]
     assert beside["baseline_agreement"] == 1.0
     assert beside["ours_sqnr_db"] == pytest.approx(row["ours_sqnr_db"], abs=0.01)
     assert harness.measure(block, "digits b1", 1, 0.0, rounds=2)[0]["ratio"] > 0
@@ -188,6 +191,34 @@ def test_held_to_avx2_whoever_cannot_be_is_absent(tmp_path, importable):
     _, record = start(tmp_path, "--isa", "avx2")
     assert record["absent"]["wide"] == "nothing holds it to avx2"
     assert record["environment"]["cpu_isa"] == "avx2"
+
+
+def test_a_part_does_not_replace_the_results_of_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "all")
+    monkeypatch.setattr(run, "PARTS", tmp_path / "parts")
+    monkeypatch.setattr(run, "environment", lambda: {"cpu": "c", "cores": 2, "cpu_isa": "avx2", "threads": 1})
+    monkeypatch.setattr(run.Run, "process", lambda self, job: {"rows": [], "wrong": {}, "absent": {}})
+
+    def written() -> list[str]:
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))
+
+    for words in (["--quick"], ["--only", "norm:197x384"]):
+        assert run.main([*words, "--peers", "none"]) == 0
+        assert written() == ["parts/c-2-cores-avx2.json"]
+    assert run.main([]) == 0
+    assert written() == ["all/c-2-cores-avx2.json", "parts/c-2-cores-avx2.json"]
+    # Everything is held to AVX2 already: the same file would lose its peers.
+    (tmp_path / "all" / "c-2-cores-avx2.json").write_text("kept")
+    assert run.main(["--isa", "avx2", "--peers", "none"]) == 0
+    assert "a run without --isa is one held to it" in capsys.readouterr().out
+    assert (tmp_path / "all" / "c-2-cores-avx2.json").read_text() == "kept"
+
+
+def test_peers_that_were_not_asked_for_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.Run, "process", lambda self, job: {"rows": [], "wrong": {}, "absent": {}})
+    target = tmp_path / "out.json"
+    run.main(["--only", "tiny", "--peers", "none", "--threads", "1", "--output", str(target)])
+    assert json.loads(target.read_text())["absent"]["fake"] == "not asked for (--peers)"
 
 
 @pytest.mark.parametrize("words", [["--only", "nothing"], ["--peers", "nobody"]])
@@ -295,20 +326,27 @@ def test_goals_are_held_against_what_was_measured():
     }
     attention = row(2.0, 1.0, 1.0, bench="attention", case="1x6x197", ours="8 bits, row anchor")
     slow = {**attention, "case": "1x6x65", "ratio": 0.5}
+    # Eager is slower in the process without peers: by speed-ups over it ours would be ahead of "quick".
     peers = [
         model("W4A8 static", 1.0, "slow", baseline_speedup=1.5),
-        model("W4A8 static", 1.0, "quick", baseline_speedup=2.0),
+        model("W4A8 static", 0.5, "quick", baseline_speedup=2.0),
     ]
     full = {
         "environment": {"cpu_isa": "avx512_vnni"},
         "rows": [linear("w4a8", 1.0), linear("w8a8", 1.5), attention, slow, model("W4A8 static", 3.0), *peers],
     }
-    assert list(pages.nearest_peers(full)) == [(3.0, 2.0, "quick")]
+    assert list(pages.nearest_peers(full)) == [(0.5, 2.0, "quick")]
     text = pages.goals_table(full, held | {"rows": [*held["rows"], linear("w8a8", 4.0)]})
     assert "| AVX2, linear, w4a8 | ≥ 3 × | 2.00 / 2.50 / 3.00 | 1 of 2 |" in text
     assert "| AVX2, ViT-S/16, W4A8 static | ≥ 2 × | 2.50 / 2.50 / 2.50 | 1 of 1 |" in text
     assert "| AVX2, w4a8, a branch of rank 32 more | ≤ 10 % | 5.00 / 12.50 / 20.00 | 1 of 2 |" in text
-    assert "| avx512_vnni, our fastest form beside the fastest peer | ≥ 1 × | 1.50 / 1.50 / 1.50 | 1 of 1 |" in text
+    assert "| AVX2, ours beside the fastest peer | ≥ 1 × | – | not timed |" in text
+    assert "| avx512_vnni, ours beside the fastest peer, in its process | ≥ 1 × | 0.50 / 0.50 / 0.50 | 0 of 1 |" in text
+    assert "the same by times of two processes, AOTInductor too | ≥ 1 × | 2.00 / 2.00 / 2.00 | 1 of 1 |" in text
+    packaged = model("W8A8 static, AOTInductor", 1.1, "quick", baseline_speedup=2.0)
+    text = pages.goals_table(full | {"rows": [*full["rows"], packaged]}, held)
+    assert "in its process | ≥ 1 × | 1.00 / 1.00 / 1.00 | 1 of 1 |" in text  # now "slow" is the hardest to beat
+    assert "two processes" not in text
     said = pages.ranges(full, held | {"rows": [*held["rows"], linear("w8a8", 4.0)]})
     assert (
         "batch 1 and 8, 1 threads, W4A8 runs at 6.0 to 6.0 times float32 and W8A8 at 4.0 to 4.0 times (AVX512-VNNI)"
