@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .registry import peer
+from .registry import Absent, peer
 
 Run = Callable[[Tensor], Tensor]
 
@@ -29,6 +29,13 @@ def parts(images: Tensor, example: Tensor) -> list[Tensor]:
 @peer("torch.compile fp32")
 def compiled(model: nn.Module, images: Tensor, example: Tensor, threads: int) -> Run:
     return torch.compile(model)
+
+
+@peer("torch.compile bf16")
+def compiled_bf16(model: nn.Module, images: Tensor, example: Tensor, threads: int) -> Run:
+    """What a processor with 16-bit matrix units (AMX) is used for without any calibration."""
+    run = torch.compile(copy.deepcopy(model).bfloat16())
+    return lambda x: run(x.bfloat16()).float()
 
 
 @peer("PT2E X86Inductor int8", needs=["torchao"])
@@ -76,11 +83,17 @@ def torchao_8da4w(model: nn.Module, images: Tensor, example: Tensor, threads: in
     return model
 
 
-def _openvino(converted, threads: int) -> Run:
+def _openvino(converted, threads: int, precision: str | None = None) -> Run:
+    """``precision``: of the float parts; None leaves it to OpenVINO, which takes bf16 where the hardware has it."""
     import openvino
 
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    settings |= {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
+    compiled = openvino.Core().compile_model(converted, "CPU", settings)
+    chosen = compiled.get_property("INFERENCE_PRECISION_HINT")
+    if precision is not None and chosen != getattr(openvino.Type, precision):
+        raise Absent(f"OpenVINO computes in {chosen.to_string()} here, expected {precision}")
+    request = compiled.create_infer_request()
     return lambda x: torch.from_numpy(request.infer([x.numpy()])[0])
 
 
@@ -92,7 +105,12 @@ def _converted(model: nn.Module, example: Tensor):
 
 @peer("OpenVINO fp32", needs=["openvino"], overrides=None)
 def openvino_fp32(model: nn.Module, images: Tensor, example: Tensor, threads: int) -> Run:
-    return _openvino(_converted(model, example), threads)
+    return _openvino(_converted(model, example), threads, "f32")
+
+
+@peer("OpenVINO bf16", needs=["openvino"], overrides=None)
+def openvino_bf16(model: nn.Module, images: Tensor, example: Tensor, threads: int) -> Run:
+    return _openvino(_converted(model, example), threads, "bf16")
 
 
 @peer("OpenVINO NNCF int8", needs=["openvino", "nncf"], overrides=None)

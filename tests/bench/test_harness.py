@@ -16,6 +16,7 @@ from bench import (
     instructions,
     ops,  # noqa: F401  (registers)
     pages,
+    peers,
     registry,
     run,
     update_docs,
@@ -238,6 +239,16 @@ def test_names_are_taken_once():
 def test_a_machine_has_a_file_name():
     about = {"cpu": "Intel(R) Core(TM) i7-8550U CPU @ 1.80GHz", "cores": 4, "cpu_isa": "avx2"}
     assert run.machine(about) == "intel-core-i7-8550u-1.80ghz-4-cores-avx2"
+
+
+def test_a_16_bit_peer_leaves_the_model_as_it_was(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    model, x = torch.nn.Linear(8, 4), torch.randn(2, 8)
+    run = peers.compiled_bf16(model, x, x, 1)
+    with torch.no_grad():
+        assert run(x).dtype == model(x).dtype == torch.float32
+        assert torch.equal(run(x), model(x).bfloat16().float()) or (run(x) - model(x)).abs().max() < 0.05
+    assert not torch.equal(run(x), model(x))
 
 
 # Comparison
