@@ -2,11 +2,11 @@
 
 python -m bench.calibration_cost            # writes bench/results/calibration_cost.json; update_docs.py makes the table
 
-Measured: seconds of one learning step on this machine, and what a step asks of any machine: operators, floating-point
-operations, bytes read and written. Both are differences between runs of two lengths, so that only steps count.
-Estimated: a GPU launches the operators one after the other and is done no sooner than the host has issued them, or than
-each has moved its bytes or done its arithmetic. The assumptions are the constants below; no GPU was timed. Where there
-is one, ``bench.gpu.check`` measures the same steps on it, beside the estimate.
+Measured: seconds of one learning step on one thread of this machine, and what a step asks of any machine: operators,
+floating-point operations, bytes read and written. Both are differences between runs of two lengths, so that only steps
+count. Estimated: a GPU launches the operators one after the other and is done no sooner than the host has issued them,
+or than each has moved its bytes or done its arithmetic. The assumptions are the constants below; no GPU was timed.
+Where there is one, ``bench.gpu.check`` measures the same steps on it, beside the estimate.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from vitq.bench.environment import environment
+from vitq.bench.latency import threads
 from vitq.calibrate import calibrate
 from vitq.recipes import Recipe, load_recipe, parse
 from vitq.sources import ModelSource, load_float
@@ -151,7 +152,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps that the longer of two runs has more")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
-    record = measure(args.model, load_recipe(args.recipe), (1, 1 + args.steps))
+    with threads(1):
+        record = measure(args.model, load_recipe(args.recipe), (1, 1 + args.steps))
     args.output.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:
         print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()})

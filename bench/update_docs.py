@@ -152,7 +152,11 @@ def serving_pages(text: str, record: dict) -> str:
             f"way at any time: the second replica answered after {scaled['seconds']:.0f} s; {scaled['answers']} "
             "requests until then and in the 10 s after, none refused, none answered wrongly."
         )
-    tables = {"serving-load": table(record["rows"], load), "serving-overhead": table(record["overhead"], overhead),
+    about = record["environment"]
+    busy = f"{about['cores']} cores, {about['threads']} thread a model; load average of the minute before: "
+    busy += f"{record['load_average']:.1f}, of what else ran."
+    tables = {"serving-load": f"{table(record['rows'], load)}\n\n{busy}",
+              "serving-overhead": table(record["overhead"], overhead),
               "serving-scaling": scaling,
               "serving-faults": f"{line}\n\n{table(kinds, {'what': 'malformed', 'n': 'requests'})}"}  # fmt: skip
     for name, body in tables.items():
@@ -173,6 +177,12 @@ def onnx_table(record: dict) -> str:
                "onnx_ms": "ONNX Runtime ms"}  # fmt: skip
     host = record["environment"]
     note = f"Batch {rows[0]['batch']}, one thread of {host['cpu']}, ONNX Runtime {host['onnxruntime']}."
+    floats = {name: [row["float_ms"] for row in record["rows"] if row["model"] == name] for name in
+              dict.fromkeys(row["model"] for row in record["rows"])}  # fmt: skip
+    apart = max(max(ms) / min(ms) for ms in floats.values())
+    note += (
+        f" Milliseconds compare within a row: the same float model took {apart:.1f} times as long in one as in another."
+    )
     return f"{table(rows, columns)}\n\n{note}"
 
 

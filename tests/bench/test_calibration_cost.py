@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from vitq.bench.latency import threads
 from vitq.recipes import load_recipe
 
 from bench import calibration_cost
@@ -41,8 +42,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     measure = calibration_cost.measure
     monkeypatch.setattr(calibration_cost, "measure", lambda *args: measure(*args, **small))
     monkeypatch.setattr(sys, "argv", ["calibration_cost", "--steps", "2", "--output", str(path)])
-    calibration_cost.main()
+    with threads(2):
+        calibration_cost.main()
     record = json.loads(path.read_text())
+    assert record["environment"]["threads"] == 1  # as the table's heading says
     assert {row["method"] for row in record["rows"]} == {"allocate.rank_search", "reconstruct.blocks"}
     for row in record["rows"]:
         assert row["operators"] > 100
