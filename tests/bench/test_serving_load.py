@@ -58,6 +58,7 @@ def test_percentages_and_kinds_reach_the_page():
         "overhead": [{"who": "engine", "ms": 1.0, "over_ms": 0.0}],
         "faults": {"requests": 10, "malformed": {"NaN": 2}, "wrong": [], "statuses": {"200": 8, "400": 2},
                    "resident_mb": [100.0, 101.0, 102.0]},
+        "environment": {"cores": 2, "threads": 1}, "load_average": 0.25,
         "scaling": {"replicas": 2, "target": 3, "clients": 4, "seconds": 5.4, "answers": 6},
     }  # fmt: skip
     names = ("serving-load", "serving-scaling", "serving-overhead", "serving-faults")
@@ -68,6 +69,7 @@ def test_percentages_and_kinds_reach_the_page():
     assert "| engine | integer | 1.00 | 2.00 | 2.00 |" in page
     assert "10 requests, 2 of them malformed: 0 wrong answers or statuses; statuses 200: 8, 400: 2" in page
     assert "| NaN | 2 |" in page
+    assert "load average of the minute before: 0.2, of what else ran" in page
 
 
 @pytest.mark.slow
