@@ -18,6 +18,7 @@ from ..evaluate import predict, sqnr_db, top1
 from ..models.digits_vit import NAME
 from ..recipes import load_recipe
 from ..sources import ModelSource, load_float
+from .environment import environment
 
 PAPER_FOCUS = {"anchor": "absolute", "power": 1.0, "below": "floor", "renormalize": False}
 FIXED = {"b1": 0.0, "b2": 1.0}
@@ -204,6 +205,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "the clean and the hard split. Reduced effort: closed forms as in `make demo`, and 120 steps a block where",
         "reconstruction is listed. Made by",
         "`python -m vitq.bench.ablation --output bench/results/ablation.json --markdown docs/ablation.md`.",
+        "",
+        "Rows alike in every figure are mostly one model: what a block's reconstruction learns is dropped where",
+        "held-out images prefer its start, and a search under a price may choose no branch anywhere.",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         lines += ["", f"## {group}", "", "| | clean top-1 | SQNR | hard top-1 | SQNR |", "|---|---|---|---|---|"]
@@ -225,7 +229,7 @@ def command(description: str, rows_of: Callable[[Runner], list[dict[str, Any]]],
     parser.add_argument("--limit", type=int, help="images per split (default: all)")
     args = parser.parse_args()
     rows = rows_of(lambda cases: run(cases, args.limit, lambda what, i, n: print(f"{i + 1}/{n} {what}", flush=True)))
-    args.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    args.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
     if args.markdown:
         args.markdown.write_text(page(rows))
 
