@@ -1,16 +1,23 @@
 """Clients that mean harm, or might as well: none gets in, stops the server, or takes what others need."""
 
 import json
+import threading
+import tracemalloc
 
 import pytest
-from loopback import listening
+import torch
+from loopback import infer_binary, infer_json, listening, logits_of, random_images
 from vitq import Engine
 
 pytest.importorskip("starlette", reason="needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 from starlette.datastructures import URL
 from starlette.requests import Request
+from vitq.serving import protocol
+from vitq.serving.protocol import Refused
 from vitq.serving.server import Server
+
+INFER = "/v2/models/tiny/infer"
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +39,68 @@ def test_the_host_header_opens_nothing(folders, monkeypatch):
 def test_nobody_is_sent_to_the_host_that_a_header_names(served):
     status, headers, body = served("GET", "/status/", None, {"Host": "elsewhere.example"})
     assert (status, headers["location"], json.loads(body)) == (404, None, {"error": "Not Found"})
+
+
+def body(**fields) -> str:
+    content = infer_json(random_images(1))
+    content["inputs"][0] |= fields
+    return json.dumps(content)
+
+
+def test_one_text_among_numbers_takes_no_room_for_each():
+    """numpy would make of this 50 kB an array of 800 MB."""
+    request = bytearray(body(data=["x" * 20_000] + [0] * 10_000).encode())
+    tracemalloc.start()
+    with pytest.raises(Refused, match="other values than numbers"):
+        protocol.parse(request, None)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 << 20
+
+
+def test_the_product_of_many_sizes_is_not_computed(monkeypatch):
+    """It takes their number squared: hours for what fits into a body."""
+    monkeypatch.setattr(protocol.math, "prod", None)
+    with pytest.raises(Refused, match="expected up to 8 sizes from 1") as refusal:
+        protocol.parse(bytearray(body(shape=[2**31 - 1] * 10_000).encode()), None)
+    assert len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize("fields", [{"shape": [0] + [2**31 - 1] * 7, "data": []}, {"data": [10**30] * 768}])
+def test_sizes_and_integers_beyond_64_bits(served, fields):
+    status, _, answer = served("POST", INFER, body(**fields))
+    assert (status, list(json.loads(answer))) == (400, ["error"])
+
+
+@pytest.mark.parametrize(
+    "request_body",
+    [
+        body(parameters={"\ud800": 1}).replace('"data"', '"x"'),
+        body(parameters={"binary_data_size": "\ud800"}).replace('"data"', '"x"'),
+        json.dumps(infer_json(random_images(1), parameters={"timeout": "\ud800"})),
+        json.dumps(infer_json(random_images(1), parameters={"binary_data_output": "\ud800"})),
+    ],
+)
+def test_what_utf8_does_not_have_is_quoted_in_another_way(served, request_body):
+    status, _, answer = served("POST", INFER, request_body)
+    assert status == 400
+    assert "\\ud800" in json.loads(answer)["error"]
+
+
+def test_logits_that_json_has_no_numbers_for(served):
+    huge = torch.full((1, 3, 16, 16), 3e38)
+    status, _, answer = served("POST", INFER, json.dumps(infer_json(huge)))
+    assert (status, "binary_data_output" in json.loads(answer)["error"]) == (400, True)
+    status, headers, answer = served("POST", INFER, *infer_binary(huge))
+    assert status == 200
+    assert logits_of(headers, answer).isnan().any()
+
+
+def test_long_json_is_parsed_apart_whatever_its_headers(served, monkeypatch):
+    seen, parse = [], protocol.parse
+    monkeypatch.setattr(protocol, "parse", lambda *given: (seen.append(threading.get_ident()), parse(*given))[1])
+    for padding in (0, 1 << 16):
+        request, headers = infer_binary(random_images(1))
+        headers = {name: str(int(length) + padding) for name, length in headers.items()}
+        assert served("POST", INFER, b" " * padding + request, headers)[0] == 200
+    assert seen[0] != seen[1]

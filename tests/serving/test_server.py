@@ -247,7 +247,7 @@ MALFORMED = {
     "NaN": (INFER, (json.dumps(infer_json(NAN)),), 400, "NaN or Inf"),
     "beyond float32": (INFER, (changed(data=[1e300] * 768),), 400, "NaN or Inf"),
     "digits without end": (INFER, ("9" * 10_000,), 400, "no JSON"),
-    "no images": (INFER, (json.dumps(infer_json(random_images(0))),), 400, "images has shape (0, 3"),
+    "no images": (INFER, (json.dumps(infer_json(random_images(0))),), 400, "images has shape [0, 3"),
     "too many images": (INFER, infer_binary(random_images(9)), 413, "images has shape (9, 3"),
     "an id of numbers": (INFER, (json.dumps(infer_json(random_images(1), id=3)),), 400, "id is 3"),
     "another output": (INFER, (json.dumps(infer_json(random_images(1), outputs=[{"name": "x"}])),), 400, "outputs is"),

@@ -171,7 +171,8 @@ class Server:
             except Exception:
                 log.exception("a request failed")
                 refusal = Refused(500, "internal error; the log has the cause")
-            about["error"] = str(refusal)
+            # What JSON may say, and UTF-8 not, is quoted by some refusals.
+            about["error"] = message = str(refusal).encode("utf-8", "backslashreplace").decode()
             headers = {}
             if refusal.retry_after is not None:
                 headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after)))
@@ -179,7 +180,7 @@ class Server:
                 headers["www-authenticate"] = "Bearer"
             if not await self._drained(request, refusal.status):
                 headers["connection"] = "close"
-            return JSONResponse({"error": str(refusal)}, refusal.status, headers)
+            return JSONResponse({"error": message}, refusal.status, headers)
 
         return answered
 
@@ -256,7 +257,7 @@ class Server:
         body = await self._body(request, min(self.limits.body_bytes, 32 * values + IN_LOOP_BYTES))
         length = request.headers.get(protocol.HEADER_LENGTH)
         parse = functools.partial(protocol.parse, body, length)
-        small = len(body) <= IN_LOOP_BYTES or length is not None
+        small = protocol.header_bytes(length, len(body)) <= IN_LOOP_BYTES
         infer = parse() if small else await anyio.to_thread.run_sync(parse, limiter=self._decoders)
         answer = await self._ask(self.engine, infer.images, infer.timeout, request.scope["vitq"])
         content, headers = protocol.respond(infer, answer.logits, self.name, answer.version)
