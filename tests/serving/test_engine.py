@@ -132,6 +132,16 @@ def test_any_mix_of_requests_gets_the_bits_of_the_model(engine, references):
     assert now.queue_ms["p99"] <= now.latency_ms["p99"]
 
 
+def test_who_has_an_answer_finds_it_counted(engine):
+    gate, seen = Gate(engine), []
+    answer = engine.submit(random_images(2))
+    answer.add_done_callback(lambda _: seen.append(engine.snapshot()))  # before anybody else can
+    gate.open.set()
+    answer.result(20)
+    engine.close()
+    assert [(now.requests, now.images, now.batches) for now in seen] == [(1, 2, 1)]
+
+
 def test_what_waits_is_batched_up_to_the_largest_bucket(engine):
     gate = Gate(engine)
     first = engine.submit(random_images(1))

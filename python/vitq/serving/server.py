@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..bench.environment import cores
+from ..checkpoint import DataConfig
 from . import images, protocol
 from .engine import Answer, Closed, DeadlineExceeded, Engine, Overloaded
 from .protocol import DATATYPE, INPUT, OUTPUT, Refused
@@ -87,7 +89,7 @@ class Server:
         #: set when no more requests are to be sent here: readiness says so
         self.closing = False
         self._token = None if token is None else f"Bearer {token}".encode()
-        self._transform = images.warm(images.transform(engine.served.data, self.limits.pixels))
+        images.warm(images.transform(engine.served.data, self.limits.pixels))
         self._pending = self._held = 0
         self._decoders = anyio.CapacityLimiter(cores())
         self._registry = CollectorRegistry()
@@ -237,7 +239,9 @@ class Server:
         return body
 
     async def _ask(self, engine: Engine, x: Tensor, timeout: float | None, about: dict[str, Any]) -> Answer:
-        seconds = min(self.limits.answer_s, timeout or math.inf)
+        """Within ``timeout`` seconds, and what is left of those that the caller gives the whole answer."""
+        left = max(1e-6, anyio.current_effective_deadline() - anyio.current_time())
+        seconds = min(left, timeout or math.inf)
         try:
             future = engine.submit(x, seconds)
         except ValueError as error:
@@ -258,33 +262,40 @@ class Server:
         length = request.headers.get(protocol.HEADER_LENGTH)
         parse = functools.partial(protocol.parse, body, length)
         small = protocol.header_bytes(length, len(body)) <= IN_LOOP_BYTES
-        infer = parse() if small else await anyio.to_thread.run_sync(parse, limiter=self._decoders)
-        answer = await self._ask(self.engine, infer.images, infer.timeout, request.scope["vitq"])
+        with anyio.fail_after(self.limits.answer_s):
+            infer = parse() if small else await anyio.to_thread.run_sync(parse, limiter=self._decoders)
+            answer = await self._ask(self.engine, infer.images, infer.timeout, request.scope["vitq"])
+        self._known(request, answer.version)
         content, headers = protocol.respond(infer, answer.logits, self.name, answer.version)
         return Response(content, headers=headers)
 
     async def _classify(self, request: Request) -> Response:
         """?top=5 classes of the image in the body; ?float=1 adds those of the float model."""
-        data, query = self.engine.served.data, request.query_params
-        k = query.get("top", str(min(5, data.num_classes)))
-        if not (k.isascii() and k.isdigit() and len(k) < 10 and 1 <= int(k) <= data.num_classes):
-            raise Refused(400, f"top is {k[:40]!r}, expected 1 to {data.num_classes}")
+        most, query = self.engine.served.data.num_classes, request.query_params
+        k = query.get("top", str(min(5, most)))
+        if not (k.isascii() and k.isdigit() and len(k) < 10 and 1 <= int(k) <= most):
+            raise Refused(400, f"top is {k[:40]!r}, expected 1 to {most}")
         if (compared := query.get("float", "0")) not in ("0", "1") or (compared == "1" and self.reference is None):
             raise Refused(400, f"float is {compared[:40]!r}, expected 0, or 1 where a float model is served beside")
-        body = await self._body(request, self.limits.body_bytes)
-        start = time.perf_counter()
-        x = await anyio.to_thread.run_sync(self._pixels, body, limiter=self._decoders)
-        decoded = time.perf_counter() - start
+        body, about = await self._body(request, self.limits.body_bytes), request.scope["vitq"]
+        with anyio.fail_after(self.limits.answer_s):
+            served = answer = None
+            while answer is None or answer.version != served.version:  # which may want its images otherwise
+                served, start = self.engine.served, time.perf_counter()
+                x = await anyio.to_thread.run_sync(self._pixels, body, served.data, limiter=self._decoders)
+                decoded = time.perf_counter() - start
+                answer = await self._ask(self.engine, x, None, about)
+            answers = {"integer": answer}
+            if compared == "1":
+                answers["float"] = await self._ask(self.reference, x, None, about)
         content: dict[str, Any] = {"model": self.name, "decode_ms": decoded * 1e3}
-        sides = {"integer": self.engine} | ({"float": self.reference} if compared == "1" else {})
-        for side, engine in sides.items():
-            answer = await self._ask(engine, x, None, request.scope["vitq"])
-            classes = images.top(answer.logits[0], int(k), data.class_names)
+        for side, answer in answers.items():
+            classes = images.top(answer.logits[0], int(k), served.data.class_names)
             content[side] = {"top": classes, "queue_ms": answer.queued_s * 1e3, "run_ms": answer.run_s * 1e3}
         return JSONResponse(content)
 
-    def _pixels(self, body: bytearray) -> Tensor:
-        return self._transform(images.decode(body, self.limits.pixels))[None]
+    def _pixels(self, body: bytearray, data: DataConfig) -> Tensor:
+        return images.transform(data, self.limits.pixels)(images.decode(body, self.limits.pixels))[None]
 
     async def _page(self, request: Request) -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": POLICY})
@@ -326,11 +337,11 @@ class Server:
             {"name": self.name, "versions": versions, "platform": "vitq", "inputs": inputs, "outputs": outputs}
         )
 
-    def _known(self, request: Request) -> None:
+    def _known(self, request: Request, served: int | None = None) -> None:
         name, version = request.path_params["name"], request.path_params.get("version")
         if name != self.name:
             raise Refused(404, f"there is no model {name[:80]!r}, expected {self.name!r}")
-        if version is not None and version != (own := str(self.engine.served.version)):
+        if version is not None and version != (own := str(served or self.engine.served.version)):
             raise Refused(404, f"there is no version {version[:40]!r}, expected {own!r}")
 
 
