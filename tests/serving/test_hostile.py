@@ -1,21 +1,25 @@
 """Clients that mean harm, or might as well: none gets in, stops the server, or takes what others need."""
 
+import contextlib
 import json
+import socket
 import threading
+import time
 import tracemalloc
 
 import pytest
 import torch
-from loopback import infer_binary, infer_json, listening, logits_of, random_images
-from vitq import Engine
+from loopback import SMALL, infer_binary, infer_json, listening, logits_of, quantized, random_images
+from vitq import Engine, checkpoint
 
 pytest.importorskip("starlette", reason="needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 from starlette.datastructures import URL
 from starlette.requests import Request
 from vitq.serving import protocol
+from vitq.serving.command import set_options
 from vitq.serving.protocol import Refused
-from vitq.serving.server import Server
+from vitq.serving.server import Limits, Server
 
 INFER = "/v2/models/tiny/infer"
 
@@ -104,3 +108,25 @@ def test_long_json_is_parsed_apart_whatever_its_headers(served, monkeypatch):
         headers = {name: str(int(length) + padding) for name, length in headers.items()}
         assert served("POST", INFER, b" " * padding + request, headers)[0] == 200
     assert seen[0] != seen[1]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no TCP_USER_TIMEOUT")
+def test_who_never_reads_answers_keeps_nothing(tmp_path):
+    """A second request waits until the first one's answer, of megabytes, is taken."""
+    checkpoint.save(tmp_path / "wide", quantized(0, **{**SMALL, "num_classes": 5000}))
+    limits = Limits(pending=2, body_s=0.2, answer_s=0.5)
+    request = json.dumps(infer_json(torch.zeros(32, 3, 16, 16))).encode()
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(request)}\r\n\r\n".encode()
+    with Engine(tmp_path / "wide", buckets=(32,)) as engine, contextlib.ExitStack() as sockets:
+        app = Server(engine, "tiny", limits=limits)
+        with listening(app, lambda listener: set_options(listener, limits)) as client:
+            for _ in range(2):
+                deaf = sockets.enter_context(socket.socket())
+                deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                deaf.connect(("127.0.0.1", client.port))
+                deaf.sendall(2 * (head + request))
+            deadline = time.monotonic() + 30
+            while engine.snapshot().requests < 4 or app._pending:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert client("GET", "/status")[0] == 200
