@@ -22,6 +22,7 @@ from anyio import CapacityLimiter
 from loopback import SMALL, Client, infer_binary, infer_json, listening, logits_of, quantized, random_images
 from PIL import Image
 from vitq import Engine, checkpoint
+from vitq.data.folder import read_image
 from vitq.serving.engine import Answer
 
 pytest.importorskip("starlette", reason="needs the extra 'serve'")
@@ -242,6 +243,15 @@ def test_an_image_is_turned_upright(client):
     upright.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
     same = [json.loads(client("POST", "/classify", body)[2])["integer"]["top"] for body in (picture(), file.getvalue())]
     assert same[0] == same[1]
+
+
+def test_gray_of_16_bits_is_not_white():
+    gray, file = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256), io.BytesIO()
+    Image.fromarray(gray).save(file, "PNG")
+    found = np.asarray(files.decode(bytearray(file.getvalue()), gray.size))
+    assert np.array_equal(found, np.repeat((gray >> 8)[..., None], 3, 2))
+    file.seek(0)
+    assert np.array_equal(np.asarray(read_image(file)), found)
 
 
 # Malformed requests
