@@ -1,5 +1,6 @@
 """The engine: the model's bits whatever the batch, and every request answered or refused by name, whatever happens."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -165,6 +166,25 @@ def test_replicas_work_side_by_side(folders, references):
         answers = [engine.submit(random_images(2, i)) for i in range(4)]
         for i, answer in enumerate(answers):
             assert torch.equal(answer.result(20).logits, references[0](random_images(2, i)))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here")
+def test_workers_that_may_not_be_pinned_work(folders, monkeypatch, caplog):
+    def forbidden(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    made = []
+    maker = threading.Thread(
+        target=lambda: made.append(Engine(folders[0], replicas=2, threads=1, buckets=(1,))), daemon=True
+    )
+    maker.start()
+    maker.join(60)
+    assert made
+    with made[0] as engine:
+        assert engine(random_images(1)).shape == (1, 7)
+    assert caplog.text.count("is not pinned to cores") == 2
 
 
 @pytest.mark.parametrize(

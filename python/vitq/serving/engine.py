@@ -373,7 +373,10 @@ class Engine:
             if self.replicas > 1 and hasattr(os, "sched_setaffinity"):
                 own = sorted(os.sched_getaffinity(0))[replica * self.threads : (replica + 1) * self.threads]
                 if len(own) == self.threads:
-                    os.sched_setaffinity(0, own)  # of this thread, and of the OpenMP threads that it starts
+                    try:
+                        os.sched_setaffinity(0, own)  # of this thread, and of the OpenMP threads that it starts
+                    except OSError as error:  # a sandbox may forbid it, and who made the engine waits for this thread
+                        log.warning("worker %d is not pinned to cores %s: %s", replica, own, error)
         ready.wait()
         batch, death = self._batches[replica], None
         while True:
