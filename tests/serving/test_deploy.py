@@ -120,10 +120,16 @@ def test_a_repository_within_its_checkpoint(folders, tmp_path):
 
 def test_the_kserve_manifest_starts_what_there_is():
     manifest = yaml.safe_load((ROOT / "deploy" / "kserve.yaml").read_text())
+    predictor = manifest["spec"]["predictor"]
     (container,) = manifest["spec"]["predictor"]["containers"]
     program, *argv = container["command"] + container["args"]
     arguments = parser().parse_args(argv)
     assert (program, arguments.command, arguments.name) == ("vitq", "serve", "vitq")
     assert arguments.port == container["ports"][0]["containerPort"]
-    probes = {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("readiness", "liveness")}
-    assert probes == {"/v2/health/ready", "/v2/health/live"}
+    probes = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")]
+    assert probes == ["/v2/health/live", "/v2/health/ready", "/v2/health/live"]
+    # Reading a body, answering it, and closing the engine.
+    assert predictor["terminationGracePeriodSeconds"] > arguments.body_timeout + 2 * arguments.timeout
+    # What Knative refuses and what only Knative scales by do not go together.
+    assert manifest["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "RawDeployment"
+    assert predictor["scaleMetric"] in ("cpu", "memory")
