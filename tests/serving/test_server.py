@@ -237,6 +237,21 @@ def test_images_are_preprocessed_for_the_checkpoint_that_answers(folders, tmp_pa
     assert [row["logit"] for row in found] == want.sort(descending=True).values.tolist()
 
 
+def test_an_image_is_not_copied_as_it_is_decoded():
+    body = bytearray(picture())
+    before = Image.core.get_stats()["new_count"]
+    files.decode(body, 10_000)
+    assert Image.core.get_stats()["new_count"] == before + 1
+
+
+def test_a_jpeg_is_turned_upright():
+    upright, exif, file = Image.open(io.BytesIO(picture("JPEG"))), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 3  # upside down: blocks of pixels then lie as before
+    upright.transpose(Image.Transpose.ROTATE_180).save(file, "JPEG", exif=exif, quality=100, subsampling=0)
+    found = files.decode(bytearray(file.getvalue()), 10_000)
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(upright)).max() < 8
+
+
 def test_an_image_is_turned_upright(client):
     upright, exif, file = Image.open(io.BytesIO(picture())), Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # to be shown turned right by 90 degrees
