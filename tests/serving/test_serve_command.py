@@ -220,9 +220,14 @@ def test_options_are_refused_before_anything_is_loaded(folders, capsys, monkeypa
     assert argv[0] in capsys.readouterr().err
 
 
-def test_a_short_token_is_refused(folders, capsys, monkeypatch):
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_short_token_is_refused(folders, capsys, monkeypatch, engine):
+    if engine == "ray":
+        pytest.importorskip("ray.serve", reason="needs the extra 'ray'")
     monkeypatch.setenv("VITQ_TOKEN", "short")
-    assert main(["serve", folders[0], "--port", "0"]) == 2
+    monkeypatch.setattr("vitq.serving.command.Engine", None)
+    monkeypatch.setattr("vitq.serving.command.read_config", None)
+    assert main(["serve", folders[0], "--port", "0", "--engine", engine]) == 2
     assert "the token has 5 characters" in capsys.readouterr().err
 
 

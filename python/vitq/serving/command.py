@@ -21,7 +21,7 @@ import uvicorn
 from ..checkpoint import read_config
 from ..sources import load_float
 from .engine import Engine, buckets_up_to, freeze
-from .server import JsonLines, Limits, Server, access, log
+from .server import JsonLines, Limits, Server, access, check_token, log
 
 RAY = ("max_replicas", "target")
 """Options that only Ray's engine has."""
@@ -44,8 +44,7 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
     token = os.environ.get("VITQ_TOKEN")
     if args.token_file:
         token = Path(args.token_file).read_text().strip()
-    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
-        raise ValueError(f"the token has {len(token)} characters, expected at least 16 printable ones of ASCII")
+    check_token(token)
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ValueError("one of --tls-cert and --tls-key is given, expected both or neither")
     if args.tls_cert is not None:
@@ -90,6 +89,7 @@ def _serve_on_ray(args: argparse.Namespace) -> None:
     for name in ("token_file", "tls_cert", "tls_key", "float"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is given with --engine ray, expected --engine local")
+    check_token(os.environ.get("VITQ_TOKEN"))
     read_config(args.checkpoint)
     from . import cluster
 

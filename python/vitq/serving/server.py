@@ -67,6 +67,12 @@ class Limits:
                 raise ValueError(f"{name} is {value}, expected a number above 0")
 
 
+def check_token(token: str | None) -> None:
+    """Raises ValueError for a bearer token that is soon guessed, or that no header carries."""
+    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
+        raise ValueError(f"the token has {len(token)} characters, expected at least 16 printable ones of ASCII")
+
+
 class Server:
     """The ASGI application around ``engine``, which whoever made it closes when this has ended.
 
