@@ -130,3 +130,20 @@ def test_who_never_reads_answers_keeps_nothing(tmp_path):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             assert client("GET", "/status")[0] == 200
+
+
+def test_who_has_no_token_keeps_nobody_out(folders):
+    """Bodies that were refused, and never come, are no requests in progress."""
+    limits = Limits(pending=2, body_s=20)
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode()
+    request, headers = infer_binary(random_images(1))
+    with (
+        Engine(folders[0], buckets=(1,)) as engine,
+        listening(Server(engine, "tiny", token="t" * 20, limits=limits)) as client,
+        contextlib.ExitStack() as sockets,
+    ):
+        for _ in range(4):
+            sockets.enter_context(socket.create_connection(("127.0.0.1", client.port))).sendall(head)
+        time.sleep(0.3)
+        status, _, answer = client("POST", INFER, request, headers | {"Authorization": f"Bearer {'t' * 20}"})
+        assert status == 200, answer

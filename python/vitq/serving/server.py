@@ -132,7 +132,7 @@ class Server:
             await self._app(scope, receive, send)
             return
         start, seen = time.perf_counter(), {"status": 0, "bytes": 0}
-        scope["vitq"] = about = {"route": "other"}
+        scope["vitq"] = about = {"route": "other", "pending": 1}
 
         async def sending(message) -> None:
             if message["type"] == "http.response.start":
@@ -143,7 +143,7 @@ class Server:
         try:
             await self._app(scope, receive, sending)
         finally:
-            self._pending -= 1
+            self._pending -= about.pop("pending")
             self._held -= about.pop("held", 0)
             seconds, route, status = time.perf_counter() - start, about.pop("route"), seen["status"]
             self._requests.labels(route, str(status)).inc()
@@ -186,6 +186,9 @@ class Server:
                 headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after)))
             if refusal.status == 401:
                 headers["www-authenticate"] = "Bearer"
+            # In nobody's way while the rest is read: who has no token could otherwise keep out those who have one.
+            self._pending -= about["pending"]
+            about["pending"] = 0
             if not await self._drained(request, refusal.status):
                 headers["connection"] = "close"
             return JSONResponse({"error": message}, refusal.status, headers)
