@@ -62,6 +62,20 @@ def test_one_text_among_numbers_takes_no_room_for_each():
     assert most < 4 << 20
 
 
+@pytest.mark.parametrize("item", ["[]", "{}", "[[]]"])
+def test_lists_of_nothing_take_no_room(item, monkeypatch):
+    monkeypatch.setattr(protocol, "_json", None)
+    with pytest.raises(Refused, match="lists and objects in"):
+        protocol.parse(bytearray(body(data=[0]).replace("[0]", "[" + ",".join([item] * 10_000) + "]").encode()), None)
+
+
+def test_rows_of_short_numbers_are_taken():
+    request = {"inputs": [{"name": "images", "shape": [64, 3, 8, 8], "datatype": "FP32"}]}
+    request["inputs"][0]["data"] = torch.zeros(64, 3, 8, 8, dtype=torch.int64).tolist()
+    found = protocol.parse(bytearray(json.dumps(request, separators=(",", ":")).encode()), None)
+    assert torch.equal(found.images, torch.zeros(64, 3, 8, 8))
+
+
 def test_the_product_of_many_sizes_is_not_computed(monkeypatch):
     """It takes their number squared: hours for what fits into a body."""
     monkeypatch.setattr(protocol.math, "prod", None)
