@@ -29,7 +29,7 @@ from .convert import check_state, to_integer
 from .devices import checked
 from .files import naming, save_tensors, temporary_beside
 from .models import adapter_for
-from .sources import REFUSALS
+from .sources import REFUSALS, check_arguments
 from .state import ModelState, SiteState
 
 FORMAT, VERSION = "vitq", 1
@@ -287,6 +287,7 @@ def build_float(path: Path, config: Config) -> nn.Module:
         raise CheckpointError(f"{path}: architecture is {config.architecture!r}, which timm {timm.__version__} lacks")
     with torch.random.fork_rng(devices=[]):
         try:
+            check_arguments(config.kwargs)
             return timm.create_model(config.architecture, pretrained=False, **config.kwargs).eval()
         except REFUSALS as error:
             raise CheckpointError(f"{path}: {config.architecture} refuses {config.kwargs}: {error}") from error

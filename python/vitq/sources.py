@@ -41,6 +41,13 @@ class ModelSource:
         return json.loads(json.dumps(asdict(self)))
 
 
+def check_arguments(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of ``timm.create_model`` that name a file: older timms unpickle it."""
+    if "checkpoint_path" in kwargs:
+        path = str(kwargs["checkpoint_path"])[:200]
+        raise ValueError(f"model arguments have checkpoint_path={path!r}, expected weights=<file> (--weights) instead")
+
+
 def load_float(source: ModelSource) -> nn.Module:
     """The float model of ``source`` in eval mode.
 
@@ -53,6 +60,7 @@ def load_float(source: ModelSource) -> nn.Module:
         near = timm.list_models(f"*{source.name.split('_')[0]}*")[:4]
         hint = f"; known ones include {', '.join(near)}" if near else ""
         raise ValueError(f"model is {source.name!r}, expected an architecture of timm{hint}")
+    check_arguments(source.kwargs)
     local = source.weights is not None
     torch.manual_seed(source.seed)
     pretrained = source.pretrained and not local

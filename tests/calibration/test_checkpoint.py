@@ -16,6 +16,7 @@ from vitq.calibrate import calibrate
 from vitq.checkpoint import CheckpointError
 from vitq.convert import to_integer
 from vitq.models import state_data
+from vitq.sources import ModelSource, load_float
 
 from vitq_kernels.formats import FocusSpec, LevelTable, QuantSpec
 
@@ -316,6 +317,19 @@ def test_architectures_that_do_not_fit(broken, field, value, match):
     folder, config, _ = broken
     reseal(folder, config | {field: value})
     refused(folder, match)
+
+
+def test_a_config_that_has_a_pickle_loaded(broken, monkeypatch):
+    """``checkpoint_path`` is timm's own argument, and old ones unpickle what it names."""
+    folder, config, _ = broken
+    weights = folder / "weights.pth"
+    weights.write_bytes(b"never read")
+    monkeypatch.setattr(timm, "create_model", None)
+    kwargs = config["kwargs"] | {"checkpoint_path": str(weights)}
+    reseal(folder, config | {"kwargs": kwargs})
+    refused(folder, f"checkpoint_path='{weights}', expected weights=<file>")
+    with pytest.raises(ValueError, match="expected weights=<file>"):
+        load_float(ModelSource(config["architecture"], pretrained=False, kwargs=kwargs))
 
 
 # Writing.

@@ -52,13 +52,14 @@ class Client:
 
 
 @contextlib.contextmanager
-def listening(app):
+def listening(app, set_options=lambda listener: None):
     """``app`` on a free port of loopback, in a thread."""
     import uvicorn
 
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=10)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        set_options(listener)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

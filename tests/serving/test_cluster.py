@@ -1,5 +1,6 @@
 """The service on Ray: the engine's bits, no request lost with a killed replica. Skipped, visibly, without ray."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from loopback import Client, infer_binary, infer_json, logits_of, random_images
 pytest.importorskip("ray", reason="needs the extra 'ray'")
 pytest.importorskip("ray.serve", reason="needs the extra 'ray'")
 from vitq.cli import main
+from vitq.serving import cluster
 from vitq.serving.cluster import Options, application
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +103,33 @@ def test_a_service_on_ray(running, references):
     assert client.json("GET", "/status")[1]["engine"]["failed"] == 0
     process.terminate()
     assert process.wait(120) == 0
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [("my-long-enough-token", None), ("my-long-enough-token", "of-nodes-long-enough"), (None, "of-nodes-long-enough")],
+)
+def test_the_token_of_who_deploys_is_the_gateways(monkeypatch, mine, theirs):
+    """Nodes have not the environment of who deploys: without a token, they would let anybody in."""
+
+    class Replicas:
+        about = SimpleNamespace(remote=lambda: asyncio.sleep(0, {}))
+
+    def node(token):
+        monkeypatch.setenv("VITQ_TOKEN", token) if token else monkeypatch.delenv("VITQ_TOKEN", raising=False)
+
+    monkeypatch.setattr(cluster, "freeze", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(cluster, "Remote", lambda *_: None)
+    monkeypatch.setattr(cluster, "Server", lambda *_, token, **__: token)
+    node(mine)
+    options, _, *given = application({"checkpoint": "out"})._bound_deployment.init_args
+    node(theirs)
+    made = cluster.Gateway.__bases__[0]  # of what Serve wraps
+    assert asyncio.run(made(options, Replicas, *given).__serve_build_asgi_app__()) == (mine or theirs)
+    node("short")
+    with pytest.raises(ValueError, match="the token has 5 characters"):
+        asyncio.run(made(options, Replicas).__serve_build_asgi_app__())
 
 
 def test_the_deploy_file_is_of_this_application():

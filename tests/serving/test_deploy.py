@@ -1,7 +1,10 @@
 """What other servers are given: Triton's model repository and KServe's manifest."""
 
+import errno
 import importlib.util
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,6 +13,7 @@ import pytest
 import torch
 import yaml
 from loopback import random_images
+from vitq import checkpoint
 from vitq.cli import main, parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,12 +90,46 @@ def test_a_repository_is_replaced_whole_or_not_at_all(folders, repository, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["precious", "tiny"]
 
 
+def test_a_repository_that_cannot_be_replaced_stays(folders, tmp_path, monkeypatch, capsys):
+    target, rename, left = tmp_path / "tiny", os.rename, [False, True]
+    assert main(["export", folders[0], "--format", "triton", "--output", str(target)]) == 0
+    before = {file: file.read_bytes() for file in target.rglob("*") if file.is_file()}
+
+    def failing(source, destination):
+        if left and left.pop(0):
+            raise OSError(errno.EIO, "out of order", str(destination))
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", failing)
+    assert main(["export", folders[1], "--format", "triton", "--output", str(target), "--force"]) == 2
+    assert "out of order" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in target.rglob("*") if file.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_repository_within_its_checkpoint(folders, tmp_path):
+    """Of the checkpoint there is what one consists of, not what else lies in its folder."""
+    shutil.copytree(folders[0], tmp_path / "out")
+    assert (
+        main(["export", str(tmp_path / "out"), "--format", "triton", "--output", str(tmp_path / "out" / "tiny")]) == 0
+    )
+    found = tmp_path / "out" / "tiny" / "1" / "checkpoint"
+    assert sorted(p.name for p in found.iterdir()) == sorted(p.name for p in Path(folders[0]).iterdir())
+    assert checkpoint.read_config(found) == checkpoint.read_config(folders[0])
+
+
 def test_the_kserve_manifest_starts_what_there_is():
     manifest = yaml.safe_load((ROOT / "deploy" / "kserve.yaml").read_text())
+    predictor = manifest["spec"]["predictor"]
     (container,) = manifest["spec"]["predictor"]["containers"]
     program, *argv = container["command"] + container["args"]
     arguments = parser().parse_args(argv)
     assert (program, arguments.command, arguments.name) == ("vitq", "serve", "vitq")
     assert arguments.port == container["ports"][0]["containerPort"]
-    probes = {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("readiness", "liveness")}
-    assert probes == {"/v2/health/ready", "/v2/health/live"}
+    probes = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")]
+    assert probes == ["/v2/health/live", "/v2/health/ready", "/v2/health/live"]
+    # Reading a body, answering it, and closing the engine.
+    assert predictor["terminationGracePeriodSeconds"] > arguments.body_timeout + 2 * arguments.timeout
+    # What Knative refuses and what only Knative scales by do not go together.
+    assert manifest["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "RawDeployment"
+    assert predictor["scaleMetric"] in ("cpu", "memory")

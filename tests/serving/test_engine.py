@@ -1,5 +1,6 @@
 """The engine: the model's bits whatever the batch, and every request answered or refused by name, whatever happens."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -132,6 +133,16 @@ def test_any_mix_of_requests_gets_the_bits_of_the_model(engine, references):
     assert now.queue_ms["p99"] <= now.latency_ms["p99"]
 
 
+def test_who_has_an_answer_finds_it_counted(engine):
+    gate, seen = Gate(engine), []
+    answer = engine.submit(random_images(2))
+    answer.add_done_callback(lambda _: seen.append(engine.snapshot()))  # before anybody else can
+    gate.open.set()
+    answer.result(20)
+    engine.close()
+    assert [(now.requests, now.images, now.batches) for now in seen] == [(1, 2, 1)]
+
+
 def test_what_waits_is_batched_up_to_the_largest_bucket(engine):
     gate = Gate(engine)
     first = engine.submit(random_images(1))
@@ -155,6 +166,25 @@ def test_replicas_work_side_by_side(folders, references):
         answers = [engine.submit(random_images(2, i)) for i in range(4)]
         for i, answer in enumerate(answers):
             assert torch.equal(answer.result(20).logits, references[0](random_images(2, i)))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here")
+def test_workers_that_may_not_be_pinned_work(folders, monkeypatch, caplog):
+    def forbidden(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    made = []
+    maker = threading.Thread(
+        target=lambda: made.append(Engine(folders[0], replicas=2, threads=1, buckets=(1,))), daemon=True
+    )
+    maker.start()
+    maker.join(60)
+    assert made
+    with made[0] as engine:
+        assert engine(random_images(1)).shape == (1, 7)
+    assert caplog.text.count("is not pinned to cores") == 2
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import json
+import os
+import re
 import shutil
 import signal
 import socket
@@ -15,7 +18,7 @@ import threading
 import pytest
 import torch
 from loopback import infer_binary, logits_of, random_images
-from vitq import checkpoint
+from vitq import Engine, checkpoint
 from vitq.cli import main
 
 pytest.importorskip("starlette", reason="needs the extra 'serve'")
@@ -88,7 +91,6 @@ def test_a_server_from_start_to_end(folders, references, tmp_path):
 
 def test_small_packets_are_sent_at_once(folders, monkeypatch):
     """An answer goes out in two; the second must not wait until the first is acknowledged."""
-    from vitq import Engine
     from vitq.serving.command import listen
     from vitq.serving.server import Server
 
@@ -104,6 +106,66 @@ def test_small_packets_are_sent_at_once(folders, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         asyncio.run(listen(Server(Engine(folders[0], buckets=(1,)), "tiny"), listening))
     assert found == [1]
+
+
+@pytest.fixture
+def listening(folders, monkeypatch):
+    """A function that runs ``listen`` around a coroutine function instead of a server's loop."""
+    from vitq.serving.command import listen
+    from vitq.serving.server import Server
+
+    def run(engine, do):
+        monkeypatch.setattr(uvicorn.Server, "serve", lambda self, sockets: do())
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            asyncio.run(listen(Server(engine, "tiny"), listener, folders[0]))
+
+    return run
+
+
+def test_signals_that_come_during_a_reload_are_one(folders, listening):
+    """Each would be waited for at the end."""
+    with Engine(folders[0], buckets=(1,)) as engine:
+        swap, began, gate = engine.swap, [], threading.Event()
+        engine.swap = lambda folder: (began.append(folder), gate.wait(20), swap(folder))
+
+        async def hang_up() -> None:
+            for _ in range(10):
+                os.kill(os.getpid(), signal.SIGHUP)
+                await asyncio.sleep(0.02)
+            gate.set()
+            while engine.served.version < 3:
+                await asyncio.sleep(0.01)
+
+        listening(engine, hang_up)
+        assert began == [folders[0]] * 2
+
+
+def test_a_reload_that_the_end_finds_running_leaves_nothing_frozen(folders, listening):
+    """What the collector never sees is never freed, which libraries complain of at exit."""
+    with Engine(folders[0], buckets=(1,)) as engine:
+        swap, began, gate = engine.swap, threading.Event(), threading.Event()
+        engine.swap = lambda folder: (began.set(), gate.wait(20), swap(folder))
+
+        async def end() -> None:
+            os.kill(os.getpid(), signal.SIGHUP)
+            while not began.is_set():
+                await asyncio.sleep(0.01)
+            asyncio.get_running_loop().call_later(0.3, gate.set)
+
+        listening(engine, end)
+        assert (engine.served.version, gc.get_freeze_count()) == (2, 0)
+
+
+def test_an_address_of_ipv6(folders):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 on loopback")
+    with process(folders[0], "--host", "::1") as (_, first):
+        port = int(re.fullmatch(r"http://\[::1\]:(\d+)", first["url"])[1])
+        with contextlib.closing(http.client.HTTPConnection("::1", port, timeout=30)) as connection:
+            connection.request("GET", "/v2/health/ready")
+            assert connection.getresponse().status == 200
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl on the PATH")
@@ -138,6 +200,7 @@ def test_tls_and_a_token(folders, references, tmp_path):
         (["--max-queue", "8"], "max_queue=8"),
         (["--tls-cert", "no-such-file", "--tls-key", "x.pem"], "no-such-file"),
         (["--tls-cert", __file__, "--tls-key", __file__], f"--tls-cert '{__file__}' and --tls-key '{__file__}' are no"),
+        (["--name", "a/b"], "--name is 'a/b', expected a part of a URL"),
         (["--max-replicas", "2"], "--max-replicas is given with --engine local"),
         (["--float"], "where its float model came from"),
     ],
@@ -157,9 +220,14 @@ def test_options_are_refused_before_anything_is_loaded(folders, capsys, monkeypa
     assert argv[0] in capsys.readouterr().err
 
 
-def test_a_short_token_is_refused(folders, capsys, monkeypatch):
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_short_token_is_refused(folders, capsys, monkeypatch, engine):
+    if engine == "ray":
+        pytest.importorskip("ray.serve", reason="needs the extra 'ray'")
     monkeypatch.setenv("VITQ_TOKEN", "short")
-    assert main(["serve", folders[0], "--port", "0"]) == 2
+    monkeypatch.setattr("vitq.serving.command.Engine", None)
+    monkeypatch.setattr("vitq.serving.command.read_config", None)
+    assert main(["serve", folders[0], "--port", "0", "--engine", engine]) == 2
     assert "the token has 5 characters" in capsys.readouterr().err
 
 

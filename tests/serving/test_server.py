@@ -13,19 +13,22 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from loopback import Client, infer_binary, infer_json, listening, logits_of, random_images
+from anyio import CapacityLimiter
+from loopback import SMALL, Client, infer_binary, infer_json, listening, logits_of, quantized, random_images
 from PIL import Image
-from vitq import Engine
+from vitq import Engine, checkpoint
+from vitq.data.folder import read_image
 from vitq.serving.engine import Answer
 
 pytest.importorskip("starlette", reason="needs the extra 'serve'")
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 from vitq.serving import images as files
-from vitq.serving.server import Limits, Server
+from vitq.serving.server import PAGE, Limits, Server
 
 INFER = "/v2/models/tiny/infer"
 LIMITS = Limits(body_bytes=1 << 20, held_bytes=4 << 20, pixels=1_000_000, pending=64, body_s=0.4, answer_s=10)
@@ -196,12 +199,74 @@ def test_an_image_that_fits_is_never_enlarged_too_far(served):
     assert torch.equal(files.transform(data, 64)(image), files.transform(data)(image))
 
 
+def test_the_page_asks_what_any_model_answers(tmp_path):
+    """Of two classes there are no five likeliest."""
+    checkpoint.save(tmp_path / "two", quantized(0, **{**SMALL, "num_classes": 2}))
+    (asked,) = re.findall(r"ask\(`(classify.*?)`", PAGE.read_text(encoding="utf-8"))
+    with Engine(tmp_path / "two", buckets=(1,)) as engine, listening(Server(engine, "tiny")) as client:
+        status, answer = client.json("POST", "/" + re.sub(r"\$\{.*?\}", "0", asked))
+        assert (status, answer["error"]) == (415, "the body is no JPEG or PNG image")
+        status, _, answer = client("POST", "/" + re.sub(r"\$\{.*?\}", "0", asked), picture())
+        assert (status, len(json.loads(answer)["integer"]["top"])) == (200, 2)
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["before", "between"])
+def test_images_are_preprocessed_for_the_checkpoint_that_answers(folders, tmp_path, monkeypatch, between):
+    """Swapped before the request; or after its image was preprocessed for the old one."""
+    state = quantized(1)
+    checkpoint.save(tmp_path / "new", replace(state, data=state.data | {"mean": [0.9] * 3, "std": [0.1] * 3}))
+    new = checkpoint.load(tmp_path / "new")
+    with Image.open(io.BytesIO(picture())) as image, torch.inference_mode():
+        want = new(files.transform(new.vitq_config.data)(image.convert("RGB"))[None])[0]
+    with Engine(folders[0], buckets=(1,)) as engine:
+        app = Server(engine, "tiny")
+        if between:
+            pixels, left = app._pixels, [tmp_path / "new"]
+
+            def swapping(*given):
+                made = pixels(*given)
+                if left:
+                    engine.swap(left.pop())
+                return made
+
+            monkeypatch.setattr(app, "_pixels", swapping)
+        else:
+            engine.swap(tmp_path / "new")
+        with listening(app) as client:
+            found = json.loads(client("POST", "/classify?top=7", picture())[2])["integer"]["top"]
+    assert [row["logit"] for row in found] == want.sort(descending=True).values.tolist()
+
+
+def test_an_image_is_not_copied_as_it_is_decoded():
+    body = bytearray(picture())
+    before = Image.core.get_stats()["new_count"]
+    files.decode(body, 10_000)
+    assert Image.core.get_stats()["new_count"] == before + 1
+
+
+def test_a_jpeg_is_turned_upright():
+    upright, exif, file = Image.open(io.BytesIO(picture("JPEG"))), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 3  # upside down: blocks of pixels then lie as before
+    upright.transpose(Image.Transpose.ROTATE_180).save(file, "JPEG", exif=exif, quality=100, subsampling=0)
+    found = files.decode(bytearray(file.getvalue()), 10_000)
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(upright)).max() < 8
+
+
 def test_an_image_is_turned_upright(client):
     upright, exif, file = Image.open(io.BytesIO(picture())), Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # to be shown turned right by 90 degrees
     upright.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
     same = [json.loads(client("POST", "/classify", body)[2])["integer"]["top"] for body in (picture(), file.getvalue())]
     assert same[0] == same[1]
+
+
+def test_gray_of_16_bits_is_not_white():
+    gray, file = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256), io.BytesIO()
+    Image.fromarray(gray).save(file, "PNG")
+    found = np.asarray(files.decode(bytearray(file.getvalue()), gray.size))
+    assert np.array_equal(found, np.repeat((gray >> 8)[..., None], 3, 2))
+    file.seek(0)
+    assert np.array_equal(np.asarray(read_image(file)), found)
 
 
 # Malformed requests
@@ -230,7 +295,8 @@ MALFORMED = {
     "no UTF-8": (INFER, (b"\xff\xfe\xfd",), 400, "no JSON"),
     "empty": (INFER, (b"",), 400, "no JSON"),
     "a list": (INFER, ("[]",), 400, "the body is list"),
-    "nested without end": (INFER, ("[" * 100_000,), 400, "no JSON"),
+    "nested deeply": (INFER, ("[" * 1050,), 400, "no JSON"),
+    "nested without end": (INFER, ("[" * 100_000,), 400, "100000 lists"),
     "no inputs": (INFER, ("{}",), 400, "inputs is NoneType"),
     "two inputs": (INFER, (json.dumps({"inputs": infer_json(random_images(1))["inputs"] * 2}),), 400, "2 tensors"),
     "another name": (INFER, (changed(name="pixels"),), 400, "expected one named 'images'"),
@@ -247,7 +313,7 @@ MALFORMED = {
     "NaN": (INFER, (json.dumps(infer_json(NAN)),), 400, "NaN or Inf"),
     "beyond float32": (INFER, (changed(data=[1e300] * 768),), 400, "NaN or Inf"),
     "digits without end": (INFER, ("9" * 10_000,), 400, "no JSON"),
-    "no images": (INFER, (json.dumps(infer_json(random_images(0))),), 400, "images has shape (0, 3"),
+    "no images": (INFER, (json.dumps(infer_json(random_images(0))),), 400, "images has shape [0, 3"),
     "too many images": (INFER, infer_binary(random_images(9)), 413, "images has shape (9, 3"),
     "an id of numbers": (INFER, (json.dumps(infer_json(random_images(1), id=3)),), 400, "id is 3"),
     "another output": (INFER, (json.dumps(infer_json(random_images(1), outputs=[{"name": "x"}])),), 400, "outputs is"),
@@ -339,8 +405,6 @@ class Slow:
     """An engine's ``served`` whose model waits for a while."""
 
     def __init__(self, engine: Engine, seconds: float) -> None:
-        from dataclasses import replace
-
         def run(images, before=engine.served.runners[0]):
             time.sleep(seconds)
             return before(images)
@@ -377,6 +441,49 @@ def test_requests_in_progress_and_their_time_are_bounded(folders):
         assert client("GET", "/v2/health/ready")[0] == 200, "health is not refused under load"
 
 
+def test_time_in_line_for_a_decoder_counts(folders, monkeypatch):
+    with Engine(folders[0], buckets=(1,)) as engine:
+        app, gate = Server(engine, "tiny", limits=Limits(answer_s=0.3)), threading.Event()
+        pixels, entered, app._decoders = app._pixels, threading.Event(), CapacityLimiter(1)
+        monkeypatch.setattr(app, "_pixels", lambda *given: (entered.set(), gate.wait(20), pixels(*given))[2])
+        with listening(app) as client, ThreadPoolExecutor(1) as pool:
+            first = pool.submit(client, "POST", "/classify", picture())
+            assert entered.wait(20)
+            assert client("POST", "/classify", picture())[0] == 504, "though the first is still being decoded"
+            gate.set()
+            assert first.result()[0] == 504
+            assert client("POST", "/classify", picture())[0] == 200
+
+
+def test_requests_that_nobody_began_in_time_are_counted(folders):
+    """Whoever looks first, who asked or the engine."""
+    with Engine(folders[0], buckets=(1,)) as engine:
+        with listening(Server(engine, "tiny", limits=Limits(answer_s=0.2))) as client, ThreadPoolExecutor(4) as pool:
+            Slow(engine, 1.0)
+            answers = list(pool.map(lambda _: client("POST", INFER, *infer_binary(random_images(1))), range(4)))
+            assert [status for status, _, _ in answers] == [504] * 4
+        engine.close()
+        assert engine.snapshot().expired == 3, "all but the one that a worker had begun"
+
+
+def test_the_version_that_was_asked_for_answers_or_none(folders):
+    with Engine(folders[0], buckets=(1,)) as engine, listening(Server(engine, "tiny")) as client:
+        run, entered, gate = engine.served.runners[0], threading.Event(), threading.Event()
+        engine.served = replace(engine.served, runners=(lambda x: (entered.set(), gate.wait(20), run(x))[2],))
+        with ThreadPoolExecutor(2) as pool:
+            path, request = INFER.replace("/infer", "/versions/1/infer"), json.dumps(infer_json(random_images(1)))
+            first = pool.submit(client.json, "POST", path, infer_json(random_images(1)))
+            assert entered.wait(20)
+            second = pool.submit(client, "POST", path, request)
+            while engine.snapshot().queue_depth < 1:
+                time.sleep(0.005)
+            engine.swap(folders[1])
+            gate.set()
+            assert first.result()[1]["model_version"] == "1"
+            status, _, answer = second.result()
+        assert (status, json.loads(answer)["error"]) == (404, "there is no version '1', expected '2'")
+
+
 def test_bodies_in_progress_are_bounded_together(folders):
     limits = Limits(body_bytes=8192, held_bytes=10_000, body_s=5)
     with Engine(folders[0], buckets=(1,)) as engine, listening(Server(engine, "tiny", limits=limits)) as client:
@@ -394,8 +501,6 @@ def test_an_error_of_the_model_is_the_servers(folders):
 
         def run(images):
             raise RuntimeError("a secret of the machine")
-
-        from dataclasses import replace
 
         good, engine.served = engine.served, replace(engine.served, runners=(run,))
         status, content = client.json("POST", INFER, infer_json(random_images(1)))

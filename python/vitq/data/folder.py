@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import timm.data
 import torch
 from PIL import Image
@@ -80,11 +81,18 @@ def refuse_shared(root: str | Path) -> None:
         )
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """``image`` in RGB; gray of 16 bits by its high byte, as Pillow reads colours of 16: ``convert`` makes it white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read_image(path: str) -> Image.Image:
     """The file as an RGB image; ValueError with its path if it cannot be decoded to the end."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return rgb(image)
     except Exception as error:  # decoders raise anything from OSError to SyntaxError
         raise ValueError(f"image '{path}' cannot be read: {error}") from error
 

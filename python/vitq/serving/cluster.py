@@ -40,7 +40,7 @@ from .engine import (
     freeze,
     percentiles,
 )
-from .server import Limits, Server, log
+from .server import Limits, Server, check_token, log
 
 Count = Annotated[int, Field(ge=1)]
 APPLICATION = "vitq"
@@ -58,7 +58,8 @@ class Options(BaseModel):
         cpus, gpus: that Ray keeps for a replica; default its threads, and 1 if it runs on a GPU.
         gateways: processes that read requests, check them and decode images.
         attempts: replicas that a request may be given to when they die.
-        limits: of requests, see ``vitq.serving.server.Limits``. The bearer token is the gateways' VITQ_TOKEN.
+        limits: of requests, see ``vitq.serving.server.Limits``. The bearer token is VITQ_TOKEN where it
+            is deployed from, else that of the gateways' nodes.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -171,15 +172,17 @@ class Remote:
 class Gateway:
     """The server of ``vitq serve`` in front of replicas."""
 
-    def __init__(self, options: Options, handle: DeploymentHandle) -> None:
-        self._options, self._handle = options, handle
+    def __init__(self, options: Options, handle: DeploymentHandle, token: str | None = None) -> None:
+        self._options, self._handle, self._token = options, handle, token
 
     async def __serve_build_asgi_app__(self) -> Server:
         torch.set_num_threads(1)
         freeze()
         about = await self._handle.about.remote()
         engine = Remote(self._handle, about, self._options)
-        return Server(engine, self._options.model, limits=self._options.limits, token=os.environ.get("VITQ_TOKEN"))
+        token = self._token or os.environ.get("VITQ_TOKEN")
+        check_token(token)
+        return Server(engine, self._options.model, limits=self._options.limits, token=token)
 
 
 def application(arguments: Options | dict[str, Any]) -> serve.Application:
@@ -205,7 +208,8 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         **common,
     )
-    return gateway.bind(options, replica.bind(options))
+    # Nodes of a cluster have not the environment of who deploys on it.
+    return gateway.bind(options, replica.bind(options), os.environ.get("VITQ_TOKEN"))
 
 
 def run(options: Options, host: str, port: int) -> None:

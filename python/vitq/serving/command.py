@@ -21,7 +21,7 @@ import uvicorn
 from ..checkpoint import read_config
 from ..sources import load_float
 from .engine import Engine, buckets_up_to, freeze
-from .server import JsonLines, Limits, Server, access, log
+from .server import JsonLines, Limits, Server, access, check_token, log
 
 RAY = ("max_replicas", "target")
 """Options that only Ray's engine has."""
@@ -32,6 +32,9 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
 
     Raises: ValueError, OSError: what is wrong with the checkpoint, an option, or the address.
     """
+    model_name = args.name or Path(args.checkpoint).resolve().name
+    if not model_name or "/" in model_name:
+        raise ValueError(f"--name is {model_name!r}, expected a part of a URL, without '/'")
     if args.engine == "ray":
         _serve_on_ray(args)
         return
@@ -41,14 +44,14 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
     token = os.environ.get("VITQ_TOKEN")
     if args.token_file:
         token = Path(args.token_file).read_text().strip()
-    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
-        raise ValueError(f"the token has {len(token)} characters, expected at least 16 printable ones of ASCII")
+    check_token(token)
     if (args.tls_cert is None) != (args.tls_key is None):
         raise ValueError("one of --tls-cert and --tls-key is given, expected both or neither")
     if args.tls_cert is not None:
         _check_tls(args.tls_cert, args.tls_key)
     limits = _limits(args)
-    listening = socket.create_server((args.host, args.port), backlog=1024)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    listening = socket.create_server((args.host, args.port), family=family, backlog=1024)
     options = {"replicas": args.replicas, "max_delay": args.max_delay / 1e3, "max_queue": args.max_queue}
     options |= {"device": device, "dtype": dtype, "backend": args.backend, "threads": args.threads}
     engine = Engine(args.checkpoint, buckets=buckets_up_to(args.max_batch), **options)
@@ -60,8 +63,7 @@ def serve(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) ->
         shape = {"threads": args.threads, "keep_threads": False, "buckets": (1, 2, 4), "max_queue": 32}
         reference = Engine(model, device=device, **shape)
     torch.set_num_threads(1)  # of what decodes and checks; the cores are the workers'
-    name = args.name or Path(args.checkpoint).resolve().name
-    server = Server(engine, name, limits=limits, token=token, reference=reference)
+    server = Server(engine, model_name, limits=limits, token=token, reference=reference)
     log_lines(args.log_level)
     tls = None if args.tls_cert is None else (args.tls_cert, args.tls_key)
     asyncio.run(listen(server, listening, args.checkpoint, tls))
@@ -87,6 +89,7 @@ def _serve_on_ray(args: argparse.Namespace) -> None:
     for name in ("token_file", "tls_cert", "tls_key", "float"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is given with --engine ray, expected --engine local")
+    check_token(os.environ.get("VITQ_TOKEN"))
     read_config(args.checkpoint)
     from . import cluster
 
@@ -115,6 +118,17 @@ def log_lines(requests: str) -> None:
     access.setLevel(requests.upper())
 
 
+def set_options(listening: socket.socket, limits: Limits) -> None:
+    """Options of a listening TCP socket, which those that it accepts inherit."""
+    # asyncio sets it only where it made the socket, and without it the second packet of an answer waits for the
+    # client's delayed acknowledgement of the first: 40 ms.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Who asks and never reads the answers would keep what the requests hold.
+        patience = min(math.ceil(1e3 * (limits.body_s + limits.answer_s)), (1 << 31) - 1)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+
+
 async def listen(
     app: Server, listening: socket.socket, checkpoint: str | None = None, tls: tuple[str, str] | None = None
 ) -> None:
@@ -123,9 +137,7 @@ async def listen(
     Args: checkpoint: taken anew on SIGHUP. tls: files of certificate chain and private key.
     """
     limits, engine = app.limits, app.engine
-    # Accepted sockets inherit it. asyncio sets it only where it made the socket, and without it the second packet of
-    # an answer waits for the client's delayed acknowledgement of the first: 40 ms.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    set_options(listening, limits)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -143,13 +155,25 @@ async def listen(
     server.capture_signals = contextlib.nullcontext  # it would raise them again when all is done
     loop = asyncio.get_running_loop()
 
+    again = asyncio.Event()
+
     def stop() -> None:
         app.closing = server.should_exit = True
+        again.set()
+
+    async def reload() -> None:
+        # One after the other, and one for all signals that come meanwhile: the end waits for those begun.
+        while not app.closing:
+            await again.wait()
+            again.clear()
+            if not app.closing:
+                await asyncio.to_thread(_reload, engine, checkpoint)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     if checkpoint is not None:
-        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, _reload, engine, checkpoint))
+        loop.add_signal_handler(signal.SIGHUP, again.set)
+    reloading = loop.create_task(reload())
     host, port = listening.getsockname()[:2]
     url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
     fields = {"url": url, "model": app.name, "recipe": engine.served.recipe, "device": str(engine.device)}
@@ -157,6 +181,8 @@ async def listen(
     freeze()
     log.info("listening", extra={"fields": fields | {"invariant": engine.served.invariant}})
     await server.serve(sockets=[listening])
+    stop()
+    await reloading
     gc.unfreeze()
     for each in filter(None, (engine, app.reference)):
         await asyncio.to_thread(each.close, limits.answer_s)

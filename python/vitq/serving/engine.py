@@ -373,7 +373,10 @@ class Engine:
             if self.replicas > 1 and hasattr(os, "sched_setaffinity"):
                 own = sorted(os.sched_getaffinity(0))[replica * self.threads : (replica + 1) * self.threads]
                 if len(own) == self.threads:
-                    os.sched_setaffinity(0, own)  # of this thread, and of the OpenMP threads that it starts
+                    try:
+                        os.sched_setaffinity(0, own)  # of this thread, and of the OpenMP threads that it starts
+                    except OSError as error:  # a sandbox may forbid it, and who made the engine waits for this thread
+                        log.warning("worker %d is not pinned to cores %s: %s", replica, own, error)
         ready.wait()
         batch, death = self._batches[replica], None
         while True:
@@ -419,7 +422,7 @@ class Engine:
         for request in gone:
             self._queue.remove(request)
             self._waiting -= len(request.images)
-            if not request.future.cancelled():
+            if request.deadline <= now:  # an owner who waited no longer than that has cancelled it, too
                 self._counts["expired"] += 1
                 _fail(request, DeadlineExceeded(f"not begun within {request.deadline - request.submitted:.3f} s"))
 
@@ -439,15 +442,15 @@ class Engine:
             _fail(batch[0], error)
             return
         end = time.perf_counter()
-        for request, part in zip(batch, logits.split([len(request.images) for request in batch])):
-            answer = Answer(part, served.version, len(images), start - request.submitted, end - start)
-            _resolve(request.future.set_result, answer)
-        with self._changed:
+        with self._changed:  # first: who has an answer finds it counted
             self._counts["requests"] += len(batch)
             self._counts["images"] += len(images)
             self._counts["batches"] += 1
             self._latencies.extend((end - request.submitted, start - request.submitted) for request in batch)
             self._image_s += 0.1 * ((end - start) / len(images) - self._image_s)
+        for request, part in zip(batch, logits.split([len(request.images) for request in batch])):
+            answer = Answer(part, served.version, len(images), start - request.submitted, end - start)
+            _resolve(request.future.set_result, answer)
 
     def _done(self, batch: list[_Request]) -> None:
         with self._changed:

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..checkpoint import DataConfig
+from ..data.folder import rgb
 from .protocol import Refused
 
 FORMATS = ("JPEG", "PNG")
@@ -68,7 +69,9 @@ def decode(body: bytearray, pixels: int) -> Image.Image:
         if image.width * image.height > pixels:
             raise Refused(413, f"the image has {image.width}x{image.height} pixels, expected up to {pixels}")
         try:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            return image if image.mode == "RGB" else rgb(image)  # no copies: one may have hundreds of megabytes
         except Exception as error:
             raise Refused(400, f"the image cannot be decoded: {' '.join(str(error).split())[:100]}") from error
 

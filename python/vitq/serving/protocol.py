@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,10 @@ def parse(body: bytearray, header_length: str | None) -> Infer:
     Args:   header_length: value of Inference-Header-Content-Length, None for a body that is all JSON.
     Raises: Refused (400) with what is wrong.
     """
-    size = _header(header_length, len(body))
+    size = header_bytes(header_length, len(body))
+    # As objects of Python, empty lists take thirty times their bytes: images of eight columns have fewer than this.
+    if (lists := body.count(b"[", 0, size) + body.count(b"{", 0, size)) > 1000 + size // 16:
+        raise Refused(400, f"the body has {lists} lists and objects in {size} bytes, expected rows of numbers")
     header = _object("the body", _json(body[:size]))
     inputs = _list("inputs", header.get("inputs"))
     if len(inputs) != 1 or (tensor := _object("inputs[0]", inputs[0])).get("name") != INPUT:
@@ -51,8 +55,9 @@ def parse(body: bytearray, header_length: str | None) -> Infer:
     if tensor.get("datatype") != DATATYPE:
         raise Refused(400, f"{INPUT} has datatype {str(tensor.get('datatype'))[:40]!r}, expected {DATATYPE!r}")
     shape = _list(f"{INPUT}.shape", tensor.get("shape"))
-    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 31 for n in shape):
-        raise Refused(400, f"{INPUT} has shape {str(shape)[:80]}, expected sizes from 0")
+    # Of so many sizes alone: the product of a million would take hours.
+    if len(shape) > 8 or any(isinstance(n, bool) or not isinstance(n, int) or not 0 < n < 1 << 31 for n in shape):
+        raise Refused(400, f"{INPUT} has shape {str(shape[:9])[:80]}, expected up to 8 sizes from 1")
     parameters = _object(f"{INPUT}.parameters", tensor.get("parameters", {}))
     images = _binary(body, size, parameters, shape) if "data" not in tensor else _values(tensor["data"], shape)
     if "data" in tensor and size != len(body):
@@ -65,12 +70,15 @@ def parse(body: bytearray, header_length: str | None) -> Infer:
 
 
 def respond(infer: Infer, logits: Tensor, model: str, version: int) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of the answer."""
+    """Body and headers of the answer. Raises: Refused (400) for logits that JSON has no numbers for."""
     output: dict[str, Any] = {"name": OUTPUT, "datatype": DATATYPE, "shape": list(logits.shape)}
     content = {"model_name": model, "model_version": str(version), "outputs": [output]}
     if infer.id is not None:
         content["id"] = infer.id
     if not infer.binary:
+        if not np.isfinite(logits.numpy()).all():
+            why = "images lead to logits of NaN or Inf, which JSON cannot hold"
+            raise Refused(400, f"{why}: expected smaller values, or binary_data_output")
         output["data"] = logits.flatten().tolist()  # as float64, whose shortest form gives back every float32
         return json.dumps(content, separators=(",", ":")).encode(), {"content-type": "application/json"}
     data = logits.contiguous().numpy().astype("<f4", copy=False).tobytes()
@@ -79,7 +87,8 @@ def respond(infer: Infer, logits: Tensor, model: str, version: int) -> tuple[byt
     return head + data, {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
 
 
-def _header(length: str | None, total: int) -> int:
+def header_bytes(length: str | None, total: int) -> int:
+    """How many of a body's ``total`` bytes are JSON. Raises: Refused (400) for a ``length`` that is no such number."""
     if length is None:
         return total
     if not length.isascii() or not length.isdigit() or len(length) > 12 or int(length) > total:
@@ -108,12 +117,18 @@ def _list(name: str, value: Any) -> list[Any]:
 
 def _values(data: Any, shape: list[int]) -> Tensor:
     """Numbers, flat or nested, as a tensor."""
+    leaves = _list(f"{INPUT}.data", data)
+    while leaves and set(map(type, leaves)) == {list}:
+        leaves = list(chain.from_iterable(leaves))
+    # Before numpy sees them: it would give every value as much room as the longest text.
+    if not set(map(type, leaves)) <= {int, float}:
+        raise Refused(400, f"{INPUT}.data holds other values than numbers, expected numbers")
     try:
-        values = np.asarray(_list(f"{INPUT}.data", data))
+        values = np.asarray(data)
     except ValueError as error:
         raise Refused(400, f"{INPUT}.data is ragged, expected {shape}") from error
-    if values.dtype.kind not in "iuf" and values.size:  # strings and booleans would become numbers, too
-        raise Refused(400, f"{INPUT}.data holds other values than numbers, expected numbers")
+    if values.dtype.kind not in "iuf":
+        raise Refused(400, f"{INPUT}.data holds integers beyond 64 bits, expected numbers of float32")
     if values.size != math.prod(shape) or (values.ndim > 1 and list(values.shape) != shape):
         raise Refused(400, f"{INPUT}.data has shape {list(values.shape)[:8]}, expected {shape}, nested or flat")
     with np.errstate(over="ignore"):  # what is beyond float32 becomes Inf, which is refused as such

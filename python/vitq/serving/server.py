@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..bench.environment import cores
+from ..checkpoint import DataConfig
 from . import images, protocol
 from .engine import Answer, Closed, DeadlineExceeded, Engine, Overloaded
 from .protocol import DATATYPE, INPUT, OUTPUT, Refused
@@ -65,6 +67,12 @@ class Limits:
                 raise ValueError(f"{name} is {value}, expected a number above 0")
 
 
+def check_token(token: str | None) -> None:
+    """Raises ValueError for a bearer token that is soon guessed, or that no header carries."""
+    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable()):
+        raise ValueError(f"the token has {len(token)} characters, expected at least 16 printable ones of ASCII")
+
+
 class Server:
     """The ASGI application around ``engine``, which whoever made it closes when this has ended.
 
@@ -87,7 +95,7 @@ class Server:
         #: set when no more requests are to be sent here: readiness says so
         self.closing = False
         self._token = None if token is None else f"Bearer {token}".encode()
-        self._transform = images.warm(images.transform(engine.served.data, self.limits.pixels))
+        images.warm(images.transform(engine.served.data, self.limits.pixels))
         self._pending = self._held = 0
         self._decoders = anyio.CapacityLimiter(cores())
         self._registry = CollectorRegistry()
@@ -116,6 +124,7 @@ class Server:
             routes=[Route(path, self._answering(what, handler), methods=[m]) for m, path, what, handler in routes],
             exception_handlers={HTTPException: _http_error},
         )
+        self._app.router.redirect_slashes = False  # to whatever host a client names
 
     async def __call__(self, scope, receive, send) -> None:
         """Every request is counted and logged here, whatever becomes of it."""
@@ -123,7 +132,7 @@ class Server:
             await self._app(scope, receive, send)
             return
         start, seen = time.perf_counter(), {"status": 0, "bytes": 0}
-        scope["vitq"] = about = {"route": "other"}
+        scope["vitq"] = about = {"route": "other", "pending": 1}
 
         async def sending(message) -> None:
             if message["type"] == "http.response.start":
@@ -134,7 +143,7 @@ class Server:
         try:
             await self._app(scope, receive, sending)
         finally:
-            self._pending -= 1
+            self._pending -= about.pop("pending")
             self._held -= about.pop("held", 0)
             seconds, route, status = time.perf_counter() - start, about.pop("route"), seen["status"]
             self._requests.labels(route, str(status)).inc()
@@ -170,20 +179,25 @@ class Server:
             except Exception:
                 log.exception("a request failed")
                 refusal = Refused(500, "internal error; the log has the cause")
-            about["error"] = str(refusal)
+            # What JSON may say, and UTF-8 not, is quoted by some refusals.
+            about["error"] = message = str(refusal).encode("utf-8", "backslashreplace").decode()
             headers = {}
             if refusal.retry_after is not None:
                 headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after)))
             if refusal.status == 401:
                 headers["www-authenticate"] = "Bearer"
+            # In nobody's way while the rest is read: who has no token could otherwise keep out those who have one.
+            self._pending -= about["pending"]
+            about["pending"] = 0
             if not await self._drained(request, refusal.status):
                 headers["connection"] = "close"
-            return JSONResponse({"error": str(refusal)}, refusal.status, headers)
+            return JSONResponse({"error": message}, refusal.status, headers)
 
         return answered
 
     def _authorize(self, request: Request) -> None:
-        if self._token is None or request.url.path in OPEN:
+        # Not request.url: older Starlettes put it together from the Host header, which the client writes.
+        if self._token is None or request.scope["path"] in OPEN:
             return
         given = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(given, self._token):
@@ -234,7 +248,9 @@ class Server:
         return body
 
     async def _ask(self, engine: Engine, x: Tensor, timeout: float | None, about: dict[str, Any]) -> Answer:
-        seconds = min(self.limits.answer_s, timeout or math.inf)
+        """Within ``timeout`` seconds, and what is left of those that the caller gives the whole answer."""
+        left = max(1e-6, anyio.current_effective_deadline() - anyio.current_time())
+        seconds = min(left, timeout or math.inf)
         try:
             future = engine.submit(x, seconds)
         except ValueError as error:
@@ -254,34 +270,41 @@ class Server:
         body = await self._body(request, min(self.limits.body_bytes, 32 * values + IN_LOOP_BYTES))
         length = request.headers.get(protocol.HEADER_LENGTH)
         parse = functools.partial(protocol.parse, body, length)
-        small = len(body) <= IN_LOOP_BYTES or length is not None
-        infer = parse() if small else await anyio.to_thread.run_sync(parse, limiter=self._decoders)
-        answer = await self._ask(self.engine, infer.images, infer.timeout, request.scope["vitq"])
+        small = protocol.header_bytes(length, len(body)) <= IN_LOOP_BYTES
+        with anyio.fail_after(self.limits.answer_s):
+            infer = parse() if small else await anyio.to_thread.run_sync(parse, limiter=self._decoders)
+            answer = await self._ask(self.engine, infer.images, infer.timeout, request.scope["vitq"])
+        self._known(request, answer.version)
         content, headers = protocol.respond(infer, answer.logits, self.name, answer.version)
         return Response(content, headers=headers)
 
     async def _classify(self, request: Request) -> Response:
         """?top=5 classes of the image in the body; ?float=1 adds those of the float model."""
-        data, query = self.engine.served.data, request.query_params
-        k = query.get("top", str(min(5, data.num_classes)))
-        if not (k.isascii() and k.isdigit() and len(k) < 10 and 1 <= int(k) <= data.num_classes):
-            raise Refused(400, f"top is {k[:40]!r}, expected 1 to {data.num_classes}")
+        most, query = self.engine.served.data.num_classes, request.query_params
+        k = query.get("top", str(min(5, most)))
+        if not (k.isascii() and k.isdigit() and len(k) < 10 and 1 <= int(k) <= most):
+            raise Refused(400, f"top is {k[:40]!r}, expected 1 to {most}")
         if (compared := query.get("float", "0")) not in ("0", "1") or (compared == "1" and self.reference is None):
             raise Refused(400, f"float is {compared[:40]!r}, expected 0, or 1 where a float model is served beside")
-        body = await self._body(request, self.limits.body_bytes)
-        start = time.perf_counter()
-        x = await anyio.to_thread.run_sync(self._pixels, body, limiter=self._decoders)
-        decoded = time.perf_counter() - start
+        body, about = await self._body(request, self.limits.body_bytes), request.scope["vitq"]
+        with anyio.fail_after(self.limits.answer_s):
+            served = answer = None
+            while answer is None or answer.version != served.version:  # which may want its images otherwise
+                served, start = self.engine.served, time.perf_counter()
+                x = await anyio.to_thread.run_sync(self._pixels, body, served.data, limiter=self._decoders)
+                decoded = time.perf_counter() - start
+                answer = await self._ask(self.engine, x, None, about)
+            answers = {"integer": answer}
+            if compared == "1":
+                answers["float"] = await self._ask(self.reference, x, None, about)
         content: dict[str, Any] = {"model": self.name, "decode_ms": decoded * 1e3}
-        sides = {"integer": self.engine} | ({"float": self.reference} if compared == "1" else {})
-        for side, engine in sides.items():
-            answer = await self._ask(engine, x, None, request.scope["vitq"])
-            classes = images.top(answer.logits[0], int(k), data.class_names)
+        for side, answer in answers.items():
+            classes = images.top(answer.logits[0], int(k), served.data.class_names)
             content[side] = {"top": classes, "queue_ms": answer.queued_s * 1e3, "run_ms": answer.run_s * 1e3}
         return JSONResponse(content)
 
-    def _pixels(self, body: bytearray) -> Tensor:
-        return self._transform(images.decode(body, self.limits.pixels))[None]
+    def _pixels(self, body: bytearray, data: DataConfig) -> Tensor:
+        return images.transform(data, self.limits.pixels)(images.decode(body, self.limits.pixels))[None]
 
     async def _page(self, request: Request) -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": POLICY})
@@ -323,11 +346,11 @@ class Server:
             {"name": self.name, "versions": versions, "platform": "vitq", "inputs": inputs, "outputs": outputs}
         )
 
-    def _known(self, request: Request) -> None:
+    def _known(self, request: Request, served: int | None = None) -> None:
         name, version = request.path_params["name"], request.path_params.get("version")
         if name != self.name:
             raise Refused(404, f"there is no model {name[:80]!r}, expected {self.name!r}")
-        if version is not None and version != (own := str(self.engine.served.version)):
+        if version is not None and version != (own := str(served or self.engine.served.version)):
             raise Refused(404, f"there is no version {version[:40]!r}, expected {own!r}")
 
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..checkpoint import Config, read_config
+from ..checkpoint import CONFIG, Config, read_config
 from .engine import BUCKETS
 from .protocol import INPUT, OUTPUT
 
@@ -34,14 +34,22 @@ def write(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as folder:
         made, version = Path(folder) / target.name, Path(folder) / target.name / "1"
-        shutil.copytree(checkpoint, version / "checkpoint")
+        (version / "checkpoint").mkdir(parents=True)
+        for file in (CONFIG, config.weights.file):  # alone: the target may lie in the same folder
+            shutil.copy(Path(checkpoint) / file, version / "checkpoint")
         shutil.copy(MODEL, version / "model.py")
         (made / "config.pbtxt").write_text(configuration(config, target.name, device, dtype))
         if config.data.class_names is not None:
             (made / "labels.txt").write_text("\n".join(config.data.class_names) + "\n", encoding="utf-8")
+        old = Path(folder) / "old"
         if target.exists():
-            os.rename(target, Path(folder) / "old")
-        os.rename(made, target)
+            os.rename(target, old)
+        try:
+            os.rename(made, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
 
 
 def configuration(config: Config, name: str, device: str, dtype: str) -> str:
