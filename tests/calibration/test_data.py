@@ -305,6 +305,24 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     assert image.shape == (3, SIZE, SIZE)
 
 
+def test_gray_models_see_gray(folder):
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10}
+    gray, many = (timm.create_model("vit_tiny_patch16_224", in_chans=n, **options) for n in (1, 5))
+    assert data_config(gray)["input_size"] == (1, 32, 32)
+    assert data_config(gray)["mean"] == data_config(gray)["std"] == (0.5,)
+    image = Image.merge(
+        "RGB", [Image.radial_gradient("L").resize((32, 32)).point(lambda v, n=n: v // n) for n in (1, 2, 3)]
+    )
+    want = TF.normalize(TF.to_tensor(image.convert("L")), (0.5,), (0.5,))
+    got = evaluation_transform(gray)(image)
+    if data_config(gray)["crop_pct"] == 1.0:
+        assert torch.equal(got, want)
+    assert got.shape == (1, 32, 32)
+    assert load_calibration(str(folder), gray, 6, augment=0.5).shape == (6, 1, 32, 32)
+    with pytest.raises(ValueError, match="the model takes images of 5 channels, expected 3, or 1 for gray ones"):
+        load_folder(folder, "train", many)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_transform_is_the_models_own(name):
     with torch.device("meta"):

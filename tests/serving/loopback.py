@@ -26,8 +26,9 @@ def quantized(seed: int, recipe: str = "vitq-w4a8", architecture: str = ARCHITEC
     torch.manual_seed(seed)
     kwargs = kwargs or SMALL
     model = timm.create_model(architecture, **kwargs).eval()
-    about = {"architecture": architecture, "kwargs": kwargs, "data": state_data(model)}
-    return calibrate(model, random_images(4, seed), recipe, **about).state
+    data = state_data(model)
+    images = torch.randn(4, *data["input_size"], generator=torch.Generator().manual_seed(seed))
+    return calibrate(model, images, recipe, architecture=architecture, kwargs=kwargs, data=data).state
 
 
 class Client:

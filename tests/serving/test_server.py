@@ -587,3 +587,24 @@ def test_a_wrong_answer_would_be_seen(served, client, references):
             assert not torch.equal(logits_of(headers, body), references[0](images))
     finally:
         del app.engine.submit
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_models_of_other_channels(channels, tmp_path):
+    """Gray ones classify files, in gray; for others there are none, and tensors are what they take."""
+    checkpoint.save(tmp_path / "out", quantized(5, **SMALL, in_chans=channels))
+    images = torch.randn(2, channels, 16, 16, generator=torch.Generator().manual_seed(1))
+    with Engine(tmp_path / "out", buckets=(1, 2), max_queue=8) as engine, listening(Server(engine, "tiny")) as client:
+        assert engine.served.data.input_size == (channels, 16, 16)
+        status, headers, body = client("POST", INFER, *infer_binary(images))
+        assert status == 200
+        assert torch.equal(logits_of(headers, body), checkpoint.load(tmp_path / "out")(images))
+        status, _, body = client("POST", "/classify", picture())
+        if channels == 1:
+            assert status == 200
+            pixels = files.transform(engine.served.data)(files.decode(bytearray(picture()), 10_000))
+            (want,) = checkpoint.load(tmp_path / "out")(pixels[None])
+            assert json.loads(body)["integer"]["top"][0]["class"] == want.argmax()
+        else:
+            assert status == 400
+            assert "the model takes images of 4 channels, expected 3, or 1 for gray ones" in json.loads(body)["error"]

@@ -8,8 +8,11 @@ import timm.data
 import torch
 from PIL import Image
 from torch import nn
+from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+#: Of what images are read to: gray, or three colours.
+CHANNELS = (1, 3)
 #: Folder names that hold a split in the ImageNet layout.
 SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
 
@@ -17,7 +20,8 @@ SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
 def data_config(model: nn.Module) -> dict:
     """timm's data configuration: input_size (C, H, W), interpolation, mean, std, crop_pct, crop_mode.
 
-    The size is that of the images which `model` was built for, where its `pretrained_cfg` knows another (`img_size=`).
+    Size and channels are those of the images which `model` was built for, where its `pretrained_cfg` knows others
+    (`img_size=`, `in_chans=`); the mean of gray ones is that of the three colours, and so is their std.
 
     Raises:
         ValueError: `model` does not carry timm's `pretrained_cfg`, so that its preprocessing is unknown.
@@ -28,15 +32,31 @@ def data_config(model: nn.Module) -> dict:
             f"got {type(model).__name__} without one"
         )
     config = timm.data.resolve_model_data_config(model)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:
-        config["input_size"] = (config["input_size"][0], *size)
+    embed = getattr(model, "patch_embed", None)
+    channels, *size = config["input_size"]
+    size = getattr(embed, "img_size", None) or size
+    channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
+    config["input_size"] = (channels, *size)
+    if channels == 1:
+        config |= {name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")}
     return config
 
 
+def image_transform(config: dict) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's evaluation transform for a :func:`data_config`: RGB image to normalised [C, H, W] float32.
+
+    Raises: ValueError for images that are neither gray nor of three colours.
+    """
+    channels = config["input_size"][0]
+    if channels not in CHANNELS:
+        raise ValueError(f"the model takes images of {channels} channels, expected 3, or 1 for gray ones")
+    steps = timm.data.create_transform(**config, is_training=False)
+    return transforms.Compose([transforms.Grayscale(), steps]) if channels == 1 else steps
+
+
 def evaluation_transform(model: nn.Module) -> Callable[[Image.Image], torch.Tensor]:
-    """timm's evaluation transform of `model`: PIL image to normalised [C, H, W] float32."""
-    return timm.data.create_transform(**data_config(model), is_training=False)
+    """timm's evaluation transform of `model`: PIL image to normalised [C, H, W] float32; gray for one channel."""
+    return image_transform(data_config(model))
 
 
 def load_folder(root: str | Path, split: str, model: nn.Module) -> ImageFolder:

@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import timm.data
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..checkpoint import DataConfig
-from ..data.folder import rgb
+from ..data.folder import image_transform, rgb
 from .protocol import Refused
 
 FORMATS = ("JPEG", "PNG")
@@ -21,10 +20,14 @@ FORMATS = ("JPEG", "PNG")
 def transform(data: DataConfig, pixels: int | None = None) -> Callable[[Image.Image], Tensor]:
     """timm's evaluation transform for ``data``: an RGB image to [C, H, W] float32.
 
-    Raises (when called): Refused, 413, for an image that resizing would enlarge beyond ``pixels``.
+    Raises: Refused, 400, for data that are no images of files; when called, 413 for an image that resizing would
+            enlarge beyond ``pixels``.
     """
     keys = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
-    steps = timm.data.create_transform(**data.model_dump(include=keys), is_training=False)
+    try:
+        steps = image_transform(data.model_dump(include=keys))
+    except ValueError as error:
+        raise Refused(400, str(error)) from error
     if pixels is None or data.crop_mode in ("squash", "border"):
         return steps
     height, width = (math.floor(side / data.crop_pct) for side in data.input_size[1:])

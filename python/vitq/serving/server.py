@@ -29,6 +29,7 @@ from torch import Tensor
 from .. import __version__
 from ..bench.environment import cores
 from ..checkpoint import DataConfig
+from ..data.folder import CHANNELS
 from . import images, protocol
 from .engine import Answer, Closed, DeadlineExceeded, Engine, Overloaded
 from .protocol import DATATYPE, INPUT, OUTPUT, Refused
@@ -95,7 +96,8 @@ class Server:
         #: set when no more requests are to be sent here: readiness says so
         self.closing = False
         self._token = None if token is None else f"Bearer {token}".encode()
-        images.warm(images.transform(engine.served.data, self.limits.pixels))
+        if engine.served.data.input_size[0] in CHANNELS:  # others take tensors alone
+            images.warm(images.transform(engine.served.data, self.limits.pixels))
         self._pending = self._held = 0
         self._decoders = anyio.CapacityLimiter(cores())
         self._registry = CollectorRegistry()
