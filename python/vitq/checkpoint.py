@@ -27,7 +27,7 @@ from vitq_kernels.packing import pack_bits, table_indices, unpack_bits
 
 from .convert import check_state, to_integer
 from .devices import checked
-from .files import naming, save_tensors, temporary_beside
+from .files import alone_in, naming, save_tensors, temporary_beside
 from .models import adapter_for
 from .sources import REFUSALS, check_arguments
 from .state import ModelState, SiteState
@@ -157,14 +157,15 @@ def save(path: str | os.PathLike, state: ModelState, *, overwrite: bool = False)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        config = _write(folder, tensors, config)
+        with alone_in(folder):  # or one of two who save removes the tensors that the other's config then names
+            config = _write(folder, tensors, config)
+            for stale in folder.glob("model-*.safetensors"):
+                if stale.name != config.weights.file:
+                    stale.unlink()
     except BaseException:
         if made and not any(folder.iterdir()):
             folder.rmdir()
         raise
-    for stale in folder.glob("model-*.safetensors"):
-        if stale.name != config.weights.file:
-            stale.unlink()
     return config
 
 

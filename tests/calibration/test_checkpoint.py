@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, atomic writes, and a reason for every file that is refused."""
 
 import dataclasses
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -370,6 +371,27 @@ def test_rewriting_the_same_state_changes_nothing(broken):
     checkpoint.save(folder, state, overwrite=True)
     assert {f.name: f.read_bytes() for f in folder.iterdir()}.keys() == before.keys()
     assert torch.equal(vitq.load(folder)(minmax.images(vitq.load(folder))), vitq.load(folder)(minmax.images(make()[0])))
+
+
+def test_who_saves_into_one_folder_takes_turns(tmp_path, monkeypatch):
+    """Else one removes the tensors of the other, whose config stays."""
+    state, write, busy = make()[1], checkpoint._write, []
+
+    def watched(folder, *rest):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy.append(folder)
+        finally:
+            os.close(handle)
+        return write(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "_write", watched)
+    vitq.save(tmp_path / "out", state)
+    assert busy == [tmp_path / "out"]
+    vitq.save(tmp_path / "out", state, overwrite=True)
+    assert len(busy) == 2
 
 
 def test_what_may_not_be_replaced(saved, tmp_path):
