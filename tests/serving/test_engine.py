@@ -14,6 +14,7 @@ import timm
 import torch
 from loopback import SIZE, SMALL, quantized, random_images
 from vitq import Engine, checkpoint
+from vitq.bench import environment
 from vitq.convert import to_integer
 from vitq.serving.engine import Closed, DeadlineExceeded, Overloaded, WorkerFailed
 
@@ -166,6 +167,39 @@ def test_replicas_work_side_by_side(folders, references):
         answers = [engine.submit(random_images(2, i)) for i in range(4)]
         for i, answer in enumerate(answers):
             assert torch.equal(answer.result(20).logits, references[0](random_images(2, i)))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here")
+@pytest.mark.parametrize("allowed", [{2, 5}, {2, 5, 7, 8}])
+def test_workers_are_pinned_where_all_cores_are_theirs(folders, monkeypatch, allowed):
+    """Engines beside one another, each with a part of the cores, would all take the first ones."""
+    pinned = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: pinned.append(tuple(cores)))
+    with Engine(folders[0], replicas=2, threads=1, buckets=(1,)) as engine:
+        assert engine(random_images(1)).shape == (1, 7)
+    assert sorted(pinned) == ([(2,), (5,)] if len(allowed) == 2 else [])
+
+
+def test_threads_keep_to_the_time_that_a_container_has(tmp_path, monkeypatch):
+    def group(version, files, path="/pod/box"):
+        own, mount = tmp_path / version / "own", tmp_path / version
+        for name, text in files.items():
+            (mount / name).parent.mkdir(parents=True, exist_ok=True)
+            (mount / name).write_text(text)
+        own.write_text(f"0::{path}\n" if version == "v2" else f"4:memory:/x\n2:cpu,cpuacct:{path}\n0::/\n")
+        return sorted(environment._quotas(own, mount))
+
+    assert group("v2", {"pod/cpu.max": "250000 100000\n", "pod/box/cpu.max": "max 100000\n"}) == [2.5]
+    assert group("v2", {"cpu.max": "50000 100000\n"}, "/of/the/host") == [0.5]
+    folder = "cpu,cpuacct/pod/box"
+    assert group("v1", {f"{folder}/cpu.cfs_quota_us": "300000\n", f"{folder}/cpu.cfs_period_us": "100000\n"}) == [3.0]
+    assert group("v1", {f"{folder}/cpu.cfs_quota_us": "-1\n"}) == []
+    assert list(environment._quotas(tmp_path / "none", tmp_path)) == []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    for quotas, cores in (((), 64), ((2.5, 8.0), 3), ((0.5,), 1), ((100.0,), 64)):
+        monkeypatch.setattr(environment, "_quotas", lambda quotas=quotas: iter(quotas))
+        assert environment.cores() == cores
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here")

@@ -366,17 +366,23 @@ class Engine:
 
     # Workers
 
+    def _pin(self, replica: int) -> None:
+        """To its share of the cores, if workers have all of them: of some, another engine would take the same."""
+        whole = sorted(os.sched_getaffinity(0))
+        if self.replicas * self.threads != len(whole):
+            return
+        own = whole[replica * self.threads : (replica + 1) * self.threads]
+        try:
+            os.sched_setaffinity(0, own)  # of this thread, and of the OpenMP threads that it starts
+        except OSError as error:  # a sandbox may forbid it, and who made the engine waits for this thread
+            log.warning("worker %d is not pinned to cores %s: %s", replica, own, error)
+
     def _live(self, replica: int, ready: threading.Barrier) -> None:
         """A worker's thread: whatever ends the worker, requests that it held go back to the front of the queue."""
         if self.device.type == "cpu":
             _use_threads(self.threads)
             if self.replicas > 1 and hasattr(os, "sched_setaffinity"):
-                own = sorted(os.sched_getaffinity(0))[replica * self.threads : (replica + 1) * self.threads]
-                if len(own) == self.threads:
-                    try:
-                        os.sched_setaffinity(0, own)  # of this thread, and of the OpenMP threads that it starts
-                    except OSError as error:  # a sandbox may forbid it, and who made the engine waits for this thread
-                        log.warning("worker %d is not pinned to cores %s: %s", replica, own, error)
+                self._pin(replica)
         ready.wait()
         batch, death = self._batches[replica], None
         while True:
