@@ -2,13 +2,16 @@
 
 import contextlib
 import http.client
+import io
 import json
 import socket
 import threading
 import time
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from vitq.calibrate import calibrate
 from vitq.models import state_data
 
@@ -29,6 +32,13 @@ def quantized(seed: int, recipe: str = "vitq-w4a8", architecture: str = ARCHITEC
     data = state_data(model)
     images = torch.randn(4, *data["input_size"], generator=torch.Generator().manual_seed(seed))
     return calibrate(model, images, recipe, architecture=architecture, kwargs=kwargs, data=data).state
+
+
+def picture(format: str = "PNG", size=(40, 30), seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
 
 
 class Client:
