@@ -36,7 +36,13 @@ def print_rows(console: Console, title: str, rows: list[dict[str, Any]], columns
         table.add_column(heading, justify=justify, overflow="fold")
     for line in cells:
         table.add_row(*line)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    # Every line has the width of the longest.
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def cell(value: Any) -> str:

@@ -23,4 +23,6 @@ def test_what_is_no_terminal_gets_whole_lines(capsys, monkeypatch, json):
     row = {key: f"value-of-{key}" for key in wide}
     console.print_rows(console.make(json), "t", [row], wide)
     out = capsys.readouterr()
-    assert list(row.values()) in [line.split() for line in (out.err if json else out.out).splitlines()]
+    lines = (out.err if json else out.out).splitlines()
+    assert list(row.values()) in [line.split() for line in lines]
+    assert not any(line.endswith(" ") for line in lines)
