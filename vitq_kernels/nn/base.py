@@ -139,9 +139,11 @@ class Coded(QModule):
         """Nothing: it is this module's own, or the whole of the state is refused."""
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        theirs, own = state_dict.get(f"{prefix}_extra_state"), self._described()
-        if theirs is not None and bytes(theirs.tolist()).decode() != own:
-            pairs = itertools.zip_longest(bytes(theirs.tolist()).decode().splitlines(), own.splitlines())
+        own = theirs = self._described()
+        if (given := state_dict.get(f"{prefix}_extra_state")) is not None:
+            theirs = bytes(given.tolist()).decode()
+        if theirs != own:
+            pairs = itertools.zip_longest(theirs.splitlines(), own.splitlines())
             differing = ", ".join(f"{a}, expected {b}" for a, b in pairs if a != b)
             whose = prefix.removesuffix(".") or "this module"
             errors.append(f"the state of {whose} has {differing}; vitq.save and vitq.load keep models whole")
